@@ -1,0 +1,84 @@
+"""How the commands talk to their user: arguments, and wrong input as one line with exit status 2."""
+
+import argparse
+import math
+import sys
+
+import torch
+
+
+class InputError(Exception):
+    """Wrong input. The message is one line: what is wrong, where, and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that reports a wrong argument in one line and shows defaults in its help."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all arguments)\n")
+
+
+def run(main):
+    """Run a command's ``main()``; an InputError becomes one line on standard error and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def positive_int(text):
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def positive_float(text):
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def tag(text):
+    """A run's name: one folder below runs/."""
+    if not text or text in (".", "..") or "/" in text or "\\" in text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a plain name")
+    return text
+
+
+def add_compute_arguments(parser):
+    """--device, --precision and --seed, alike in every command that runs the network."""
+    parser.add_argument("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast of the network")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+
+
+def find_device(name):
+    """The torch.device of a ``--device`` argument.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"--device {name}: CUDA finds {torch.cuda.device_count()} such devices here; use --device cpu"
+        )
+    return device

@@ -1,0 +1,272 @@
+"""The ISBI 2015 cephalograms: images and landmarks from any of the three layouts in which people have them.
+
+official   RawImage/{TrainingData,Test1Data,Test2Data}/NNN.bmp, AnnotationsByMD/{400_senior,400_junior}/NNN.txt
+2020       the same images, with 400_senior/ and 400_junior/ beside RawImage/
+kaggle     cepha400/NNN.jpg with {train,test1,test2}_senior.csv (senior doctor only)
+
+px0 are pixels of the original image (1935 x 2400, 0.1 mm each), px those of the resized network input.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from command import InputError
+
+MM_PER_PX0 = 0.1
+LANDMARKS = (
+    "sella",
+    "nasion",
+    "orbitale",
+    "porion",
+    "subspinale (A)",
+    "supramentale (B)",
+    "pogonion",
+    "menton",
+    "gnathion",
+    "gonion",
+    "incision inferius",
+    "incision superius",
+    "upper lip",
+    "lower lip",
+    "subnasale",
+    "soft tissue pogonion",
+    "posterior nasal spine",
+    "anterior nasal spine",
+    "articulare",
+)
+FOLDERS = {"train": "TrainingData", "test1": "Test1Data", "test2": "Test2Data"}
+IDS = {"train": range(1, 151), "test1": range(151, 301), "test2": range(301, 401)}  # of the official 400 images
+SPLITS = ("train", "test1", "test2", "test")
+SUFFIXES = (".bmp", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
+
+
+class Entry(NamedTuple):
+    """One image of a split: its id, its file, and where its landmarks stand (one file a doctor, or a CSV row)."""
+
+    id: str
+    image: Path
+    annotations: tuple
+
+
+class Cephalograms(torch.utils.data.Dataset):
+    """A split in memory: every image is decoded and resized once and kept as 8-bit grey.
+
+    Args:
+        root: folder of the data, in any of the layouts.
+        split: "train", "test1", "test2", or "test": what there is of test1 and test2.
+        size: (H, W) px of the network input.
+        limit: only the first so many images, by id.
+
+    Attributes:
+        ids: N file names without suffix.
+        images: (N, H, W) uint8.
+        landmarks: (N, K, 2) float32 x, y in px, mean of the doctors.
+        landmarks_px0: (N, K, 2) float64 x, y in px0, mean of the doctors.
+        sizes: (N, 2) int (H0, W0) of the original images.
+
+    Item i is (image (H, W) uint8, landmarks (K, 2) px, landmarks (K, 2) px0, id).
+
+    Raises:
+        InputError: data missing, incomplete or damaged; the message names the file.
+    """
+
+    def __init__(self, root, split, size, limit=None):
+        entries = index(root, split)[:limit]
+        self.ids = [entry.id for entry in entries]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside the interpreter's lock
+            loaded = pool.map(lambda entry: read_image(entry.image, size), entries)
+            bar = tqdm(loaded, total=len(entries), desc=f"loading {split}", unit="image")
+            images, sizes = zip(*bar, strict=True)
+        self.images = torch.from_numpy(np.stack(images))
+        self.sizes = torch.tensor(sizes)
+        points = [read_landmarks(entry, size0) for entry, size0 in zip(entries, sizes, strict=True)]
+        self.landmarks_px0 = torch.from_numpy(np.stack(points))
+        self.landmarks = rescale(self.landmarks_px0, self.sizes[:, None], size).float()
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, i):
+        return self.images[i], self.landmarks[i], self.landmarks_px0[i], self.ids[i]
+
+
+def to_input(images, device):
+    """8-bit grey (B, H, W) to the network's input (B, 3, H, W) float32 in [-1, 1], on ``device``."""
+    grey = images.to(device, non_blocking=True).float() / 127.5 - 1
+    return grey[:, None].expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+
+
+def rescale(points, size, new_size):
+    """Positions on an image of ``size`` (H, W) as positions on the same image resized to ``new_size``.
+
+    Pixel centres are whole numbers, so the image's edges lie at -0.5 and W - 0.5.
+
+    Args:
+        points: (..., 2) float x, y.
+        size, new_size: (H, W), or tensors (..., 2) of them.
+    """
+    scale = torch.as_tensor(new_size, dtype=torch.float64, device=points.device).flip(-1) / torch.as_tensor(
+        size, dtype=torch.float64, device=points.device
+    ).flip(-1)
+    return (points + 0.5) * scale - 0.5
+
+
+# --- finding the files -----------------------------------------------------------------------------------------------
+
+
+def available_splits(root):
+    """The splits among train, test1 and test2 that the folder holds."""
+    return [split for split in FOLDERS if index(root, split, required=False)]
+
+
+def index(root, split, required=True):
+    """The entries of a split, in order of id.
+
+    Raises:
+        InputError: no such folder, none of the layouts, or images and annotations don't match.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; --data names the folder with the ISBI 2015 data")
+    parts = ("test1", "test2") if split == "test" else (split,)
+    if (root / "RawImage").is_dir():
+        doctors = [root / "AnnotationsByMD" / name for name in ("400_senior", "400_junior")]
+        if not doctors[0].is_dir():
+            doctors = [root / "400_senior", root / "400_junior"]
+        if all(doctor.is_dir() for doctor in doctors):
+            entries = index_folders(root, doctors, parts)
+            if not entries and required:
+                raise InputError(f"{root / 'RawImage'}: no images in {' or '.join(FOLDERS[part] for part in parts)}")
+            return entries
+    images = next((f for f in (root / "cepha400" / "cepha400", root / "cepha400") if list_images(f)), None)
+    tables = {part: root / f"{part}_senior.csv" for part in FOLDERS}
+    if images and any(table.is_file() for table in tables.values()):
+        entries = index_tables(images, {part: table for part, table in tables.items() if table.is_file()}, parts)
+        if not entries and required:
+            raise InputError(f"{root}: no images in {' or '.join(tables[part].name for part in parts)}")
+        return entries
+    raise InputError(
+        f"{root}: not the ISBI 2015 data: looked for RawImage/ with 400_senior/ and 400_junior/ in AnnotationsByMD/ or "
+        "beside it, and for cepha400/ with images and train_senior.csv, test1_senior.csv or test2_senior.csv"
+    )
+
+
+def list_images(folder):
+    """The image files of a folder by id: {} where there is no such folder."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    images = [file for file in files if file.suffix.lower() in SUFFIXES]
+    by_id = {file.stem: file for file in images}
+    if len(by_id) < len(images):
+        twice = next(file for file in images if by_id[file.stem] != file)
+        raise InputError(f"{twice}: a second image of the same name lies beside it; remove one")
+    return by_id
+
+
+def index_folders(root, doctors, parts):
+    """Entries of the official and the 2020 layout; every image needs its annotations, and the reverse."""
+    images = {part: list_images(root / "RawImage" / folder) for part, folder in FOLDERS.items()}
+    known = set().union(*images.values())
+    absent = {i for part, ids in IDS.items() if not images[part] for i in ids}  # a split that the user does not have
+    for doctor in doctors:
+        for file in sorted(doctor.glob("*.txt")):
+            if file.stem not in known and not (file.stem.isdigit() and int(file.stem) in absent):
+                raise InputError(f"{file}: its image is missing in {root / 'RawImage'}; add it or remove the annotation")
+    entries = []
+    for part in parts:
+        for id, image in images[part].items():
+            annotations = tuple(doctor / f"{id}.txt" for doctor in doctors)
+            for file in annotations:
+                if not file.is_file():
+                    raise InputError(f"{image}: its annotation {file} is missing; add it or remove the image")
+            entries.append(Entry(id, image, annotations))
+    return entries
+
+
+def index_tables(folder, tables, parts):
+    """Entries of the Kaggle layout; every image needs its row, and the reverse."""
+    images = list_images(folder)
+    rows = {part: read_table(table) for part, table in tables.items()}
+    for part, table in tables.items():
+        for id in rows[part]:
+            if id not in images:
+                raise InputError(f"{table}: the image {id} of its list is missing in {folder}")
+    if len(tables) == len(FOLDERS):
+        if orphans := sorted(images.keys() - set().union(*rows.values())):
+            raise InputError(f"{images[orphans[0]]}: no row in {', '.join(str(table) for table in tables.values())}")
+    return [
+        Entry(id, images[id], ((tables[part], rows[part][id]),))
+        for part in parts
+        if part in tables
+        for id in sorted(rows[part])
+    ]
+
+
+def read_table(path):
+    """A Kaggle CSV as {id: its row of 2 K numbers as text}."""
+    header = ["image_path"] + [f"{k}_{axis}" for k in range(1, len(LANDMARKS) + 1) for axis in "xy"]
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
+        raise InputError(f"{path}: not a readable CSV ({error})") from None
+    if list(table.columns) != header:
+        raise InputError(f"{path}: the header is not image_path,1_x,1_y,...,{len(LANDMARKS)}_x,{len(LANDMARKS)}_y")
+    ids = table["image_path"].map(lambda name: Path(name).stem)
+    if ids.duplicated().any():
+        raise InputError(f"{path}: the image {ids[ids.duplicated()].iloc[0]} has two rows")
+    return dict(zip(ids, table[header[1:]].values.tolist(), strict=True))
+
+
+# --- reading them ----------------------------------------------------------------------------------------------------
+
+
+def read_image(path, size):
+    """Decode, resize (bilinear) and return (image (H, W) uint8, (H0, W0) px0)."""
+    try:
+        with Image.open(path) as image:
+            grey = image.convert("L")
+        return np.asarray(grey.resize(size[::-1], Image.Resampling.BILINEAR)), (grey.height, grey.width)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that Pillow raises
+        raise InputError(f"{path}: not a readable image, or a truncated one ({error})") from None
+
+
+def read_landmarks(entry, size0):
+    """Landmarks (K, 2) float64 px0 of an entry: the mean over its doctors, each checked against the image's size."""
+    doctors = []
+    for source in entry.annotations:
+        if isinstance(source, tuple):
+            path, numbers = source
+            where = [f"{path}: image {entry.id}, landmark {k + 1}" for k in range(len(LANDMARKS))]
+            lines = [f"{x},{y}" for x, y in zip(numbers[::2], numbers[1::2], strict=True)]
+        else:
+            lines = read_lines(source)
+            where = [f"{source}: line {k + 1}" for k in range(len(LANDMARKS))]
+            if len(lines) < len(LANDMARKS):
+                raise InputError(f"{source}: {len(lines)} lines, one for each of {len(LANDMARKS)} landmarks needed")
+        doctors.append([parse_point(*pair, size0) for pair in zip(lines, where, strict=False)])
+    return np.mean(np.array(doctors), axis=0)
+
+
+def read_lines(path):
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()[: len(LANDMARKS)]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable text file ({error})") from None
+
+
+def parse_point(text, where, size0):
+    """A line ``x,y`` as two numbers inside an image of ``size0`` (H0, W0)."""
+    try:
+        x, y = map(float, text.split(","))
+    except ValueError:
+        raise InputError(f"{where}: {text.strip()[:40]!r} is not x,y") from None
+    if not (0 <= x <= size0[1] - 1 and 0 <= y <= size0[0] - 1):  # also false for nan
+        raise InputError(f"{where}: ({x:g}, {y:g}) lies outside the image of {size0[1]} x {size0[0]} px")
+    return x, y

@@ -1,0 +1,245 @@
+"""The victim: a multi-task U-Net on VGG19, the maps that encode landmarks, the votes that decode them, and the loss.
+
+Maps are (B, 3, K, H, W) for B images and K landmarks: a heatmap, an x-offset and a y-offset for each landmark.
+Positions are (B, K, 2) as x, y in px of the network input; (0, 0) is the centre of the top left pixel.
+"Section" is that of "Miss the Point" (MICCAI 2020), which takes the network from "Multi-Task U-Net" detectors.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import VGG19_Weights
+from torchvision.models.vgg import cfgs, make_layers
+
+from command import InputError
+from container import Sequential
+
+MIN_SIZE = 32  # px: five poolings leave one pixel
+LAMBDA = 2.0  # weight of the heatmap's cross-entropy against the offsets' L1
+
+
+# --- network ---------------------------------------------------------------------------------------------------------
+
+
+class Up(nn.Module):
+    """Decoder block: bilinear x2, pad to the size wanted, join the skip connection, two 3x3 convolutions."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 3, padding=1),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, x, size, skip=None):
+        """Upsample x (B, C, h, w) to ``size`` (H, W) = (2h or 2h + 1, 2w or 2w + 1), after ``skip`` (B, C', H, W)."""
+        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+        x = F.pad(x, (0, size[1] - x.shape[-1], 0, size[0] - x.shape[-2]))
+        return self.conv(x if skip is None else torch.cat([skip, x], dim=1))
+
+
+class UNet(nn.Module):
+    """Multi-task U-Net: VGG19's convolutions down, five ``Up`` blocks back to the input's size.
+
+    Args:
+        num_landmarks: K.
+        encoder_weights: "none" (He initialisation), "imagenet" (torchvision's, from its cache or the network)
+            or the path of a torchvision VGG19 state dict.
+
+    Raises:
+        InputError: the encoder's weights can't be had.
+    """
+
+    def __init__(self, num_landmarks=19, encoder_weights="none"):
+        super().__init__()
+        self.num_landmarks = num_landmarks
+        # torchvision.models.vgg19().features, without making its 123.6 M classifier weights first
+        self.encoder = Sequential(*make_layers(cfgs["E"]))
+        self.up1 = Up(512 + 512, 256)
+        self.up2 = Up(256 + 256, 128)
+        self.up3 = Up(128 + 128, 64)
+        self.up4 = Up(64 + 64, 128)
+        self.up5 = Up(128, 64)
+        self.head = nn.Conv2d(64, 3 * num_landmarks, 1)
+        if encoder_weights == "none":
+            for layer in self.encoder:
+                if isinstance(layer, nn.Conv2d):
+                    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                    nn.init.zeros_(layer.bias)
+        else:
+            load_encoder(self.encoder, encoder_weights)
+
+    def forward(self, image):
+        """Predict the maps of an image.
+
+        Args:
+            image: (B, 3, H, W) float in [-1, 1], H and W at least 32.
+
+        Returns:
+            (B, 3, K, H, W) float32: heatmap logits (their sigmoid is the heatmap), x-offset, y-offset; offsets in
+            units of the radius. Logits, for a cross-entropy that stays exact where the sigmoid saturates.
+        """
+        if min(image.shape[-2:]) < MIN_SIZE:
+            raise ValueError(f"image of {tuple(image.shape[-2:])} px: at least {MIN_SIZE} x {MIN_SIZE} needed")
+        _, (f1, f2, f3, f4, f5) = self.encoder(image, get_features=True)
+        x = self.up1(f5, f4.shape[-2:], f4)
+        x = self.up2(x, f3.shape[-2:], f3)
+        x = self.up3(x, f2.shape[-2:], f2)
+        x = self.up4(x, f1.shape[-2:], f1)
+        x = self.up5(x, image.shape[-2:])
+        maps = self.head(x).to(torch.float32, memory_format=torch.contiguous_format)
+        return maps.unflatten(1, (3, self.num_landmarks))
+
+
+def load_encoder(encoder, source):
+    """Load VGG19 weights ("imagenet", or a path to a torchvision state dict) into the encoder."""
+    if source == "imagenet":
+        try:
+            state = VGG19_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True, map_location="cpu")
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"--encoder-weights imagenet: no cached copy and the download failed ({error}); use --encoder-weights "
+                "none to start from random weights, or --encoder-weights PATH to a torchvision VGG19 state dict"
+            ) from None
+    else:
+        state = load_tensors(source)
+    prefix = "features."
+    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    wanted = {key: value.shape for key, value in encoder.state_dict().items()}
+    if wanted != {key: value.shape for key, value in state.items()}:
+        raise InputError(f"--encoder-weights {source}: not the state dict of torchvision's vgg19")
+    encoder.load_state_dict(state)
+
+
+def load_tensors(path):
+    """Read a state dict (name to tensor), never running code that the file may hold.
+
+    Raises:
+        InputError: no such file, not a readable one, or one that holds more than tensors.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:  # torch.load raises a dozen types on damaged or foreign files
+        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+        raise InputError(f"{path}: not a readable file of weights: truncated, or not weights alone ({reason})") from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"{path}: not a state dict, which maps names to tensors")
+    return state
+
+
+def load_weights(model, path):
+    """Load the weights of a ``UNet`` checkpoint into the model.
+
+    Raises:
+        InputError: unreadable, of another network, or for another number of landmarks.
+    """
+    state = load_tensors(path)
+    wanted = model.state_dict()
+    if missing := wanted.keys() ^ state.keys():
+        raise InputError(f"{path}: weights of another network: {len(missing)} names differ, {min(missing)} is one")
+    if state["head.bias"].shape != wanted["head.bias"].shape:
+        raise InputError(
+            f"{path}: made for {state['head.bias'].numel() // 3} landmarks, {model.num_landmarks} are wanted"
+        )
+    if wrong := [key for key in wanted if wanted[key].shape != state[key].shape]:
+        raise InputError(f"{path}: weights of another network: {wrong[0]} is of shape {tuple(state[wrong[0]].shape)}")
+    model.load_state_dict(state)
+
+
+# --- landmarks to maps and back --------------------------------------------------------------------------------------
+
+
+class Goal(NamedTuple):
+    """What the network's maps shall become. All float32 but ``mask``."""
+
+    heatmap: torch.Tensor  # (B, K, H, W) in [0, 1]
+    offset: torch.Tensor  # (B, 2, K, H, W) x and y, in units of the radius
+    mask: torch.Tensor  # (B, K, H, W) bool: where offsets count
+
+
+def radius_of(size):
+    """R in px for an input of ``size`` = (H, W): int(5 % of the longer side), 40 at 800 x 640."""
+    return int(0.05 * max(size))
+
+
+def encode(points, size):
+    """Landmarks as heatmap, offsets and mask (Section 2): a disc of radius R around each.
+
+    With d = |q - p| for landmark p and pixel q: mask = d < R, heatmap = exp(-d^2 / (2 R^2)) and
+    offset = (p - q) / R, both zero outside the mask.
+
+    Args:
+        points: (B, K, 2) float x, y in px; they may lie between pixels.
+        size: (H, W) px.
+
+    Returns:
+        Goal, on the device of ``points``.
+    """
+    height, width = size
+    radius = radius_of(size)
+    columns = torch.arange(width, device=points.device)
+    rows = torch.arange(height, device=points.device)
+    dx = ((points[..., 0, None] - columns) / radius)[..., None, :]  # (B, K, 1, W)
+    dy = ((points[..., 1, None] - rows) / radius)[..., :, None]  # (B, K, H, 1)
+    squared = dx.square() + dy.square()
+    mask = squared < 1
+    return Goal(torch.exp(squared / -2) * mask, torch.stack([dx * mask, dy * mask], dim=1), mask)
+
+
+def decode(maps):
+    """Landmarks from maps by voting (Section 2).
+
+    Of each heatmap the int(3.14 R^2) highest pixels vote, each for the pixel q + R * offset(q), rounded; votes outside
+    the image are dropped; the pixel with most votes (the first of equals in reading order) is the landmark.
+
+    Args:
+        maps: (B, 3, K, H, W), heatmap (logits or not: only the order counts) and offsets.
+
+    Returns:
+        (B, K, 2) float32 x, y in px, whole numbers.
+    """
+    height, width = maps.shape[-2:]
+    radius = radius_of((height, width))
+    heatmap, offset_x, offset_y = maps.flatten(-2).unbind(1)  # (B, K, H * W) each
+    voters = heatmap.topk(min(int(3.14 * radius**2), height * width), sorted=False).indices
+    x = (voters % width + radius * offset_x.gather(-1, voters)).round()
+    y = (voters // width + radius * offset_y.gather(-1, voters)).round()
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    ballot = torch.where(inside, y * width + x, 0).long()
+    votes = torch.zeros_like(heatmap).scatter_add_(-1, ballot, inside.to(heatmap.dtype))
+    winner = votes.argmax(-1)
+    return torch.stack([winner % width, winner // width], dim=-1).float()
+
+
+# --- loss ------------------------------------------------------------------------------------------------------------
+
+
+def loss_terms(maps, goal):
+    """The three terms of the multi-task loss for every image and landmark.
+
+    Args:
+        maps: (B, 3, K, H, W) as the network gives them, heatmaps as logits.
+        goal: Goal of the same sizes.
+
+    Returns:
+        (3, B, K): cross-entropy of the heatmap, mean over all pixels; L1 of the x- and of the y-offset, mean over the
+        mask (0 for an empty mask).
+    """
+    cross_entropy = F.binary_cross_entropy_with_logits(maps[:, 0], goal.heatmap, reduction="none").mean((-2, -1))
+    difference = (maps[:, 1:] - goal.offset).abs() * goal.mask[:, None]
+    l1 = difference.sum((-2, -1)) / goal.mask.sum((-2, -1)).clamp(min=1)[:, None]
+    return torch.stack([cross_entropy, l1[:, 0], l1[:, 1]])
+
+
+def landmark_loss(maps, goal):
+    """L_k = lambda * BCE_k + L1_k(x) + L1_k(y) (Equation 1) of each image and landmark: (B, K)."""
+    cross_entropy, l1_x, l1_y = loss_terms(maps, goal)
+    return LAMBDA * cross_entropy + l1_x + l1_y

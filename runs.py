@@ -1,0 +1,111 @@
+"""The files of a run, runs/<tag>/: configuration and checkpoints, each written whole or not at all."""
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import numpy
+import torch
+import torchvision
+
+from command import InputError
+
+RUNS = Path("runs")
+
+
+def write(path, save):
+    """Write a file by ``save(temporary path)``, then give it its name: no reader ever sees half of it.
+
+    Raises:
+        InputError: it can't be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # the suffix tells some writers the format
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
+        raise InputError(f"{path}: can't be written ({error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def make_folder(path):
+    """Make a folder, parents included, and try that it can be written.
+
+    Raises:
+        InputError: it can't.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(path / "probe", "")
+        (path / "probe").unlink()
+    except OSError as error:
+        raise InputError(f"{path}: can't be used as output folder ({error})") from None
+
+
+def save_config(path, config):
+    """Write a configuration as JSON, with the versions of what it ran on."""
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+        "platform": platform.platform(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    write_text(path, json.dumps({**config, "versions": versions}, indent=2) + "\n")
+
+
+def read_config(path):
+    """Read a configuration back.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable configuration ({error})") from None
+
+
+def check_same_config(path, config, ignore):
+    """Raise InputError unless the configuration in ``path`` equals ``config`` but for the names in ``ignore``."""
+    config = json.loads(json.dumps(config))  # tuples become lists, as they did on disk
+    kept = read_config(path)
+    for name in sorted((config.keys() | kept.keys()) - {*ignore, "versions"}):
+        if config.get(name) != kept.get(name):
+            raise InputError(
+                f"{path.parent}: holds results of another configuration: {name} was {kept.get(name)!r}, now it is "
+                f"{config.get(name)!r}; repeat the old one, or choose another folder or tag"
+            )
+
+
+def run_folder(tag):
+    """The folder of a trained run.
+
+    Raises:
+        InputError: there is none; the message names those that are there.
+    """
+    folder = RUNS / tag
+    if not (folder / "config.json").is_file():
+        known = ", ".join(sorted(config.parent.name for config in RUNS.glob("*/config.json"))) or "no other either"
+        raise InputError(f"{folder}: no run of this --tag (there is: {known}); train it first by train.py --tag {tag}")
+    return folder
+
+
+def checkpoint_path(folder, epoch):
+    return folder / f"model_epoch_{epoch}.pth"
+
+
+def checkpoint_epochs(folder):
+    """The epochs of the checkpoints of a run, in order."""
+    names = [path.stem.removeprefix("model_epoch_") for path in folder.glob("model_epoch_*.pth")]
+    return sorted(int(name) for name in names if name.isdigit())
