@@ -13,6 +13,7 @@ from dataset import LANDMARKS, MM_PER_PX0, rescale, to_input
 from model import decode
 
 SDR_MM = (2, 2.5, 3, 4)
+ROLES = ("targeted", "stationary", "untargeted")  # of a landmark in an attack
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
@@ -78,4 +79,120 @@ def plot_training(log, path):
         right.set_title(f"monitoring on {monitored['monitored_split'].iloc[-1]}")
         right.legend()
     right.set(xlabel="epoch", ylabel="radial error (mm)", yscale="log")
+    figure.savefig(path, dpi=120)
+
+
+def plot_attack(summary, column, label, path):
+    """A column of the summary of an attack against iterations: targeted and stationary, methods side by side."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    roles = list(dict.fromkeys(summary["role"]))
+    for axes, role in zip(figure.subplots(1, len(roles), squeeze=False)[0], roles, strict=True):
+        for method, lines in summary[summary["role"] == role].groupby("method", sort=False):
+            axes.plot(lines["iteration"], lines[column], "o-", markersize=3, label=method)
+        axes.set(title=f"{role} landmarks", xlabel="iteration", ylabel=label, ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+# --- records of predictions ------------------------------------------------------------------------------------------
+
+
+def record(ids, points_px0, truth_px0, **columns):
+    """A tidy table, a row for each prediction.
+
+    Args:
+        ids: B image ids.
+        points_px0: (B, K, 2) predictions, x, y in px0.
+        truth_px0: (B, K, 2) ground truth.
+        columns: further columns; scalars, or arrays that broadcast to (B, K).
+
+    Returns:
+        DataFrame: image, landmark (1..K), name, the further columns, positions in px0.
+    """
+    shape = points_px0.shape[:2]
+    landmarks = np.broadcast_to(np.arange(shape[1]), shape)
+    table = {
+        "image": np.repeat(ids, shape[1]),
+        "landmark": landmarks.ravel() + 1,
+        "name": np.array(LANDMARKS)[landmarks].ravel(),
+    }
+    table |= {name: np.broadcast_to(np.asarray(values), shape).ravel() for name, values in columns.items()}
+    table |= {"x_px0": points_px0[..., 0].ravel(), "y_px0": points_px0[..., 1].ravel()}
+    table |= {"true_x_px0": truth_px0[..., 0].ravel(), "true_y_px0": truth_px0[..., 1].ravel()}
+    return pd.DataFrame(table)
+
+
+def record_attack(ids, points_px0, truth_px0, targets_px0, method, iteration):
+    """The predictions of an attack at one iteration as ``record``.
+
+    ``targets_px0`` (B, K, 2) is nan for stationary landmarks, None for an untargeted attack. The column role says
+    targeted, stationary or untargeted; the radial error of a targeted landmark is its distance from its target, that
+    of any other its distance from the ground truth.
+    """
+    if targets_px0 is None:
+        role, reference = "untargeted", truth_px0
+        targets_px0 = np.full_like(truth_px0, np.nan)
+    else:
+        targeted = ~np.isnan(targets_px0).any(-1)
+        role = np.where(targeted, "targeted", "stationary")
+        reference = np.where(targeted[..., None], targets_px0, truth_px0)
+    table = record(ids, points_px0, truth_px0, method=method, iteration=iteration, role=role)
+    table["target_x_px0"], table["target_y_px0"] = targets_px0.reshape(-1, 2).T
+    table["radial_error_mm"] = np.linalg.norm(points_px0 - reference, axis=-1).ravel() * MM_PER_PX0
+    return table
+
+
+def summarize_attack(records):
+    """Mean and median radial error and the share within 4 mm by role, method and iteration, over all landmarks."""
+    records = records.sort_values("role", key=lambda role: role.map(ROLES.index), kind="stable")
+    groups = records.groupby(["role", "method", "iteration"], sort=False)["radial_error_mm"]
+    table = groups.agg(landmarks="size", mre_mm="mean", median_mm="median")
+    table["within_4mm_%"] = groups.agg(lambda errors: 100 * (errors <= 4).mean())
+    return table.reset_index()
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+TRUTH, PREDICTED, TARGET = (
+    {"marker": "+", "c": "lime", "s": 30, "linewidths": 0.8},
+    {"marker": "o", "c": "none", "edgecolors": "red", "s": 18, "linewidths": 0.8},
+    {"marker": "x", "c": "cyan", "s": 25, "linewidths": 0.8},
+)
+
+
+def draw(path, title, image, truth, predicted, adversarial=None, attacked=None, targets=None):
+    """A picture of one image: as it is and, if attacked, the attacked image and the perturbation, magnified.
+
+    Args:
+        path, title: where to and what above.
+        image, adversarial: (3, H, W) in [-1, 1].
+        truth, predicted, attacked, targets: (K, 2) x, y in px; targets nan for stationary landmarks.
+    """
+    panels = 1 if adversarial is None else 3
+    figure = Figure(figsize=(4.2 * panels, 5.8), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    figure.suptitle(title)
+    axes[0].imshow(image[0], cmap="gray", vmin=-1, vmax=1)
+    axes[0].scatter(*truth.T, label="truth", **TRUTH)
+    axes[0].scatter(*predicted.T, label="prediction", **PREDICTED)
+    axes[0].set_title("clean")
+    if adversarial is not None:
+        axes[1].imshow(adversarial.permute(1, 2, 0) / 2 + 0.5)
+        axes[1].scatter(*truth.T, label="truth", **TRUTH)
+        axes[1].scatter(*attacked.T, label="prediction", **PREDICTED)
+        axes[1].set_title("attacked")
+        if targets is not None:
+            chosen = ~targets.isnan().any(-1)
+            axes[1].plot(
+                *torch.stack([targets[chosen], attacked[chosen]]).permute(2, 0, 1), color="cyan", linewidth=0.4
+            )
+            axes[1].scatter(*targets[chosen].T, label="target", **TARGET)
+        noise = (adversarial - image) * 127.5
+        bound = max(float(noise.abs().max()), 1e-6)
+        axes[2].imshow(noise.permute(1, 2, 0) / (2 * bound) + 0.5)
+        axes[2].set_title(f"perturbation x {127.5 / bound:.3g}\ngrey: none, black to white: -{bound:.1f} to +{bound:.1f} of 255")
+    for panel in axes:
+        panel.set_axis_off()
+    axes[int(panels > 1)].legend(loc="lower left", fontsize=7)
     figure.savefig(path, dpi=120)

@@ -1,8 +1,8 @@
 """The victim: a multi-task U-Net on VGG19, the maps that encode landmarks, the votes that decode them, and the loss.
 
 Maps are (B, 3, K, H, W) for B images and K landmarks: a heatmap, an x-offset and a y-offset for each landmark.
-Positions are (B, K, 2) as x, y in px of the network input; (0, 0) is the centre of the top left pixel.
-"Section" is that of "Miss the Point" (MICCAI 2020), which takes the network from "Multi-Task U-Net" detectors.
+Positions are (B, K, 2) as x, y in px of the network input; (0, 0) is the centre of the top left pixel. All after the
+method section of "Miss the Point" (MICCAI 2020).
 """
 
 from typing import NamedTuple
@@ -21,6 +21,17 @@ LAMBDA = 2.0  # weight of the heatmap's cross-entropy against the offsets' L1
 
 
 # --- network ---------------------------------------------------------------------------------------------------------
+
+
+class ImageConv2d(nn.Conv2d):
+    """The convolution that reads the image, in float32 also under autocast.
+
+    A bfloat16 near 1 has steps of 1/256, as long as a whole iteration's step of an attack with epsilon = 20.
+    """
+
+    def forward(self, image):
+        with torch.autocast(image.device.type, enabled=False):
+            return super().forward(image)
 
 
 class Up(nn.Module):
@@ -60,7 +71,8 @@ class UNet(nn.Module):
         super().__init__()
         self.num_landmarks = num_landmarks
         # torchvision.models.vgg19().features, without making its 123.6 M classifier weights first
-        self.encoder = Sequential(*make_layers(cfgs["E"]))
+        _, *layers = make_layers(cfgs["E"])
+        self.encoder = Sequential(ImageConv2d(3, 64, 3, padding=1), *layers)
         self.up1 = Up(512 + 512, 256)
         self.up2 = Up(256 + 256, 128)
         self.up3 = Up(128 + 128, 64)
@@ -171,7 +183,7 @@ def radius_of(size):
 
 
 def encode(points, size):
-    """Landmarks as heatmap, offsets and mask (Section 2): a disc of radius R around each.
+    """Landmarks as heatmap, offsets and mask: a disc of radius R around each.
 
     With d = |q - p| for landmark p and pixel q: mask = d < R, heatmap = exp(-d^2 / (2 R^2)) and
     offset = (p - q) / R, both zero outside the mask.
@@ -195,7 +207,7 @@ def encode(points, size):
 
 
 def decode(maps):
-    """Landmarks from maps by voting (Section 2).
+    """Landmarks from maps by voting.
 
     Of each heatmap the int(3.14 R^2) highest pixels vote, each for the pixel q + R * offset(q), rounded; votes outside
     the image are dropped; the pixel with most votes (the first of equals in reading order) is the landmark.
@@ -240,6 +252,6 @@ def loss_terms(maps, goal):
 
 
 def landmark_loss(maps, goal):
-    """L_k = lambda * BCE_k + L1_k(x) + L1_k(y) (Equation 1) of each image and landmark: (B, K)."""
+    """L_k = lambda * BCE_k + L1_k(x) + L1_k(y) of each image and landmark: (B, K)."""
     cross_entropy, l1_x, l1_y = loss_terms(maps, goal)
     return LAMBDA * cross_entropy + l1_x + l1_y

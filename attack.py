@@ -1,0 +1,238 @@
+"""Targeted adversarial attacks on a landmark detector: FGSM, I-FGSM, ATI-FGSM, and the choice of their targets.
+
+A white-box attacker moves chosen landmarks of the detector's output to chosen places and keeps the others where they
+are, with noise of at most epsilon/256 on an image in [-1, 1] (epsilon = 8: 4 of 255 grey levels). After "Miss the
+Point: Targeted Adversarial Attack on Multiple Landmark Detection" (MICCAI 2020), "the paper" below.
+
+    goal = goal_maps(model(image), targets, targeted)
+    for iteration, adversarial, maps in ati_fgsm(model, image, goal):
+        ...                                # iteration 0 is the clean image; maps are the network's of `adversarial`
+"""
+
+import zlib
+
+import numpy as np
+import pandas as pd
+import torch
+
+from command import InputError
+from dataset import MM_PER_PX0
+from model import Goal, encode, landmark_loss
+
+ETA = 0.05  # step length as a share of epsilon
+RANDOM_X = (100 / 640, 600 / 640)  # where the paper's random targets lie, as shares of the width
+RANDOM_Y = (250 / 800, 750 / 800)  # and of the height
+
+
+# --- attacks ---------------------------------------------------------------------------------------------------------
+# Each takes a model (any callable from images to maps as model.UNet gives them, its weights frozen so that only the
+# input's gradient is computed), and yields (iteration, adversarial images, their maps), beginning with the clean ones.
+
+
+def iterate(model, image, goal, weigh, epsilon, steps, eta):
+    """The loop of every attack here: gradient, step, project, clip. ``weigh`` turns losses (B, K) into their weights."""
+    epsilon = epsilon / 256
+    noise = torch.zeros_like(image)
+    for iteration in range(steps + 1):
+        adversarial = (image - noise).clamp(-1, 1).requires_grad_()
+        with torch.set_grad_enabled(iteration < steps):
+            maps = model(adversarial)
+        yield iteration, adversarial.detach(), maps.detach()
+        if iteration < steps:
+            losses = landmark_loss(maps, goal)
+            (gradient,) = torch.autograd.grad((weigh(losses.detach()) * losses).sum(), adversarial)
+            noise = (noise + eta * epsilon * gradient.sign()).clamp(-epsilon, epsilon)
+
+
+def i_fgsm(model, image, goal, epsilon=8, steps=300, eta=ETA):
+    """Targeted iterative FGSM: minimise sum_k L_k.
+
+    Args:
+        model: callable, (B, 3, H, W) -> (B, 3, K, H, W).
+        image: (B, 3, H, W) float32 in [-1, 1].
+        goal: Goal of the same B, K, H, W, from ``goal_maps``.
+        epsilon: bound of the noise in 1/256 of the [-1, 1] scale, that is in half grey levels.
+        steps: number of iterations.
+        eta: step length as a share of epsilon.
+
+    Yields:
+        (iteration, adversarial, maps) for iteration 0 (the clean image) .. steps; adversarial like ``image``, maps as
+        the model gives them, both without gradient.
+
+    Example:
+        >>> *_, (_, adversarial, maps) = i_fgsm(model, image, goal, epsilon=8, steps=300)
+    """
+    return iterate(model, image, goal, torch.ones_like, epsilon, steps, eta)
+
+
+def ati_fgsm(model, image, goal, epsilon=8, steps=300, eta=ETA):
+    """Adaptive targeted iterative FGSM (the method that the paper proposes): minimise sum_k a_k L_k.
+
+    The weights a_k = L_k / mean_j L_j of each image are renewed in every iteration and constant in the gradient: hard
+    landmarks get more weight. Arguments, yields and use as those of ``i_fgsm``.
+    """
+    return iterate(model, image, goal, adaptive_weights, epsilon, steps, eta)
+
+
+def fgsm(model, image, goal, epsilon=8):
+    """Targeted FGSM: one step of full length towards the goal. Arguments, yields and use as those of ``i_fgsm``."""
+    return iterate(model, image, goal, torch.ones_like, epsilon, steps=1, eta=1.0)
+
+
+def untargeted_fgsm(model, image, goal, epsilon=8):
+    """Untargeted FGSM: one step of full length away from the goal, which are the maps to be destroyed.
+
+    The goal should encode positions (the clean prediction, say): against the model's own clean maps the gradient
+    vanishes. Arguments, yields and use as those of ``i_fgsm``.
+    """
+    return iterate(model, image, goal, lambda losses: -torch.ones_like(losses), epsilon, steps=1, eta=1.0)
+
+
+def adaptive_weights(losses):
+    """a_k = L_k / mean_j L_j of losses (B, K), each image by itself."""
+    return losses / losses.mean(-1, keepdim=True)
+
+
+ATTACKS = {"I-FGSM": i_fgsm, "ATI-FGSM": ati_fgsm, "FGSM": fgsm, "untargeted-FGSM": untargeted_fgsm}
+ONE_STEP = ("FGSM", "untargeted-FGSM")
+UNTARGETED = "untargeted-FGSM"
+
+
+def goal_maps(clean, targets, targeted):
+    """What a targeted attack wants the network to say.
+
+    Targeted landmarks get the maps of their targets; the others keep the network's own clean maps, their offsets
+    counting where the clean heatmap is above one half.
+
+    Args:
+        clean: (B, 3, K, H, W) maps of the clean images as the network gives them.
+        targets: (B, K, 2) float x, y in px; those of stationary landmarks are not used.
+        targeted: (B, K) bool.
+    """
+    wanted = encode(targets, clean.shape[-2:])
+    heatmap = clean[:, 0].sigmoid()
+    pick = targeted[..., None, None]
+    return Goal(
+        torch.where(pick, wanted.heatmap, heatmap),
+        torch.where(pick[:, None], wanted.offset, clean[:, 1:]),
+        torch.where(pick, wanted.mask, heatmap > 0.5),
+    )
+
+
+# --- targets ---------------------------------------------------------------------------------------------------------
+# Each returns targets (K, 2) float64 x, y in px0, nan for stationary landmarks. They depend on the image, its id and
+# the seed alone: on no model, method, input size or batch.
+
+
+def generator(seed, id):
+    """A random generator for one image, the same in whatever order and company images come."""
+    return np.random.default_rng([seed, zlib.crc32(id.encode())])
+
+
+def random_targets(rng, num_landmarks, size0):
+    """The paper's random protocol.
+
+    |T| is uniform in 1 .. K - 2, T uniform, and targets are uniform in x of [100, 600] and y of [250, 750] px of a
+    640 x 800 image, in proportion on any other.
+
+    Args:
+        rng: numpy random generator.
+        num_landmarks: K.
+        size0: (H0, W0) of the original image.
+    """
+    height, width = size0
+    count = rng.integers(1, max(2, num_landmarks - 1))
+    chosen = rng.choice(num_landmarks, count, replace=False)
+    targets = np.full((num_landmarks, 2), np.nan)
+    targets[chosen, 0] = rng.uniform(*RANDOM_X, count) * width - 0.5
+    targets[chosen, 1] = rng.uniform(*RANDOM_Y, count) * height - 0.5
+    return targets
+
+
+def shift_targets(rng, landmarks, size0, count, shift_mm):
+    """Displacements: ``count`` landmarks, each moved by ``shift_mm`` from the truth in a random direction.
+
+    Args:
+        rng: numpy random generator.
+        landmarks: (K, 2) x, y in px0.
+        size0: (H0, W0) of the original image; a direction that leads out of it is drawn again.
+        count: number of targeted landmarks.
+        shift_mm: distance in mm.
+
+    Raises:
+        InputError: a landmark can't be moved so far within the image.
+    """
+    limits = np.array([size0[1] - 1, size0[0] - 1])
+    chosen = rng.choice(len(landmarks), count, replace=False)
+    angles = rng.uniform(0, 2 * np.pi, (count, 1000))
+    steps = shift_mm / MM_PER_PX0 * np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    places = landmarks[chosen, None] + steps  # (count, draws, 2)
+    inside = ((places >= 0) & (places <= limits)).all(-1)
+    if not inside.any(1).all():
+        k = chosen[~inside.any(1)][0]
+        raise InputError(f"--shift-mm {shift_mm:g}: landmark {k + 1} can't be moved so far inside its image")
+    targets = np.full(landmarks.shape, np.nan)
+    targets[chosen] = places[np.arange(count), inside.argmax(1)]
+    return targets
+
+
+def read_targets(path, num_landmarks):
+    """Targets from a CSV file with the header ``landmark,x,y``: landmarks 1..K, positions in px0, any order.
+
+    Raises:
+        InputError: unreadable, or a row is wrong; the message names it.
+    """
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
+        raise InputError(f"{path}: not a readable file of targets ({error})") from None
+    if list(table.columns) != ["landmark", "x", "y"] or table.empty:
+        raise InputError(f"{path}: the header landmark,x,y and at least one row are needed")
+    targets = np.full((num_landmarks, 2), np.nan)
+    for line, (landmark, *position) in enumerate(table.itertuples(index=False), start=2):
+        if not landmark.strip().isdigit() or not 1 <= int(landmark) <= num_landmarks:
+            raise InputError(f"{path}: line {line}: there is no landmark {landmark!r}, only 1 to {num_landmarks}")
+        k = int(landmark) - 1
+        if not np.isnan(targets[k]).all():
+            raise InputError(f"{path}: line {line}: landmark {landmark} has a target already")
+        try:
+            targets[k] = [float(value) for value in position]
+        except ValueError:
+            targets[k] = np.nan
+        if not np.isfinite(targets[k]).all():
+            raise InputError(f"{path}: line {line}: {','.join(position)!r} is not x,y")
+    return targets
+
+
+def choose_targets(kind, data, seed, count, shift_mm):
+    """Targets for a whole split: (N, K, 2) float64 x, y in px0, nan for stationary landmarks.
+
+    Args:
+        kind: "random", "shift", or the path of a file of targets for every image.
+        data: dataset.Cephalograms.
+        seed, count, shift_mm: see ``generator`` and ``shift_targets``.
+
+    Raises:
+        InputError: a file is wrong, or a target lies outside an image.
+    """
+    landmarks, sizes = data.landmarks_px0.numpy(), data.sizes.tolist()
+    num_landmarks = landmarks.shape[1]
+    if kind == "random":
+        chosen = [random_targets(generator(seed, id), num_landmarks, size0) for id, size0 in zip(data.ids, sizes)]
+    elif kind == "shift":
+        chosen = [
+            shift_targets(generator(seed, id), points, size0, count, shift_mm)
+            for id, points, size0 in zip(data.ids, landmarks, sizes)
+        ]
+    else:
+        targets = read_targets(kind, num_landmarks)
+        for id, (height, width) in zip(data.ids, sizes):
+            outside = (targets < 0) | (targets > (width - 1, height - 1))  # false for nan
+            if outside.any():
+                k = outside.any(1).argmax()
+                raise InputError(
+                    f"{kind}: the target ({targets[k, 0]:g}, {targets[k, 1]:g}) of landmark {k + 1} lies outside image "
+                    f"{id} of {width} x {height} px"
+                )
+        chosen = [targets] * len(data)
+    return torch.from_numpy(np.stack(chosen))

@@ -1,0 +1,239 @@
+"""Test a trained detector, or attack it.
+
+    python test.py --tag baseline --iteration 229                                    # accuracy
+    python test.py --tag baseline --iteration 229 --attack 1 --rand temp             # ATI-FGSM
+    python test.py --tag baseline --attack 0 1 --targets shift --epsilon 8           # compared, on displacements
+
+Writes into runs/<tag>/<rand>/: config.json, predictions.csv, summary.csv, pictures/, for an attack also charts and
+records/, from which the same command goes on after a stop.
+"""
+
+import argparse
+import hashlib
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+import command
+from attack import ATTACKS, ONE_STEP, UNTARGETED, choose_targets, goal_maps
+from command import InputError, positive_float, positive_int
+from dataset import LANDMARKS, SPLITS, Cephalograms, rescale, to_input
+from eval import (
+    draw,
+    plot_attack,
+    predict,
+    radial_errors,
+    record,
+    record_attack,
+    summarize,
+    summarize_attack,
+)
+from model import UNet, decode, encode, load_weights
+from runs import (
+    check_same_config,
+    checkpoint_epochs,
+    checkpoint_path,
+    make_folder,
+    read_config,
+    run_folder,
+    save_config,
+    write,
+)
+
+RECORDED = (0, 1, 20, 50, 99, 150, 200, 250, 299)  # iterations reported, as in the paper, and the last
+
+
+def attack_name(text):
+    """An attack by its number (0: I-FGSM, 1: ATI-FGSM, as in the 2020 code) or name."""
+    names = list(ATTACKS)
+    by_text = {str(i): name for i, name in enumerate(names)} | {name.lower(): name for name in names}
+    if text.lower() not in by_text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(by_text)}")
+    return by_text[text.lower()]
+
+
+def parse_arguments():
+    parser = command.Parser("Test a trained detector, or attack it.")
+    parser.add_argument("--tag", type=command.tag, required=True, help="name of the run: runs/TAG/")
+    parser.add_argument("--iteration", type=int, metavar="EPOCH", help="checkpoint of this epoch (default: the newest)")
+    parser.add_argument("--data", default="data", help="folder with the ISBI 2015 data")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="test: what there is of test1 and test2")
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N images (default: all)")
+    parser.add_argument("--rand", metavar="DIR", help="output folder below runs/TAG/ (default: named by what is done)")
+    parser.add_argument(
+        "--attack",
+        type=attack_name,
+        nargs="+",
+        metavar="METHOD",
+        help=f"attack, by one method or several: {', '.join(f'{i} or {name}' for i, name in enumerate(ATTACKS))}",
+    )
+    parser.add_argument(
+        "--targets",
+        default="random",
+        metavar="SOURCE",
+        help="random (the paper's protocol), shift (displacements), or a CSV file landmark,x,y in px of the original",
+    )
+    parser.add_argument("--shift-count", type=positive_int, default=5, metavar="N", help="landmarks moved by shift")
+    parser.add_argument("--shift-mm", type=positive_float, default=8.0, metavar="MM", help="how far shift moves them")
+    parser.add_argument(
+        "--epsilon", type=positive_float, default=8.0, help="bound of the noise in half grey levels (8: 4 of 255)"
+    )
+    parser.add_argument("--steps", type=positive_int, default=300, help="iterations of I-FGSM and ATI-FGSM")
+    parser.add_argument("--batch-size", type=positive_int, default=4)
+    parser.add_argument("--pictures", type=int, default=4, metavar="N", help="draw the first N images")
+    command.add_compute_arguments(parser)
+    args = parser.parse_args()
+    if args.shift_count > len(LANDMARKS):
+        parser.error(f"--shift-count: there are {len(LANDMARKS)} landmarks")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    device = command.find_device(args.device)
+    run = run_folder(args.tag)
+    epochs = checkpoint_epochs(run)
+    epoch = args.iteration if args.iteration is not None else max(epochs, default=None)
+    if epoch not in epochs:
+        known = ", ".join(map(str, epochs)) or "none yet"
+        raise InputError(f"{checkpoint_path(run, epoch)}: no such checkpoint; --iteration takes one of: {known}")
+    checkpoint = checkpoint_path(run, epoch)
+    size = tuple(read_size(run / "config.json"))
+    model = UNet(len(LANDMARKS))
+    load_weights(model, checkpoint)
+    model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    data = Cephalograms(args.data, args.split, size, args.limit)
+
+    what = "attack" if args.attack else "test"
+    out = run / (args.rand or f"{what}_{args.split}_{epoch}")
+    config = vars(args) | {"iteration": epoch, "size": size, "checkpoint_sha256": sha256(checkpoint)}
+    if args.attack:
+        targets = choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm)
+        config["targets_sha256"] = hashlib.sha256(targets.numpy().tobytes()).hexdigest()
+    if (out / "config.json").exists():
+        check_same_config(out / "config.json", config, ignore=["device", "data", "batch_size", "rand", "pictures"])
+    make_folder(out / "pictures")
+    save_config(out / "config.json", config)
+
+    if args.attack:
+        attack(args, model, data, targets, device, out)
+    else:
+        test(args, model, data, device, out)
+    print(f"written to {out}/")
+
+
+def read_size(path):
+    size = read_config(path).get("size")
+    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n >= 32 for n in size)):
+        raise InputError(f'{path}: not the configuration of a run: "size" should be two numbers of px')
+    return size
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def test(args, model, data, device, out):
+    """Accuracy on a split: predictions.csv, summary.csv, pictures."""
+    points = predict(model, data, args.batch_size, device, args.precision)
+    errors = radial_errors(points, data)
+    points_px0 = rescale(points.double(), data.images.shape[-2:], data.sizes[:, None])
+    table = record(data.ids, points_px0.numpy(), data.landmarks_px0.numpy())
+    table["radial_error_mm"] = errors.flatten()
+    write(out / "predictions.csv", lambda path: table.to_csv(path, index=False, float_format="%.3f"))
+    for i in range(min(args.pictures, len(data))):
+        image = to_input(data.images[i : i + 1], "cpu")[0]
+        title = f"{data.ids[i]}, MRE {errors[i].mean():.2f} mm"
+        write(out / "pictures" / f"{data.ids[i]}.png", lambda path: draw(path, title, image, data.landmarks[i], points[i]))
+    summary = summarize(errors).rename_axis("landmark")
+    summary.insert(0, "name", [*LANDMARKS, "mean"])
+    write(out / "summary.csv", lambda path: summary.to_csv(path, float_format="%.3f"))
+    print(summary.to_string(float_format="%.2f"))
+
+
+def attack(args, model, data, targets_px0, device, out):
+    """Attack every image by every method on the same targets: records/, predictions.csv, summary.csv, charts, pictures."""
+
+    def victim(image):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            return model(image)
+
+    folder = out / "records"
+    folder.mkdir(exist_ok=True)
+    files = {method: [folder / f"{method}_{id}.csv" for id in data.ids] for method in args.attack}
+    pending = {method: [i for i, file in enumerate(files[method]) if not file.exists()] for method in files}
+    steps = {method: 1 if method in ONE_STEP else args.steps for method in files}
+    bar = tqdm(total=sum(steps[method] * len(pending[method]) for method in files), desc="attacking", unit="step")
+    for method in files:
+        for start in range(0, len(pending[method]), args.batch_size):
+            batch = pending[method][start : start + args.batch_size]
+            bar.set_description(f"{method} on {data.ids[batch[0]]}")
+            table = attack_batch(args, method, steps[method], victim, data, batch, targets_px0[batch], device, out, bar)
+            for i in batch:  # last of all, for a record says that its image is done
+                rows = table[table["image"] == data.ids[i]]
+                write(files[method][i], lambda path: rows.to_csv(path, index=False, float_format="%.4f"))
+    bar.close()
+
+    table = pd.concat([pd.read_csv(file, dtype={"image": str}) for method in files for file in files[method]])
+    write(out / "predictions.csv", lambda path: table.to_csv(path, index=False, float_format="%.4f"))
+    summary = summarize_attack(table)
+    write(out / "summary.csv", lambda path: summary.to_csv(path, index=False, float_format="%.3f"))
+    for name, column, label in [
+        ("mre", "mre_mm", "MRE (mm)"),
+        ("median", "median_mm", "median radial error (mm)"),
+        ("within_4mm", "within_4mm_%", "within 4 mm (%)"),
+    ]:
+        write(out / f"{name}.png", lambda path: plot_attack(summary, column, label, path))
+    print(summary.to_string(index=False, float_format="%.2f"))
+
+
+def attack_batch(args, method, steps, victim, data, batch, targets_px0, device, out, bar):
+    """Attack the images ``batch`` (B indices) by one method, draw those wanted, return the record of all of them."""
+    size = data.images.shape[-2:]
+    ids = [data.ids[i] for i in batch]
+    image = to_input(data.images[batch], device)
+    targets = rescale(targets_px0, data.sizes[batch, None], size).float()
+    with torch.no_grad():
+        clean = victim(image)
+    if method == UNTARGETED:
+        targets_px0 = None
+        goal = encode(decode(clean), size)
+    else:
+        goal = goal_maps(clean, targets.nan_to_num().to(device), ~targets.isnan().any(-1).to(device))
+    if method in ONE_STEP:
+        attacked = ATTACKS[method](victim, image, goal, args.epsilon)
+    else:
+        attacked = ATTACKS[method](victim, image, goal, args.epsilon, steps)
+
+    tables = []
+    for iteration, adversarial, maps in attacked:
+        bar.update(len(batch) if iteration else 0)
+        if iteration in RECORDED or iteration == steps:
+            points = decode(maps).cpu()
+            points_px0 = rescale(points.double(), size, data.sizes[batch, None]).numpy()
+            truth_px0 = data.landmarks_px0[batch].numpy()
+            given_px0 = None if targets_px0 is None else targets_px0.numpy()
+            tables.append(record_attack(ids, points_px0, truth_px0, given_px0, method, iteration))
+            moved = tables[-1][tables[-1]["role"] != "stationary"]
+            bar.set_postfix({f"{moved['role'].iloc[0]} MRE": f"{moved['radial_error_mm'].mean():.1f} mm"})
+
+    clean_points = decode(clean).cpu()
+    for b, i in enumerate(batch):
+        if i < args.pictures:
+            draw(
+                out / "pictures" / f"{ids[b]}_{method}.png",
+                f"{ids[b]}, {method}, epsilon {args.epsilon:g}, {steps} iterations",
+                image[b].cpu(),
+                data.landmarks[i],
+                clean_points[b],
+                adversarial[b].cpu(),
+                points[b],
+                None if targets_px0 is None else targets[b],
+            )
+    return pd.concat(tables)
+
+
+if __name__ == "__main__":
+    command.run(main)
