@@ -42,6 +42,13 @@ def positive_int(text):
     return value
 
 
+def natural_int(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
 def positive_float(text):
     value = float(text)
     if not 0 < value < math.inf:
@@ -60,7 +67,7 @@ def add_compute_arguments(parser):
     """--device, --precision and --seed, alike in every command that runs the network."""
     parser.add_argument("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast of the network")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument("--seed", type=natural_int, default=0, help="seed of everything random")
 
 
 def find_device(name):

@@ -83,8 +83,8 @@ class Cephalograms(torch.utils.data.Dataset):
         self.ids = [entry.id for entry in entries]
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside the interpreter's lock
             loaded = pool.map(lambda entry: read_image(entry.image, size), entries)
-            bar = tqdm(loaded, total=len(entries), desc=f"loading {split}", unit="image")
-            images, sizes = zip(*bar, strict=True)
+            with tqdm(loaded, f"loading {split}", len(entries), unit="image", leave=False, disable=None) as bar:
+                images, sizes = zip(*bar, strict=True)
         self.images = torch.from_numpy(np.stack(images))
         self.sizes = torch.tensor(sizes)
         points = [read_landmarks(entry, size0) for entry, size0 in zip(entries, sizes, strict=True)]

@@ -38,13 +38,12 @@ def radial_errors(points, data):
 
 
 def summarize(errors):
-    """The official metrics of radial errors (N, K) in mm.
+    """The official metrics of radial errors, an array (N, K) in mm.
 
     Returns:
         DataFrame of a row a landmark ("1".."K") and one for "all": MRE, SD (population) and median in mm, SDR in %.
         MRE and SD of "all" are the means over landmarks of theirs; its median and SDR are over all errors.
     """
-    errors = np.asarray(errors)
     table = pd.DataFrame(
         {"mre_mm": errors.mean(0), "sd_mm": errors.std(0), "median_mm": np.median(errors, axis=0)}
         | {f"sdr_{t}mm_%": 100 * (errors <= t).mean(0) for t in SDR_MM},
@@ -166,8 +165,8 @@ def draw(path, title, image, truth, predicted, adversarial=None, attacked=None, 
 
     Args:
         path, title: where to and what above.
-        image, adversarial: (3, H, W) in [-1, 1].
-        truth, predicted, attacked, targets: (K, 2) x, y in px; targets nan for stationary landmarks.
+        image, adversarial: arrays (3, H, W) in [-1, 1].
+        truth, predicted, attacked, targets: arrays (K, 2) of x, y in px; targets nan for stationary landmarks.
     """
     panels = 1 if adversarial is None else 3
     figure = Figure(figsize=(4.2 * panels, 5.8), layout="constrained")
@@ -178,20 +177,19 @@ def draw(path, title, image, truth, predicted, adversarial=None, attacked=None, 
     axes[0].scatter(*predicted.T, label="prediction", **PREDICTED)
     axes[0].set_title("clean")
     if adversarial is not None:
-        axes[1].imshow(adversarial.permute(1, 2, 0) / 2 + 0.5)
+        axes[1].imshow(adversarial.transpose(1, 2, 0) / 2 + 0.5)
         axes[1].scatter(*truth.T, label="truth", **TRUTH)
         axes[1].scatter(*attacked.T, label="prediction", **PREDICTED)
         axes[1].set_title("attacked")
         if targets is not None:
-            chosen = ~targets.isnan().any(-1)
-            axes[1].plot(
-                *torch.stack([targets[chosen], attacked[chosen]]).permute(2, 0, 1), color="cyan", linewidth=0.4
-            )
+            chosen = ~np.isnan(targets).any(-1)
+            lines = np.stack([targets[chosen], attacked[chosen]])
+            axes[1].plot(lines[..., 0], lines[..., 1], color="cyan", linewidth=0.4)
             axes[1].scatter(*targets[chosen].T, label="target", **TARGET)
         noise = (adversarial - image) * 127.5
-        bound = max(float(noise.abs().max()), 1e-6)
-        axes[2].imshow(noise.permute(1, 2, 0) / (2 * bound) + 0.5)
-        axes[2].set_title(f"perturbation x {127.5 / bound:.3g}\ngrey: none, black to white: -{bound:.1f} to +{bound:.1f} of 255")
+        bound = max(np.abs(noise).max(), 1e-6)
+        axes[2].imshow(noise.transpose(1, 2, 0) / (2 * bound) + 0.5)
+        axes[2].set_title(f"perturbation x {127.5 / bound:.3g}: black -{bound:.1f}, white +{bound:.1f} of 255")
     for panel in axes:
         panel.set_axis_off()
     axes[int(panels > 1)].legend(loc="lower left", fontsize=7)

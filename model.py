@@ -5,6 +5,8 @@ Positions are (B, K, 2) as x, y in px of the network input; (0, 0) is the centre
 method section of "Miss the Point" (MICCAI 2020).
 """
 
+import contextlib
+import sys
 from typing import NamedTuple
 
 import torch
@@ -94,7 +96,7 @@ class UNet(nn.Module):
             image: (B, 3, H, W) float in [-1, 1], H and W at least 32.
 
         Returns:
-            (B, 3, K, H, W) float32: heatmap logits (their sigmoid is the heatmap), x-offset, y-offset; offsets in
+            (B, 3, K, H, W), float32 also under autocast: heatmap logits (their sigmoid is the heatmap), x-offset, y-offset; offsets in
             units of the radius. Logits, for a cross-entropy that stays exact where the sigmoid saturates.
         """
         if min(image.shape[-2:]) < MIN_SIZE:
@@ -105,7 +107,8 @@ class UNet(nn.Module):
         x = self.up3(x, f2.shape[-2:], f2)
         x = self.up4(x, f1.shape[-2:], f1)
         x = self.up5(x, image.shape[-2:])
-        maps = self.head(x).to(torch.float32, memory_format=torch.contiguous_format)
+        maps = self.head(x)
+        maps = maps.to(torch.promote_types(maps.dtype, torch.float32), memory_format=torch.contiguous_format)
         return maps.unflatten(1, (3, self.num_landmarks))
 
 
@@ -113,7 +116,8 @@ def load_encoder(encoder, source):
     """Load VGG19 weights ("imagenet", or a path to a torchvision state dict) into the encoder."""
     if source == "imagenet":
         try:
-            state = VGG19_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True, map_location="cpu")
+            with contextlib.redirect_stderr(sys.stdout):  # the progress of the download
+                state = VGG19_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, map_location="cpu")
         except (OSError, RuntimeError) as error:
             raise InputError(
                 f"--encoder-weights imagenet: no cached copy and the download failed ({error}); use --encoder-weights "
@@ -210,7 +214,8 @@ def decode(maps):
     """Landmarks from maps by voting.
 
     Of each heatmap the int(3.14 R^2) highest pixels vote, each for the pixel q + R * offset(q), rounded; votes outside
-    the image are dropped; the pixel with most votes (the first of equals in reading order) is the landmark.
+    the image are dropped; the pixel with most votes is the landmark. Among equals the highest pixel's vote decides,
+    then reading order.
 
     Args:
         maps: (B, 3, K, H, W), heatmap (logits or not: only the order counts) and offsets.
@@ -221,12 +226,14 @@ def decode(maps):
     height, width = maps.shape[-2:]
     radius = radius_of((height, width))
     heatmap, offset_x, offset_y = maps.flatten(-2).unbind(1)  # (B, K, H * W) each
-    voters = heatmap.topk(min(int(3.14 * radius**2), height * width), sorted=False).indices
+    voters = heatmap.topk(int(3.14 * radius**2)).indices  # the highest first
     x = (voters % width + radius * offset_x.gather(-1, voters)).round()
     y = (voters // width + radius * offset_y.gather(-1, voters)).round()
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     ballot = torch.where(inside, y * width + x, 0).long()
-    votes = torch.zeros_like(heatmap).scatter_add_(-1, ballot, inside.to(heatmap.dtype))
+    weight = inside.to(heatmap.dtype)
+    weight[..., 0] *= 1.5
+    votes = torch.zeros_like(heatmap).scatter_add_(-1, ballot, weight)
     winner = votes.argmax(-1)
     return torch.stack([winner % width, winner // width], dim=-1).float()
 

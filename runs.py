@@ -69,23 +69,28 @@ def read_config(path):
         InputError: missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a readable configuration ({error})") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: not a configuration, which maps names to values")
+    return config
 
 
 def check_same_config(path, config, ignore):
     """Raise InputError unless the configuration in ``path`` equals ``config`` but for the names in ``ignore``."""
     config = json.loads(json.dumps(config))  # tuples become lists, as they did on disk
     kept = read_config(path)
-    for name in sorted((config.keys() | kept.keys()) - {*ignore, "versions"}):
-        if config.get(name) != kept.get(name):
-            raise InputError(
-                f"{path.parent}: holds results of another configuration: {name} was {kept.get(name)!r}, now it is "
-                f"{config.get(name)!r}; repeat the old one, or choose another folder or tag"
-            )
+    differences = [
+        f"{name} was {kept.get(name)!r}, now it is {config.get(name)!r}"
+        for name in sorted((config.keys() | kept.keys()) - {*ignore, "versions"})
+        if config.get(name) != kept.get(name)
+    ]
+    if differences:
+        raise InputError(
+            f"{path.parent}: holds results of another configuration: {'; '.join(differences)}; repeat the old one, or "
+            "choose another folder or tag"
+        )
 
 
 def run_folder(tag):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import command
 from attack import ATTACKS, ONE_STEP, UNTARGETED, choose_targets, goal_maps
-from command import InputError, positive_float, positive_int
+from command import InputError, natural_int, positive_float, positive_int
 from dataset import LANDMARKS, SPLITS, Cephalograms, rescale, to_input
 from eval import (
     draw,
@@ -56,7 +56,7 @@ def attack_name(text):
 def parse_arguments():
     parser = command.Parser("Test a trained detector, or attack it.")
     parser.add_argument("--tag", type=command.tag, required=True, help="name of the run: runs/TAG/")
-    parser.add_argument("--iteration", type=int, metavar="EPOCH", help="checkpoint of this epoch (default: the newest)")
+    parser.add_argument("--iteration", type=natural_int, metavar="EPOCH", help="checkpoint of this epoch (default: the newest)")
     parser.add_argument("--data", default="data", help="folder with the ISBI 2015 data")
     parser.add_argument("--split", choices=SPLITS, default="test", help="test: what there is of test1 and test2")
     parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N images (default: all)")
@@ -81,7 +81,7 @@ def parse_arguments():
     )
     parser.add_argument("--steps", type=positive_int, default=300, help="iterations of I-FGSM and ATI-FGSM")
     parser.add_argument("--batch-size", type=positive_int, default=4)
-    parser.add_argument("--pictures", type=int, default=4, metavar="N", help="draw the first N images")
+    parser.add_argument("--pictures", type=natural_int, default=4, metavar="N", help="draw the first N images")
     command.add_compute_arguments(parser)
     args = parser.parse_args()
     if args.shift_count > len(LANDMARKS):
@@ -141,13 +141,14 @@ def test(args, model, data, device, out):
     errors = radial_errors(points, data)
     points_px0 = rescale(points.double(), data.images.shape[-2:], data.sizes[:, None])
     table = record(data.ids, points_px0.numpy(), data.landmarks_px0.numpy())
-    table["radial_error_mm"] = errors.flatten()
+    table["radial_error_mm"] = errors.numpy().ravel()
     write(out / "predictions.csv", lambda path: table.to_csv(path, index=False, float_format="%.3f"))
     for i in range(min(args.pictures, len(data))):
-        image = to_input(data.images[i : i + 1], "cpu")[0]
+        image = to_input(data.images[i : i + 1], "cpu")[0].numpy()
         title = f"{data.ids[i]}, MRE {errors[i].mean():.2f} mm"
-        write(out / "pictures" / f"{data.ids[i]}.png", lambda path: draw(path, title, image, data.landmarks[i], points[i]))
-    summary = summarize(errors).rename_axis("landmark")
+        picture = out / "pictures" / f"{data.ids[i]}.png"
+        write(picture, lambda path: draw(path, title, image, data.landmarks[i].numpy(), points[i].numpy()))
+    summary = summarize(errors.numpy()).rename_axis("landmark")
     summary.insert(0, "name", [*LANDMARKS, "mean"])
     write(out / "summary.csv", lambda path: summary.to_csv(path, float_format="%.3f"))
     print(summary.to_string(float_format="%.2f"))
@@ -198,7 +199,6 @@ def attack_batch(args, method, steps, victim, data, batch, targets_px0, device, 
     with torch.no_grad():
         clean = victim(image)
     if method == UNTARGETED:
-        targets_px0 = None
         goal = encode(decode(clean), size)
     else:
         goal = goal_maps(clean, targets.nan_to_num().to(device), ~targets.isnan().any(-1).to(device))
@@ -213,8 +213,8 @@ def attack_batch(args, method, steps, victim, data, batch, targets_px0, device, 
         if iteration in RECORDED or iteration == steps:
             points = decode(maps).cpu()
             points_px0 = rescale(points.double(), size, data.sizes[batch, None]).numpy()
+            given_px0 = None if method == UNTARGETED else targets_px0.numpy()
             truth_px0 = data.landmarks_px0[batch].numpy()
-            given_px0 = None if targets_px0 is None else targets_px0.numpy()
             tables.append(record_attack(ids, points_px0, truth_px0, given_px0, method, iteration))
             moved = tables[-1][tables[-1]["role"] != "stationary"]
             bar.set_postfix({f"{moved['role'].iloc[0]} MRE": f"{moved['radial_error_mm'].mean():.1f} mm"})
@@ -222,16 +222,11 @@ def attack_batch(args, method, steps, victim, data, batch, targets_px0, device, 
     clean_points = decode(clean).cpu()
     for b, i in enumerate(batch):
         if i < args.pictures:
-            draw(
-                out / "pictures" / f"{ids[b]}_{method}.png",
-                f"{ids[b]}, {method}, epsilon {args.epsilon:g}, {steps} iterations",
-                image[b].cpu(),
-                data.landmarks[i],
-                clean_points[b],
-                adversarial[b].cpu(),
-                points[b],
-                None if targets_px0 is None else targets[b],
-            )
+            title = f"{ids[b]}, {method}, epsilon {args.epsilon:g}, iteration {steps}"
+            parts = [image[b], data.landmarks[i], clean_points[b], adversarial[b], points[b]]
+            parts += [] if method == UNTARGETED else [targets[b]]
+            parts = [part.cpu().numpy() for part in parts]
+            write(out / "pictures" / f"{ids[b]}_{method}.png", lambda path: draw(path, title, *parts))
     return pd.concat(tables)
 
 

@@ -129,7 +129,7 @@ def main():
             write(checkpoint_path(folder, epoch), lambda path: torch.save(model.state_dict(), path))
             if monitor:
                 points = predict(model, monitor, args.batch_size, device, args.precision)
-                row |= {"monitored_split": monitored} | summarize(radial_errors(points, monitor)).loc["all"].to_dict()
+                row |= {"monitored_split": monitored} | summarize(radial_errors(points, monitor).numpy()).loc["all"].to_dict()
         rows.append(row)
         write(resume, lambda path: save_resume(path, epoch + 1, rows, model, optimizer, shuffle))
         log = pd.DataFrame(rows)

@@ -1,0 +1,114 @@
+"""Small data that the tests draw themselves, in all three layouts, and a way to run the commands."""
+
+import csv
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset import FOLDERS
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = ROOT.parent / "shared" / "isbi2015"
+SIZE0 = (300, 240)  # H0, W0
+IDS = {"train": ("001", "002", "003", "004"), "test1": ("151", "152", "153"), "test2": ("301",)}
+K = 19
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def draw_landmarks(rng):
+    """A grid of 19 landmarks, each image's moved and jittered; whole numbers, as doctors mark them."""
+    grid = np.stack(np.meshgrid(np.linspace(50, 190, 4), np.linspace(60, 240, 5)), axis=-1).reshape(-1, 2)[:K]
+    return (grid + rng.uniform(-20, 20, 2) + rng.uniform(-4, 4, (K, 2))).round()
+
+
+def draw_image(rng, landmarks, size0=SIZE0):
+    """Bright dots of different size on the landmarks of a dim gradient with grain."""
+    rows, columns = np.mgrid[: size0[0], : size0[1]]
+    image = 40 + 0.2 * rows + rng.normal(0, 4, size0)
+    for k, (x, y) in enumerate(landmarks):
+        image += (60 + 5 * k) * np.exp(-((columns - x) ** 2 + (rows - y) ** 2) / (2 * (3 + k % 4) ** 2))
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
+
+
+def write_points(path, points, classes=True):
+    lines = [f"{x:.0f},{y:.0f}" for x, y in points] + (["1", "2", "3"] if classes else [])
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory):
+    """{split: {id: (image, senior, junior)}} of the drawn data."""
+    rng = np.random.default_rng(7)
+    data = {}
+    for split, ids in IDS.items():
+        data[split] = {}
+        for id in ids:
+            senior = draw_landmarks(rng)
+            data[split][id] = (draw_image(rng, senior), senior, senior + rng.integers(-3, 4, (K, 2)))
+    return data
+
+
+def write_official(root, drawn, doctors="AnnotationsByMD", suffix=".bmp"):
+    for split, images in drawn.items():
+        folder = root / "RawImage" / FOLDERS[split]
+        folder.mkdir(parents=True)
+        for id, (image, senior, junior) in images.items():
+            image.save(folder / f"{id}{suffix}")
+            for name, points in (("400_senior", senior), ("400_junior", junior)):
+                (root / doctors / name).mkdir(parents=True, exist_ok=True)
+                write_points(root / doctors / name / f"{id}.txt", points)
+
+
+def write_kaggle(root, drawn):
+    (root / "cepha400").mkdir(parents=True)
+    for split, images in drawn.items():
+        with open(root / f"{split}_senior.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image_path"] + [f"{k}_{axis}" for k in range(1, K + 1) for axis in "xy"])
+            for id, (image, senior, _) in reversed(images.items()):  # rows come in any order
+                image.save(root / "cepha400" / f"{id}.png")
+                writer.writerow([f"{id}.png", *senior.astype(int).ravel()])
+
+
+@pytest.fixture(scope="session")
+def official(drawn, tmp_path_factory):
+    root = tmp_path_factory.mktemp("official")
+    write_official(root, drawn)
+    return root
+
+
+@pytest.fixture(scope="session")
+def kaggle(drawn, tmp_path_factory):
+    root = tmp_path_factory.mktemp("kaggle")
+    write_kaggle(root, drawn)
+    return root
+
+
+@pytest.fixture
+def data(official, tmp_path):
+    """A copy of the official layout for a test to spoil."""
+    return Path(shutil.copytree(official, tmp_path / "data"))
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Run a command in this process, in the working folder: run("test.py", "--tag", ...) -> (status, stdout, stderr)."""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+            status = 0
+        except SystemExit as exit:
+            status = exit.code or 0
+        return status, *capfd.readouterr()
+
+    return run

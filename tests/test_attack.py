@@ -1,0 +1,207 @@
+import numpy as np
+import pytest
+import torch
+from conftest import SIZE0
+from torch import nn
+
+from attack import (
+    ATTACKS,
+    adaptive_weights,
+    ati_fgsm,
+    choose_targets,
+    fgsm,
+    generator,
+    goal_maps,
+    i_fgsm,
+    random_targets,
+    shift_targets,
+    untargeted_fgsm,
+)
+from dataset import Cephalograms
+from model import UNet, decode, encode, landmark_loss
+
+K = 4
+
+
+TARGETS = torch.tensor([[[5.0, 30], [0, 0], [0, 0], [0, 0]], [[20, 10], [0, 0], [8, 8], [0, 0]]]).double()
+TARGETED = torch.tensor([[True, False, False, False], [True, False, True, False]])
+
+# float64: no gradient's sign depends on the order of a sum
+
+
+@pytest.fixture(scope="module")
+def image():
+    """Two images, some values at the ends of the range."""
+    torch.manual_seed(2)
+    return (torch.rand(2, 3, 40, 32, dtype=torch.float64) * 2.4 - 1.2).clamp(-1, 1)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(1)
+    return UNet(K).double().eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A detector of two layers, for what needs many iterations."""
+    torch.manual_seed(1)
+    layers = nn.Conv2d(3, 16, 7, padding=3), nn.ReLU(), nn.Conv2d(16, 3 * K, 7, padding=3), nn.Unflatten(1, (3, K))
+    return nn.Sequential(*layers).double().requires_grad_(False)
+
+
+def goal_of(model, image, part=slice(None)):
+    """The goals of both images or a part: landmark 1 of the first, 1 and 3 of the second are moved."""
+    with torch.no_grad():
+        return goal_maps(model(image[part]), TARGETS[part], TARGETED[part])
+
+
+def test_adaptive_weights_by_hand():
+    weights = adaptive_weights(torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]]))
+    assert torch.allclose(weights, torch.tensor([[0.5, 1.0, 1.5], [3.0, 0.0, 0.0]]))
+
+
+def test_goal_has_the_targets_and_else_the_clean_maps(small, image):
+    clean = small(image)
+    clean[:, 0, :, 3, 3] = 2.0  # a landmark there for the clean network
+    targets = torch.full((2, K, 2), 16.0, dtype=torch.float64)
+    targeted = torch.tensor([[True] + [False] * (K - 1)] * 2)
+    goal = goal_maps(clean, targets, targeted)
+    wanted = encode(targets, (40, 32))
+    assert torch.equal(goal.mask[:, 0], wanted.mask[:, 0])  # nothing of the old place is left
+    assert torch.equal(goal.heatmap[:, 0], wanted.heatmap[:, 0])
+    assert torch.equal(goal.offset[:, :, 0], wanted.offset[:, :, 0])
+    assert torch.equal(goal.heatmap[:, 1:], clean[:, 0, 1:].sigmoid())
+    assert torch.equal(goal.offset[:, :, 1:], clean[:, 1:, 1:])
+    assert torch.equal(goal.mask[:, 1:], clean[:, 0, 1:] > 0) and goal.mask[:, 1:, 3, 3].all()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("epsilon", [2, 64])
+def test_noise_stays_in_the_ball_and_the_image_in_its_range(small, image, name, epsilon):
+    goal = goal_of(small, image)
+    options = {} if "I-FGSM" not in name else {"steps": 25}
+    for iteration, adversarial, _ in ATTACKS[name](small, image, goal, epsilon, **options):
+        assert (adversarial - image).abs().max() <= epsilon / 256 + 1e-6
+        assert adversarial.abs().max() <= 1
+        assert iteration > 0 or torch.equal(adversarial, image)
+    assert (adversarial - image).abs().max() > 0.99 * epsilon / 256  # and the whole ball is used
+    assert iteration == (25 if "I-FGSM" in name else 1)
+
+
+@pytest.mark.parametrize("attack", [i_fgsm, ati_fgsm])
+def test_attack_is_the_papers_loop(unet, image, attack):
+    """Two iterations against the formulas written out for one image, landmark by landmark."""
+    *_, (_, adversarial, maps) = attack(unet, image, goal_of(unet, image), epsilon=8, steps=2)
+    e = 8 / 256
+    for b in range(2):
+        x, p = image[b : b + 1], torch.zeros_like(image[b : b + 1])
+        own = goal_of(unet, image, slice(b, b + 1))
+        current = x
+        for _ in range(2):
+            current = current.detach().requires_grad_()
+            losses = landmark_loss(unet(current), own)[0]
+            mean = sum(loss.item() for loss in losses) / K
+            total = sum((loss.item() / mean if attack is ati_fgsm else 1) * loss for loss in losses)
+            total.backward()
+            p = (p + 0.05 * e * current.grad.sign()).clamp(-e, e)
+            current = (x - p).clamp(-1, 1)
+        assert torch.allclose(current[0], adversarial[b])
+    with torch.no_grad():
+        assert torch.allclose(maps, unet(adversarial))  # the maps are those of the images
+
+
+def test_i_and_ati_fgsm_lower_what_they_minimise(small, image):
+    goal = goal_of(small, image)
+    for attack, measure in [(i_fgsm, lambda losses: losses.sum(-1)), (ati_fgsm, lambda losses: losses.square().sum(-1))]:
+        course = [measure(landmark_loss(maps, goal)) for _, _, maps in attack(small, image, goal, 64, 40)]
+        assert (course[-1] < 0.95 * course[0]).all()
+
+
+def test_fgsm_steps_down_and_untargeted_fgsm_up(small, image):
+    goal = goal_of(small, image)
+    clean, down = (landmark_loss(maps, goal).sum(-1) for *_, maps in fgsm(small, image, goal, epsilon=1))
+    _, up = (landmark_loss(maps, goal).sum(-1) for *_, maps in untargeted_fgsm(small, image, goal, epsilon=1))
+    assert (down < clean).all() and (up > clean).all()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_batch_is_its_images_one_by_one(unet, image, name):
+    options = {} if "I-FGSM" not in name else {"steps": 2}
+    *_, (_, together, _) = ATTACKS[name](unet, image, goal_of(unet, image), 8, **options)
+    for b in range(2):
+        own = goal_of(unet, image, slice(b, b + 1))
+        *_, (_, alone, _) = ATTACKS[name](unet, image[b : b + 1], own, 8, **options)
+        assert torch.allclose(alone[0], together[b])
+
+
+def test_no_gradient_is_left_behind(image):
+    model = nn.Sequential(nn.Conv2d(3, 3 * K, 3, padding=1), nn.Unflatten(1, (3, K))).double()  # not even frozen
+    *_, (_, adversarial, maps) = i_fgsm(model, image, goal_of(model, image), steps=2)
+    assert all(p.grad is None for p in model.parameters())
+    assert not adversarial.requires_grad and not maps.requires_grad
+
+
+def test_an_attack_moves_a_landmark_of_a_detector_that_can_be_moved():
+    """A toy detector whose maps are the image's channels: the attack can and must reach its target."""
+    size, gain = (40, 40), torch.tensor([4.0, 1.0, 1.0]).view(1, 3, 1, 1)
+
+    def detector(image):
+        return (gain * image)[:, :, None]
+
+    there = encode(torch.tensor([[[8.0, 9.0]]]), size)
+    image = torch.cat([there.heatmap * 2 - 1, there.offset[:, :, 0]], dim=1)
+    assert decode(detector(image)).tolist() == [[[8, 9]]]
+    for attack in (i_fgsm, ati_fgsm):
+        goal = goal_maps(detector(image), torch.tensor([[[30.0, 25.0]]]), torch.tensor([[True]]))
+        *_, (_, _, maps) = attack(detector, image, goal, epsilon=256, steps=50)
+        assert decode(maps).tolist() == [[[30, 25]]]
+        *_, (_, _, maps) = attack(detector, image, goal, epsilon=4, steps=50)
+        assert decode(maps).tolist() == [[[8, 9]]]  # too little noise
+
+
+# --- targets
+
+
+def test_random_targets_follow_the_papers_protocol():
+    counts, places = [], []
+    for seed in range(2000):
+        targets = random_targets(np.random.default_rng(seed), 19, (800, 640))
+        chosen = ~np.isnan(targets).any(1)
+        counts.append(chosen.sum())
+        places.append(targets[chosen])
+    places = np.concatenate(places)
+    assert set(counts) == set(range(1, 18))  # |T| in 1 .. K - 2
+    assert np.mean(counts) == pytest.approx(9, abs=0.4)
+    assert places[:, 0].min() == pytest.approx(99.5, abs=1) and places[:, 0].max() == pytest.approx(599.5, abs=1)
+    assert places[:, 1].min() == pytest.approx(249.5, abs=1) and places[:, 1].max() == pytest.approx(749.5, abs=1)
+
+
+def test_shifts_are_as_long_as_asked_and_inside():
+    landmarks = np.array([[0.0, 0.0], [239.0, 299.0], [120.0, 150.0]])
+    for seed in range(50):
+        targets = shift_targets(np.random.default_rng(seed), landmarks, SIZE0, count=2, shift_mm=8)
+        chosen = ~np.isnan(targets).any(1)
+        assert chosen.sum() == 2
+        assert np.linalg.norm(targets[chosen] - landmarks[chosen], axis=1) == pytest.approx([80, 80])
+        assert (targets[chosen] >= 0).all() and (targets[chosen] <= (239, 299)).all()
+
+
+def test_targets_depend_on_seed_and_image_alone(official):
+    few = Cephalograms(official, "test1", (50, 40), limit=2)
+    many = Cephalograms(official, "test", (100, 80))
+    for kind in ("random", "shift"):
+        one = choose_targets(kind, few, 3, 5, 4.0)
+        assert torch.equal(one.nan_to_num(-1), choose_targets(kind, many, 3, 5, 4.0)[:2].nan_to_num(-1))
+        assert not torch.equal(one.nan_to_num(-1), choose_targets(kind, few, 4, 5, 4.0).nan_to_num(-1))
+        assert not torch.equal(one[0].nan_to_num(-1), one[1].nan_to_num(-1))
+    assert generator(0, "151").random() != generator(0, "152").random()
+
+
+def test_targets_from_a_file(official, tmp_path):
+    (tmp_path / "targets.csv").write_text("landmark,x,y\n19,10,20.5\n2,0,299\n")
+    data = Cephalograms(official, "test1", (50, 40))
+    targets = choose_targets(tmp_path / "targets.csv", data, 0, 5, 8.0)
+    assert targets.shape == (3, 19, 2)
+    assert targets[2, 18].tolist() == [10, 20.5] and targets[0, 1].tolist() == [0, 299]
+    assert targets.isnan().any(-1).sum(-1).tolist() == [17] * 3

@@ -1,0 +1,429 @@
+"""The commands on drawn data: from training to the comparison of attacks, and every kind of wrong input."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import K, ROOT, write_kaggle
+from PIL import Image
+
+from eval import record_attack, summarize, summarize_attack
+from model import UNet
+
+TRAIN = ["train.py", "--tag", "small", "--size", 64, 48, "--encoder-weights", "none", "--batch-size", 2, "--lr", 3e-4]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, official):
+    """A working folder with a run that train.py made, in a process of its own as a user would."""
+    folder = tmp_path_factory.mktemp("work")
+    command = [*TRAIN, "--data", official, "--epochs", 3, "--checkpoint-every", 2]
+    done = subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:])], cwd=folder, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    return folder
+
+
+@pytest.fixture
+def here(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    return trained
+
+
+# --- the four commands
+
+
+def test_training_writes_its_files(trained):
+    folder = trained / "runs" / "small"
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "config.json",
+        "model_epoch_1.pth",
+        "model_epoch_2.pth",
+        "resume.pth",
+        "train_log.csv",
+        "train_log.png",
+    ]
+    assert (folder / "model_epoch_2.pth").stat().st_size < 100e6
+    config = json.loads((folder / "config.json").read_text())
+    assert config["size"] == [64, 48] and config["seed"] == 0 and config["lr"] == 3e-4
+    assert config["versions"]["torch"] == torch.__version__
+    log = pd.read_csv(folder / "train_log.csv")
+    assert log["epoch"].tolist() == [0, 1, 2]
+    assert np.allclose(log["loss"], 2 * log["heatmap_bce"] + log["offset_x_l1"] + log["offset_y_l1"])
+    assert log["loss"].iloc[2] < log["loss"].iloc[0]
+    assert log["mre_mm"].notna().tolist() == [False, True, True]
+    assert log["monitored_split"].dropna().unique().tolist() == ["test1"]
+    assert Image.open(folder / "train_log.png").size[0] > 500
+    state = torch.load(folder / "model_epoch_2.pth", weights_only=True)
+    assert state.keys() == UNet(K).state_dict().keys()  # weights, no classifier, nothing else
+
+
+def test_accuracy(here, official, run):
+    status, out, err = run("test.py", "--tag", "small", "--data", official, "--iteration", 1, "--rand", "clean")
+    assert status == 0, err
+    folder = here / "runs" / "small" / "clean"
+    table = pd.read_csv(folder / "predictions.csv", dtype={"image": str})
+    assert table["image"].unique().tolist() == ["151", "152", "153", "301"] and len(table) == 4 * K
+    distance = np.hypot(table["x_px0"] - table["true_x_px0"], table["y_px0"] - table["true_y_px0"]) * 0.1
+    assert np.allclose(distance, table["radial_error_mm"], atol=2e-3)
+    summary = pd.read_csv(folder / "summary.csv", index_col="landmark")
+    expected = summarize(table["radial_error_mm"].to_numpy().reshape(4, K))
+    assert np.allclose(summary[expected.columns], expected, atol=2e-3)
+    assert f"{summary.loc['all', 'mre_mm']:.2f}" in out
+    assert len(list((folder / "pictures").iterdir())) == 4
+    log = pd.read_csv(here / "runs" / "small" / "train_log.csv")  # monitoring tells the same of the same checkpoint
+    assert summarize(table["radial_error_mm"].to_numpy().reshape(4, K)[:3]).loc["all", "mre_mm"] == pytest.approx(
+        log["mre_mm"][1], abs=1e-3
+    )
+
+
+def test_an_attack(here, official, run):
+    arguments = ["--tag", "small", "--data", official, "--attack", 1, "--rand", "temp", "--steps", 3, "--limit", 2]
+    status, _, err = run("test.py", *arguments)
+    assert status == 0, err
+    table = pd.read_csv(here / "runs" / "small" / "temp" / "predictions.csv")
+    assert table["method"].unique().tolist() == ["ATI-FGSM"]
+    assert table["iteration"].unique().tolist() == [0, 1, 3]
+    assert len(table) == 2 * 3 * K
+    assert json.loads((here / "runs" / "small" / "temp" / "config.json").read_text())["iteration"] == 2  # the newest
+
+
+def test_attacks_compared_on_the_same_targets_go_on_after_a_stop(here, official, run):
+    arguments = ["--tag", "small", "--data", official, "--split", "test1", "--targets", "shift", "--steps", 2]
+    arguments += ["--attack", "I-FGSM", "ati-fgsm", "FGSM", "untargeted-FGSM", "--shift-count", 3, "--rand", "compared"]
+    status, out, err = run("test.py", *arguments)
+    assert status == 0, err
+    folder = here / "runs" / "small" / "compared"
+    table = pd.read_csv(folder / "predictions.csv", dtype={"image": str})
+    assert table["method"].unique().tolist() == ["I-FGSM", "ATI-FGSM", "FGSM", "untargeted-FGSM"]
+    targets = table[table["role"] == "targeted"].groupby(["image", "landmark"])[["target_x_px0", "target_y_px0"]]
+    assert len(targets) == 3 * 3 and (targets.nunique() == 1).all(axis=None)
+    distance = np.hypot(table["target_x_px0"] - table["true_x_px0"], table["target_y_px0"] - table["true_y_px0"])
+    assert np.allclose(distance.dropna(), 80, atol=1e-3)  # 8 mm
+    clean = table[table["iteration"] == 0].groupby(["image", "landmark"])[["x_px0", "y_px0"]]
+    assert (clean.nunique() == 1).all(axis=None)  # all methods begin with the clean image
+
+    summary = pd.read_csv(folder / "summary.csv")
+    assert summary["role"].unique().tolist() == ["targeted", "stationary", "untargeted"]
+    assert summary[summary["method"] == "FGSM"]["iteration"].tolist() == [0, 1] * 2
+    again = summarize_attack(table)
+    assert np.allclose(again["mre_mm"], summary["mre_mm"], atol=1e-3) and "ATI-FGSM" in out
+    charts = {"mre.png", "median.png", "within_4mm.png"}
+    assert charts < {file.name for file in folder.iterdir()}
+    assert len(list((folder / "pictures").iterdir())) == 3 * 4
+
+    # a stop: two records are lost; the same command makes them again and touches no other
+    before = (folder / "predictions.csv").read_bytes()
+    kept = folder / "records" / "I-FGSM_151.csv"
+    stamp = kept.stat().st_mtime_ns
+    for name in ("I-FGSM_152.csv", "ATI-FGSM_153.csv"):
+        (folder / "records" / name).unlink()
+    (folder / "predictions.csv").unlink()
+    assert run("test.py", *arguments)[0] == 0
+    assert kept.stat().st_mtime_ns == stamp
+    after = pd.read_csv(folder / "predictions.csv", dtype={"image": str})
+    assert np.isclose(after["radial_error_mm"], table["radial_error_mm"], atol=1e-3).mean() > 0.99
+    assert len(before) > 0 and len(after) == len(table)
+
+    status, _, err = run("test.py", *arguments, "--epsilon", 4)
+    assert status == 2 and "epsilon was 8.0, now it is 4.0" in err
+
+
+def test_a_killed_training_goes_on_and_ends_the_same(trained, official, tmp_path):
+    command = [*TRAIN, "--data", official, "--epochs", 3, "--checkpoint-every", 2, "--resume"]
+    command = [sys.executable, str(ROOT / command[0]), *map(str, command[1:])]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    folder = tmp_path / "runs" / "small"
+    while not (folder / "train_log.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(pd.read_csv(folder / "train_log.csv")) < 3
+    subprocess.run(command, cwd=tmp_path, check=True, stderr=subprocess.DEVNULL)
+    unbroken = torch.load(trained / "runs" / "small" / "model_epoch_2.pth", weights_only=True)
+    resumed = torch.load(folder / "model_epoch_2.pth", weights_only=True)
+    assert all(torch.equal(unbroken[key], resumed[key]) for key in unbroken)
+    logs = [pd.read_csv(root / "runs" / "small" / "train_log.csv").drop(columns="seconds") for root in (trained, tmp_path)]
+    pd.testing.assert_frame_equal(*logs)
+
+
+def test_training_from_a_checkpoint_in_bf16_on_the_kaggle_layout(here, kaggle, run):
+    init = "runs/small/model_epoch_2.pth"
+    arguments = ["--tag", "fine", "--size", 96, 80, "--init", init, "--epochs", 1, "--schedule", "cosine"]
+    status, _, err = run("train.py", *arguments, "--data", kaggle, "--batch-size", 4, "--precision", "bf16", "--lr", 1e-9)
+    assert status == 0, err
+    start = torch.load(init, weights_only=True)
+    end = torch.load("runs/fine/model_epoch_0.pth", weights_only=True)
+    assert torch.allclose(start["encoder.0.weight"], end["encoder.0.weight"], atol=1e-6)
+    status, _, err = run("test.py", "--tag", "fine", "--data", kaggle, "--split", "test2", "--precision", "bf16")
+    assert status == 0, err
+
+
+# --- wrong input: one line on standard error, status 2, nothing written
+
+
+def annotation(data, id="152", doctor="400_senior"):
+    return data / "AnnotationsByMD" / doctor / f"{id}.txt"
+
+
+def image(data, id="152"):
+    return data / "RawImage" / "Test1Data" / f"{id}.bmp"
+
+
+def replace_line(path, number, line):
+    lines = path.read_text().splitlines()
+    lines[number - 1] = line
+    path.write_text("\n".join(lines) + "\n")
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def two_rows(data):
+    table = data / "kaggle" / "test1_senior.csv"
+    table.write_text(table.read_text() + table.read_text().splitlines()[1] + "\n")
+
+
+BAD_DATA = {
+    "no folder": (lambda data: data.rename(data.with_name("elsewhere")), "no such folder"),
+    "no layout": (lambda data: (data / "RawImage").rename(data / "Raw"), "looked for RawImage/"),
+    "no doctors": (lambda data: (data / "AnnotationsByMD").rename(data / "A"), "400_senior/ and 400_junior/"),
+    "no such split": (
+        lambda data: [image(data, id).unlink() for id in ("151", "152", "153")],
+        "no images in Test1Data",
+    ),
+    "image without annotation": (lambda data: annotation(data).unlink(), "400_senior/152.txt is missing"),
+    "image without a junior's": (lambda data: annotation(data, doctor="400_junior").unlink(), "400_junior/152.txt is"),
+    "annotation without image": (lambda data: image(data).unlink(), "400_senior/152.txt: its image is missing"),
+    "image twice": (lambda data: Image.new("L", (9, 9)).save(image(data).with_suffix(".png")), "of the same name"),
+    "truncated image": (lambda data: cut(image(data), 30000), "152.bmp: not a readable image"),
+    "empty image": (lambda data: cut(image(data), 0), "152.bmp: not a readable image"),
+    "not x,y": (lambda data: replace_line(annotation(data), 7, "12 34"), "152.txt: line 7: '12 34' is not x,y"),
+    "three numbers": (lambda data: replace_line(annotation(data), 7, "1,2,3"), "line 7: '1,2,3' is not x,y"),
+    "not a number": (lambda data: replace_line(annotation(data), 1, "nan,3"), "line 1: (nan, 3) lies outside"),
+    "too few lines": (lambda data: annotation(data).write_text("1,2\n3,4\n"), "152.txt: 2 lines"),
+    "binary annotation": (lambda data: annotation(data).write_bytes(b"\xff\xfe\x00"), "not a readable text file"),
+    "outside the image": (lambda data: replace_line(annotation(data), 19, "240,10"), "line 19: (240, 10) lies outside"),
+    "negative": (lambda data: replace_line(annotation(data), 19, "10,-1"), "line 19: (10, -1) lies outside"),
+}
+
+
+def assert_refused(result, message, *untouched):
+    """Status 2, one line that says why, and no traceback."""
+    status, _, err = result
+    assert status == 2
+    assert err.count("\n") == 1 and err.endswith("\n"), err
+    assert message in err and "Traceback" not in err
+    assert not any(path.exists() for path in untouched)
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+@pytest.mark.parametrize("command", ["train.py", "test.py"])
+def test_bad_data(case, command, data, here, run):
+    spoil, message = BAD_DATA[case]
+    spoil(data)
+    if command == "test.py":
+        result = run("test.py", "--tag", "small", "--data", data, "--split", "test1", "--rand", "bad")
+    elif case == "no such split":  # then training has only test2 to monitor
+        pytest.skip("no error in training")
+    else:
+        result = run(*TRAIN[:1], "--tag", "bad", *TRAIN[3:], "--data", data)
+    assert_refused(result, message, here / "runs" / "bad", here / "runs" / "small" / "bad")
+
+
+def spoil_kaggle(root, old, new):
+    table = root / "test1_senior.csv"
+    assert old in table.read_text()
+    table.write_text(table.read_text().replace(old, new, 1))
+
+
+BAD_KAGGLE = {
+    "no image": (lambda root: (root / "cepha400" / "152.png").unlink(), "the image 152 of its list is missing"),
+    "no row": (lambda root: spoil_kaggle(root, "152.png", "151.png"), "has two rows"),
+    "an image in no list": (lambda root: Image.new("L", (9, 9)).save(root / "cepha400" / "400.png"), "400.png: no row"),
+    "header": (lambda root: spoil_kaggle(root, "1_x", "x1"), "the header is not image_path,1_x"),
+    "no number": (lambda root: spoil_kaggle(root, "152.png,", "152.png,a"), "image 152, landmark 1: 'a"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_KAGGLE)
+def test_bad_kaggle_data(case, drawn, tmp_path, here, run):
+    write_kaggle(tmp_path / "data", drawn)
+    spoil, message = BAD_KAGGLE[case]
+    spoil(tmp_path / "data")
+    result = run("test.py", "--tag", "small", "--data", tmp_path / "data", "--split", "test1", "--rand", "bad")
+    assert_refused(result, message, here / "runs" / "small" / "bad")
+
+
+BAD_TARGETS = {
+    "outside": ("landmark,x,y\n3,10,300\n", "target (10, 300) of landmark 3 lies outside image 151 of 240 x 300 px"),
+    "no such landmark": ("landmark,x,y\n20,10,10\n", "line 2: there is no landmark '20', only 1 to 19"),
+    "landmark zero": ("landmark,x,y\n1,1,1\n0,10,10\n", "line 3: there is no landmark '0'"),
+    "not a number": ("landmark,x,y\n3,ten,10\n", "line 2: 'ten,10' is not x,y"),
+    "infinite": ("landmark,x,y\n3,inf,10\n", "line 2: 'inf,10' is not x,y"),
+    "missing value": ("landmark,x,y\n3,10\n", "line 2: '10,' is not x,y"),
+    "twice": ("landmark,x,y\n3,1,1\n3,2,2\n", "line 3: landmark 3 has a target already"),
+    "no header": ("3,10,10\n", "the header landmark,x,y and at least one row"),
+    "no row": ("landmark,x,y\n", "the header landmark,x,y and at least one row"),
+    "empty": ("", "not a readable file of targets"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TARGETS)
+def test_bad_targets(case, official, tmp_path, here, run):
+    text, message = BAD_TARGETS[case]
+    (tmp_path / "targets.csv").write_text(text)
+    arguments = ["--attack", 0, "--targets", tmp_path / "targets.csv", "--rand", "bad", "--split", "test1"]
+    result = run("test.py", "--tag", "small", "--data", official, *arguments)
+    assert_refused(result, message, here / "runs" / "small" / "bad")
+
+
+BAD_ARGUMENTS = {
+    "epsilon 0": (["--attack", 0, "--epsilon", 0], "--epsilon"),
+    "epsilon negative": (["--attack", 0, "--epsilon", -8], "--epsilon"),
+    "epsilon nan": (["--attack", 0, "--epsilon", "nan"], "--epsilon"),
+    "steps 0": (["--attack", 0, "--steps", 0], "--steps"),
+    "steps no number": (["--attack", 0, "--steps", "many"], "--steps"),
+    "unknown attack": (["--attack", "PGD"], "'PGD' is not one of 0, 1"),
+    "unknown split": (["--split", "val"], "--split"),
+    "unknown argument": (["--epslion", 8], "--epslion"),
+    "too many to shift": (["--attack", 0, "--targets", "shift", "--shift-count", 20], "there are 19 landmarks"),
+    "shift too far": (["--attack", 0, "--targets", "shift", "--shift-mm", 900], "can't be moved so far"),
+    "no file of targets": (["--attack", 0, "--targets", "nowhere.csv"], "nowhere.csv: not a readable file of targets"),
+    "unknown tag": (["--tag", "large"], "no run of this --tag (there is: "),
+    "path as tag": (["--tag", "../small"], "is not a plain name"),
+    "unknown iteration": (["--iteration", 77], "model_epoch_77.pth: no such checkpoint; --iteration takes one of: 1, 2"),
+    "unknown device": (["--device", "tpu"], "--device tpu"),
+    "folder below a file": (["--rand", "config.json/bad"], "can't be used as output folder"),
+    "folder of something else": (["--rand", "."], "holds results of another configuration"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_arguments(case, official, here, run):
+    arguments, message = BAD_ARGUMENTS[case]
+    before = sorted(here.rglob("*"))
+    result = run("test.py", "--tag", "small", "--rand", "bad", "--data", official, *arguments)
+    assert_refused(result, message)
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+@pytest.mark.parametrize("command", [TRAIN, ["test.py", "--tag", "small"]])
+def test_cuda_that_is_not_there(command, here, official, run):
+    assert_refused(run(*command, "--data", official, "--device", "cuda"), "--device cuda: CUDA finds 0 such devices")
+
+
+BAD_TRAINING = {
+    "size": (["--size", 31, 64], "--size: at least 32 32"),
+    "epochs": (["--epochs", 0], "--epochs"),
+    "learning rate": (["--lr", -1], "--lr"),
+    "used tag": (["--tag", "small"], "this --tag has been used; add --resume"),
+    "another configuration": (["--tag", "small", "--resume", "--epochs", 9], "epochs was 3, now it is 9"),
+    "encoder file": (["--encoder-weights", "nowhere.pth"], "nowhere.pth: no such file"),
+    "foreign encoder": (["--encoder-weights", "runs/small/model_epoch_1.pth"], "not the state dict of torchvision's vgg19"),
+    "init": (["--init", "nowhere.pth"], "nowhere.pth: no such file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TRAINING)
+def test_bad_training_arguments(case, official, here, run):
+    arguments, message = BAD_TRAINING[case]
+    before = sorted(here.rglob("*"))
+    assert_refused(run(TRAIN[0], "--tag", "bad", *TRAIN[3:], "--data", official, *arguments), message)
+    assert sorted(here.rglob("*")) == before
+
+
+def test_imagenet_weights_offline_name_both_ways_out(official, here, run, monkeypatch, tmp_path):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    result = run("train.py", "--tag", "bad", "--data", official)
+    assert_refused(result, "--encoder-weights none", here / "runs" / "bad")
+    assert "--encoder-weights PATH" in result[2]
+
+
+def test_a_runs_folder_that_cannot_be_made(official, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("a file")
+    assert_refused(run(*TRAIN, "--data", official), "can't be used as output folder")
+
+
+class Code:
+    """What a malicious pickle does: call something as it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def write_checkpoint(kind, path, trap):
+    if kind == "truncated":
+        torch.save(UNet(K).state_dict(), path)
+        cut(path, 10_000_000)
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "code":
+        torch.save({"head.bias": Code(trap)}, path)
+    elif kind == "bare pickle with code":
+        path.write_bytes(pickle.dumps(Code(trap)))
+    elif kind == "another network":
+        torch.save(torch.nn.Linear(2, 2).state_dict(), path)
+    elif kind == "another K":
+        torch.save(UNet(5).state_dict(), path)
+    elif kind == "not a state dict":
+        torch.save([1, 2, 3], path)
+    elif kind == "another width":
+        torch.save(UNet(K).state_dict() | {"up1.conv.0.bias": torch.zeros(7)}, path)
+
+
+BAD_CHECKPOINTS = {
+    "truncated": "not a readable file of weights",
+    "empty": "not a readable file of weights",
+    "code": "not a readable file of weights",
+    "bare pickle with code": "not a readable file of weights",
+    "another network": "weights of another network",
+    "another K": "made for 5 landmarks, 19 are wanted",
+    "not a state dict": "not a state dict",
+    "another width": "up1.conv.0.bias is of shape (7,)",
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CHECKPOINTS)
+def test_bad_checkpoints(kind, official, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "small"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"size": [64, 48]}))
+    write_checkpoint(kind, folder / "model_epoch_0.pth", tmp_path / "trap")
+    result = run("test.py", "--tag", "small", "--data", official, "--rand", "bad")
+    assert_refused(result, BAD_CHECKPOINTS[kind], tmp_path / "trap", folder / "bad")
+    assert "model_epoch_0.pth" in result[2]
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"size": [64]}', '{"size": [8, 8]}', "[]"])
+def test_bad_configuration(text, official, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "small"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(text)
+    torch.save({}, folder / "model_epoch_0.pth")
+    assert_refused(run("test.py", "--tag", "small", "--data", official), "config.json: not ")
+
+
+def test_a_damaged_resume_state(official, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    arguments = [*TRAIN, "--data", official, "--epochs", 1]
+    assert run(*arguments)[0] == 0
+    cut(tmp_path / "runs" / "small" / "resume.pth", 1000)
+    assert_refused(run(*arguments, "--resume"), "resume.pth: not a state to go on from")
