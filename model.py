@@ -7,6 +7,7 @@ method section of "Miss the Point" (MICCAI 2020).
 
 import contextlib
 import sys
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -140,7 +141,8 @@ def load_tensors(path):
         InputError: no such file, not a readable one, or one that holds more than tensors.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of old pickle protocols, before they are refused
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # torch.load raises a dozen types on damaged or foreign files

@@ -93,13 +93,8 @@ def main():
     args = parse_arguments()
     device = command.find_device(args.device)
     run = run_folder(args.tag)
-    epochs = checkpoint_epochs(run)
-    epoch = args.iteration if args.iteration is not None else max(epochs, default=None)
-    if epoch not in epochs:
-        known = ", ".join(map(str, epochs)) or "none yet"
-        raise InputError(f"{checkpoint_path(run, epoch)}: no such checkpoint; --iteration takes one of: {known}")
-    checkpoint = checkpoint_path(run, epoch)
-    size = tuple(read_size(run / "config.json"))
+    epoch, checkpoint = find_checkpoint(run, args.iteration)
+    size = read_size(run / "config.json")
     model = UNet(len(LANDMARKS))
     load_weights(model, checkpoint)
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -123,11 +118,25 @@ def main():
     print(f"written to {out}/")
 
 
+def find_checkpoint(run, epoch):
+    """(epoch, path) of the checkpoint wanted, of the newest for None."""
+    epochs = checkpoint_epochs(run)
+    if not epochs:
+        raise InputError(f"{run}: no checkpoint model_epoch_<e>.pth yet; go on training by train.py --resume")
+    if epoch is None:
+        epoch = max(epochs)
+    path = checkpoint_path(run, epoch)
+    if epoch not in epochs:
+        raise InputError(f"{path}: no such checkpoint; --iteration takes one of: {', '.join(map(str, epochs))}")
+    return epoch, path
+
+
 def read_size(path):
+    """The (H, W) in px that a run was trained at."""
     size = read_config(path).get("size")
     if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n >= 32 for n in size)):
         raise InputError(f'{path}: not the configuration of a run: "size" should be two numbers of px')
-    return size
+    return tuple(size)
 
 
 def sha256(path):
@@ -155,29 +164,69 @@ def test(args, model, data, device, out):
 
 
 def attack(args, model, data, targets_px0, device, out):
-    """Attack every image by every method on the same targets: records/, predictions.csv, summary.csv, charts, pictures."""
+    """Attack every image by every method on the same targets (N, K, 2) px0, nan for stationary landmarks.
+
+    The record of an image is written as soon as its batch is done, and what has a record is not attacked again.
+    """
+    size = data.images.shape[-2:]
+    targets = rescale(targets_px0, data.sizes[:, None], size).float()
+    (out / "records").mkdir(exist_ok=True)
+    files = {method: [out / "records" / f"{method}_{id}.csv" for id in data.ids] for method in args.attack}
+    pending = {method: [i for i, file in enumerate(files[method]) if not file.exists()] for method in files}
+    steps = {method: 1 if method in ONE_STEP else args.steps for method in files}
 
     def victim(image):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             return model(image)
 
-    folder = out / "records"
-    folder.mkdir(exist_ok=True)
-    files = {method: [folder / f"{method}_{id}.csv" for id in data.ids] for method in args.attack}
-    pending = {method: [i for i, file in enumerate(files[method]) if not file.exists()] for method in files}
-    steps = {method: 1 if method in ONE_STEP else args.steps for method in files}
     bar = tqdm(total=sum(steps[method] * len(pending[method]) for method in files), desc="attacking", unit="step")
-    for method in files:
-        for start in range(0, len(pending[method]), args.batch_size):
-            batch = pending[method][start : start + args.batch_size]
-            bar.set_description(f"{method} on {data.ids[batch[0]]}")
-            table = attack_batch(args, method, steps[method], victim, data, batch, targets_px0[batch], device, out, bar)
-            for i in batch:  # last of all, for a record says that its image is done
-                rows = table[table["image"] == data.ids[i]]
-                write(files[method][i], lambda path: rows.to_csv(path, index=False, float_format="%.4f"))
-    bar.close()
+    for method, batch in [
+        (method, pending[method][start : start + args.batch_size])
+        for method in files
+        for start in range(0, len(pending[method]), args.batch_size)
+    ]:
+        ids = [data.ids[i] for i in batch]
+        bar.set_description(f"{method} on {', '.join(ids)}" if len(ids) < 5 else f"{method} on {ids[0]} .. {ids[-1]}")
+        image = to_input(data.images[batch], device)
+        with torch.no_grad():
+            clean = victim(image)
+        if method == UNTARGETED:
+            aims_px0 = None
+            goal = encode(decode(clean), size)
+        else:
+            aims_px0 = targets_px0[batch].numpy()
+            aims = targets[batch].to(device)
+            goal = goal_maps(clean, aims.nan_to_num(), ~aims.isnan().any(-1))
+        length = () if method in ONE_STEP else (args.steps,)
 
-    table = pd.concat([pd.read_csv(file, dtype={"image": str}) for method in files for file in files[method]])
+        tables = []
+        for iteration, adversarial, maps in ATTACKS[method](victim, image, goal, args.epsilon, *length):
+            bar.update(len(batch) if iteration else 0)
+            if iteration in RECORDED or iteration == steps[method]:
+                points = decode(maps).cpu()
+                points_px0 = rescale(points.double(), size, data.sizes[batch, None]).numpy()
+                truth_px0 = data.landmarks_px0[batch].numpy()
+                tables.append(record_attack(ids, points_px0, truth_px0, aims_px0, method, iteration))
+                moved = tables[-1][tables[-1]["role"] != "stationary"]
+                bar.set_postfix({f"{moved['role'].iloc[0]} MRE": f"{moved['radial_error_mm'].mean():.1f} mm"})
+
+        clean_points = decode(clean)
+        for b, i in enumerate(batch):
+            if i < args.pictures:
+                title = f"{ids[b]}, {method}, epsilon {args.epsilon:g}, iteration {iteration}"
+                parts = [image[b], data.landmarks[i], clean_points[b], adversarial[b], points[b]]
+                parts += [] if method == UNTARGETED else [targets[i]]
+                parts = [part.cpu().numpy() for part in parts]
+                write(out / "pictures" / f"{ids[b]}_{method}.png", lambda path: draw(path, title, *parts))
+        for i, (_, rows) in zip(batch, pd.concat(tables).groupby("image", sort=False), strict=True):
+            write(files[method][i], lambda path: rows.to_csv(path, index=False, float_format="%.4f"))
+    bar.close()
+    report_attack(out, [file for method in files for file in files[method]])
+
+
+def report_attack(out, files):
+    """Gather the records of an attack: predictions.csv, summary.csv, charts."""
+    table = pd.concat([pd.read_csv(file, dtype={"image": str}) for file in files])
     write(out / "predictions.csv", lambda path: table.to_csv(path, index=False, float_format="%.4f"))
     summary = summarize_attack(table)
     write(out / "summary.csv", lambda path: summary.to_csv(path, index=False, float_format="%.3f"))
@@ -188,46 +237,6 @@ def attack(args, model, data, targets_px0, device, out):
     ]:
         write(out / f"{name}.png", lambda path: plot_attack(summary, column, label, path))
     print(summary.to_string(index=False, float_format="%.2f"))
-
-
-def attack_batch(args, method, steps, victim, data, batch, targets_px0, device, out, bar):
-    """Attack the images ``batch`` (B indices) by one method, draw those wanted, return the record of all of them."""
-    size = data.images.shape[-2:]
-    ids = [data.ids[i] for i in batch]
-    image = to_input(data.images[batch], device)
-    targets = rescale(targets_px0, data.sizes[batch, None], size).float()
-    with torch.no_grad():
-        clean = victim(image)
-    if method == UNTARGETED:
-        goal = encode(decode(clean), size)
-    else:
-        goal = goal_maps(clean, targets.nan_to_num().to(device), ~targets.isnan().any(-1).to(device))
-    if method in ONE_STEP:
-        attacked = ATTACKS[method](victim, image, goal, args.epsilon)
-    else:
-        attacked = ATTACKS[method](victim, image, goal, args.epsilon, steps)
-
-    tables = []
-    for iteration, adversarial, maps in attacked:
-        bar.update(len(batch) if iteration else 0)
-        if iteration in RECORDED or iteration == steps:
-            points = decode(maps).cpu()
-            points_px0 = rescale(points.double(), size, data.sizes[batch, None]).numpy()
-            given_px0 = None if method == UNTARGETED else targets_px0.numpy()
-            truth_px0 = data.landmarks_px0[batch].numpy()
-            tables.append(record_attack(ids, points_px0, truth_px0, given_px0, method, iteration))
-            moved = tables[-1][tables[-1]["role"] != "stationary"]
-            bar.set_postfix({f"{moved['role'].iloc[0]} MRE": f"{moved['radial_error_mm'].mean():.1f} mm"})
-
-    clean_points = decode(clean).cpu()
-    for b, i in enumerate(batch):
-        if i < args.pictures:
-            title = f"{ids[b]}, {method}, epsilon {args.epsilon:g}, iteration {steps}"
-            parts = [image[b], data.landmarks[i], clean_points[b], adversarial[b], points[b]]
-            parts += [] if method == UNTARGETED else [targets[b]]
-            parts = [part.cpu().numpy() for part in parts]
-            write(out / "pictures" / f"{ids[b]}_{method}.png", lambda path: draw(path, title, *parts))
-    return pd.concat(tables)
 
 
 if __name__ == "__main__":

@@ -411,6 +411,13 @@ def test_bad_checkpoints(kind, official, tmp_path, monkeypatch, run):
     assert "model_epoch_0.pth" in result[2]
 
 
+def test_a_run_without_a_checkpoint(official, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "small").mkdir(parents=True)
+    (tmp_path / "runs" / "small" / "config.json").write_text('{"size": [64, 48]}')
+    assert_refused(run("test.py", "--tag", "small", "--data", official), "runs/small: no checkpoint")
+
+
 @pytest.mark.parametrize("text", ["{", "{}", '{"size": [64]}', '{"size": [8, 8]}', "[]"])
 def test_bad_configuration(text, official, tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
