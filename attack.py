@@ -12,11 +12,10 @@ Point: Targeted Adversarial Attack on Multiple Landmark Detection" (MICCAI 2020)
 import zlib
 
 import numpy as np
-import pandas as pd
 import torch
 
 from command import InputError
-from dataset import MM_PER_PX0
+from dataset import MM_PER_PX0, read_csv
 from model import Goal, encode, landmark_loss
 
 ETA = 0.05  # step length as a share of epsilon
@@ -182,25 +181,21 @@ def read_targets(path, num_landmarks):
     Raises:
         InputError: unreadable, or a row is wrong; the message names it.
     """
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
-        raise InputError(f"{path}: not a readable file of targets ({error})") from None
-    if list(table.columns) != ["landmark", "x", "y"] or table.empty:
-        raise InputError(f"{path}: the header landmark,x,y and at least one row are needed")
     targets = np.full((num_landmarks, 2), np.nan)
-    for line, (landmark, *position) in enumerate(table.itertuples(index=False), start=2):
-        if not landmark.strip().isdigit() or not 1 <= int(landmark) <= num_landmarks:
+    for line, (landmark, x, y) in read_csv(path, ["landmark", "x", "y"], "landmark,x,y"):
+        if not landmark.strip().isdecimal() or not 1 <= int(landmark) <= num_landmarks:
             raise InputError(f"{path}: line {line}: there is no landmark {landmark!r}, only 1 to {num_landmarks}")
         k = int(landmark) - 1
         if not np.isnan(targets[k]).all():
-            raise InputError(f"{path}: line {line}: landmark {landmark} has a target already")
+            raise InputError(f"{path}: line {line}: landmark {k + 1} has a target already")
         try:
-            targets[k] = [float(value) for value in position]
+            targets[k] = float(x), float(y)
         except ValueError:
-            targets[k] = np.nan
+            raise InputError(f"{path}: line {line}: '{x},{y}' is not x,y") from None
         if not np.isfinite(targets[k]).all():
-            raise InputError(f"{path}: line {line}: {','.join(position)!r} is not x,y")
+            raise InputError(f"{path}: line {line}: '{x},{y}' is no place")
+    if np.isnan(targets).all():
+        raise InputError(f"{path}: no target; a row of landmark,x,y for each is needed")
     return targets
 
 

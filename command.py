@@ -3,6 +3,7 @@
 import argparse
 import math
 import sys
+from pathlib import Path
 
 import torch
 
@@ -12,12 +13,15 @@ class InputError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports a wrong argument in one line and shows defaults in its help."""
+    """An ArgumentParser that takes no abbreviations and reports a wrong argument in one line."""
 
     def __init__(self, description):
-        super().__init__(
-            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-        )
+        super().__init__(description=description, allow_abbrev=False)
+
+    def add_argument(self, *names, **options):
+        if options.get("default", argparse.SUPPRESS) is not argparse.SUPPRESS:
+            options["help"] = f"{options['help']} (default: %(default)s)"
+        return super().add_argument(*names, **options)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists all arguments)\n")
@@ -28,10 +32,10 @@ def run(main):
     try:
         main()
     except InputError as error:
-        print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
 
 

@@ -7,13 +7,13 @@ kaggle     cepha400/NNN.jpg with {train,test1,test2}_senior.csv (senior doctor o
 px0 are pixels of the original image (1935 x 2400, 0.1 mm each), px those of the resized network input.
 """
 
+import csv
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -177,7 +177,7 @@ def index_folders(root, doctors, parts):
     absent = {i for part, ids in IDS.items() if not images[part] for i in ids}  # a split that the user does not have
     for doctor in doctors:
         for file in sorted(doctor.glob("*.txt")):
-            if file.stem not in known and not (file.stem.isdigit() and int(file.stem) in absent):
+            if file.stem not in known and not (file.stem.isdecimal() and int(file.stem) in absent):
                 raise InputError(f"{file}: its image is missing in {root / 'RawImage'}; add it or remove the annotation")
     entries = []
     for part in parts:
@@ -212,16 +212,33 @@ def index_tables(folder, tables, parts):
 def read_table(path):
     """A Kaggle CSV as {id: its row of 2 K numbers as text}."""
     header = ["image_path"] + [f"{k}_{axis}" for k in range(1, len(LANDMARKS) + 1) for axis in "xy"]
+    table = {}
+    for line, (name, *numbers) in read_csv(path, header, f"image_path,1_x,1_y,...,{len(LANDMARKS)}_y"):
+        id = Path(name).stem
+        if id in table:
+            raise InputError(f"{path}: line {line}: a second row of image {id}; remove one")
+        table[id] = numbers
+    return table
+
+
+def read_csv(path, header, shown):
+    """The rows of a CSV file with exactly this header, each as (line number, fields).
+
+    Raises:
+        InputError: unreadable, another header than the one ``shown`` in the message, or a row of another length.
+    """
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
-        raise InputError(f"{path}: not a readable CSV ({error})") from None
-    if list(table.columns) != header:
-        raise InputError(f"{path}: the header is not image_path,1_x,1_y,...,{len(LANDMARKS)}_x,{len(LANDMARKS)}_y")
-    ids = table["image_path"].map(lambda name: Path(name).stem)
-    if ids.duplicated().any():
-        raise InputError(f"{path}: the image {ids[ids.duplicated()].iloc[0]} has two rows")
-    return dict(zip(ids, table[header[1:]].values.tolist(), strict=True))
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            rows = [(reader.line_num, row) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a readable CSV file ({error})") from None
+    if not rows or rows[0][1] != header:
+        raise InputError(f"{path}: the header should be {shown}")
+    for line, row in rows[1:]:
+        if len(row) != len(header):
+            raise InputError(f"{path}: line {line}: {len(row)} fields, {len(header)} needed")
+    return rows[1:]
 
 
 # --- reading them ----------------------------------------------------------------------------------------------------

@@ -113,4 +113,4 @@ def checkpoint_path(folder, epoch):
 def checkpoint_epochs(folder):
     """The epochs of the checkpoints of a run, in order."""
     names = [path.stem.removeprefix("model_epoch_") for path in folder.glob("model_epoch_*.pth")]
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if name.isdecimal())

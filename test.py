@@ -80,7 +80,7 @@ def parse_arguments():
         "--epsilon", type=positive_float, default=8.0, help="bound of the noise in half grey levels (8: 4 of 255)"
     )
     parser.add_argument("--steps", type=positive_int, default=300, help="iterations of I-FGSM and ATI-FGSM")
-    parser.add_argument("--batch-size", type=positive_int, default=4)
+    parser.add_argument("--batch-size", type=positive_int, default=4, help="images at once")
     parser.add_argument("--pictures", type=natural_int, default=4, metavar="N", help="draw the first N images")
     command.add_compute_arguments(parser)
     args = parser.parse_args()

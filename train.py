@@ -32,8 +32,8 @@ def parse_arguments():
     parser.add_argument(
         "--size", type=positive_int, nargs=2, metavar=("H", "W"), default=[800, 640], help="px of the network input"
     )
-    parser.add_argument("--epochs", type=positive_int, default=230)
-    parser.add_argument("--batch-size", type=positive_int, default=8)
+    parser.add_argument("--epochs", type=positive_int, default=230, help="passes over the training images")
+    parser.add_argument("--batch-size", type=positive_int, default=8, help="images a step")
     parser.add_argument("--lr", type=positive_float, default=1e-3, help="learning rate of Adam")
     parser.add_argument(
         "--schedule", choices=["step", "cosine"], default="step", help="step: lr x 0.1 every 150 epochs, as the paper"
@@ -42,7 +42,7 @@ def parse_arguments():
         "--encoder-weights", default="imagenet", metavar="SOURCE", help="imagenet, none, or a VGG19 state dict's path"
     )
     parser.add_argument("--init", metavar="FILE", help="start from this checkpoint's weights (of any input size)")
-    parser.add_argument("--checkpoint-every", type=positive_int, default=5, metavar="EPOCHS")
+    parser.add_argument("--checkpoint-every", type=positive_int, default=5, metavar="EPOCHS", help="write weights so often")
     parser.add_argument("--resume", action="store_true", help="go on from runs/TAG/resume.pth, if it is there")
     command.add_compute_arguments(parser)
     args = parser.parse_args()

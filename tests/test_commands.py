@@ -188,11 +188,6 @@ def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
 
-def two_rows(data):
-    table = data / "kaggle" / "test1_senior.csv"
-    table.write_text(table.read_text() + table.read_text().splitlines()[1] + "\n")
-
-
 BAD_DATA = {
     "no folder": (lambda data: data.rename(data.with_name("elsewhere")), "no such folder"),
     "no layout": (lambda data: (data / "RawImage").rename(data / "Raw"), "looked for RawImage/"),
@@ -215,6 +210,12 @@ BAD_DATA = {
     "outside the image": (lambda data: replace_line(annotation(data), 19, "240,10"), "line 19: (240, 10) lies outside"),
     "negative": (lambda data: replace_line(annotation(data), 19, "10,-1"), "line 19: (10, -1) lies outside"),
 }
+
+
+@pytest.mark.parametrize("command", ["train.py", "test.py"])
+def test_help(command, run):
+    status, out, _ = run(command, "--help")
+    assert status == 0 and "--precision" in out and "(default: fp32)" in out
 
 
 def assert_refused(result, message, *untouched):
@@ -248,9 +249,10 @@ def spoil_kaggle(root, old, new):
 
 BAD_KAGGLE = {
     "no image": (lambda root: (root / "cepha400" / "152.png").unlink(), "the image 152 of its list is missing"),
-    "no row": (lambda root: spoil_kaggle(root, "152.png", "151.png"), "has two rows"),
+    "no row": (lambda root: spoil_kaggle(root, "152.png", "151.png"), "line 4: a second row of image 151"),
     "an image in no list": (lambda root: Image.new("L", (9, 9)).save(root / "cepha400" / "400.png"), "400.png: no row"),
-    "header": (lambda root: spoil_kaggle(root, "1_x", "x1"), "the header is not image_path,1_x"),
+    "header": (lambda root: spoil_kaggle(root, "1_x", "x1"), "the header should be image_path,1_x"),
+    "a field less": (lambda root: spoil_kaggle(root, "152.png,", "152.png"), "38 fields, 39 needed"),
     "no number": (lambda root: spoil_kaggle(root, "152.png,", "152.png,a"), "image 152, landmark 1: 'a"),
 }
 
@@ -269,12 +271,14 @@ BAD_TARGETS = {
     "no such landmark": ("landmark,x,y\n20,10,10\n", "line 2: there is no landmark '20', only 1 to 19"),
     "landmark zero": ("landmark,x,y\n1,1,1\n0,10,10\n", "line 3: there is no landmark '0'"),
     "not a number": ("landmark,x,y\n3,ten,10\n", "line 2: 'ten,10' is not x,y"),
-    "infinite": ("landmark,x,y\n3,inf,10\n", "line 2: 'inf,10' is not x,y"),
-    "missing value": ("landmark,x,y\n3,10\n", "line 2: '10,' is not x,y"),
+    "infinite": ("landmark,x,y\n3,inf,10\n", "line 2: 'inf,10' is no place"),
+    "a field less": ("landmark,x,y\n3,10\n", "line 2: 2 fields, 3 needed"),
+    "a field more": ("landmark,x,y\n3,10,10,10\n", "line 2: 4 fields, 3 needed"),
+    "an empty field": ("landmark,x,y\n3,10,\n", "line 2: '10,' is not x,y"),
     "twice": ("landmark,x,y\n3,1,1\n3,2,2\n", "line 3: landmark 3 has a target already"),
-    "no header": ("3,10,10\n", "the header landmark,x,y and at least one row"),
-    "no row": ("landmark,x,y\n", "the header landmark,x,y and at least one row"),
-    "empty": ("", "not a readable file of targets"),
+    "no header": ("3,10,10\n", "the header should be landmark,x,y"),
+    "no row": ("landmark,x,y\n", "no target"),
+    "empty": ("", "the header should be landmark,x,y"),
 }
 
 
@@ -298,7 +302,7 @@ BAD_ARGUMENTS = {
     "unknown argument": (["--epslion", 8], "--epslion"),
     "too many to shift": (["--attack", 0, "--targets", "shift", "--shift-count", 20], "there are 19 landmarks"),
     "shift too far": (["--attack", 0, "--targets", "shift", "--shift-mm", 900], "can't be moved so far"),
-    "no file of targets": (["--attack", 0, "--targets", "nowhere.csv"], "nowhere.csv: not a readable file of targets"),
+    "no file of targets": (["--attack", 0, "--targets", "nowhere.csv"], "nowhere.csv: not a readable CSV file"),
     "unknown tag": (["--tag", "large"], "no run of this --tag (there is: "),
     "path as tag": (["--tag", "../small"], "is not a plain name"),
     "unknown iteration": (["--iteration", 77], "model_epoch_77.pth: no such checkpoint; --iteration takes one of: 1, 2"),
