@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from command import InputError
-from dataset import MM_PER_PX0, read_csv
+from dataset import MM_PER_PX0, read_csv, rescale
 from model import Goal, encode, landmark_loss
 
 ETA = 0.05  # step length as a share of epsilon
-RANDOM_X = (100 / 640, 600 / 640)  # where the paper's random targets lie, as shares of the width
-RANDOM_Y = (250 / 800, 750 / 800)  # and of the height
+RANDOM_SIZE = (800, 640)  # (H, W) px of the image on which the paper draws its random targets,
+RANDOM_X = (100, 600)  # in this range of x
+RANDOM_Y = (250, 750)  # and of y
 
 
 # --- attacks ---------------------------------------------------------------------------------------------------------
@@ -29,7 +30,7 @@ RANDOM_Y = (250 / 800, 750 / 800)  # and of the height
 
 
 def iterate(model, image, goal, weigh, epsilon, steps, eta):
-    """The loop of every attack here: gradient, step, project, clip. ``weigh`` turns losses (B, K) into their weights."""
+    """The loop of every attack here: gradient, step, project, clip. ``weigh`` makes weights of the losses (B, K)."""
     epsilon = epsilon / 256
     noise = torch.zeros_like(image)
     for iteration in range(steps + 1):
@@ -38,8 +39,9 @@ def iterate(model, image, goal, weigh, epsilon, steps, eta):
             maps = model(adversarial)
         yield iteration, adversarial.detach(), maps.detach()
         if iteration < steps:
-            losses = landmark_loss(maps, goal)
-            (gradient,) = torch.autograd.grad((weigh(losses.detach()) * losses).sum(), adversarial)
+            with torch.enable_grad():
+                losses = landmark_loss(maps, goal)
+                (gradient,) = torch.autograd.grad((weigh(losses.detach()) * losses).sum(), adversarial)
             noise = (noise + eta * epsilon * gradient.sign()).clamp(-epsilon, epsilon)
 
 
@@ -119,8 +121,8 @@ def goal_maps(clean, targets, targeted):
 
 
 # --- targets ---------------------------------------------------------------------------------------------------------
-# Each returns targets (K, 2) float64 x, y in px0, nan for stationary landmarks. They depend on the image, its id and
-# the seed alone: on no model, method, input size or batch.
+# Each returns targets (K, 2) float64 x, y in px0, nan for stationary landmarks. They depend on the seed and the image
+# (its id, size and ground truth) alone: on no model, method, input size or batch.
 
 
 def generator(seed, id):
@@ -139,12 +141,11 @@ def random_targets(rng, num_landmarks, size0):
         num_landmarks: K.
         size0: (H0, W0) of the original image.
     """
-    height, width = size0
     count = rng.integers(1, max(2, num_landmarks - 1))
     chosen = rng.choice(num_landmarks, count, replace=False)
     targets = np.full((num_landmarks, 2), np.nan)
-    targets[chosen, 0] = rng.uniform(*RANDOM_X, count) * width - 0.5
-    targets[chosen, 1] = rng.uniform(*RANDOM_Y, count) * height - 0.5
+    places = np.stack([rng.uniform(*RANDOM_X, count), rng.uniform(*RANDOM_Y, count)], axis=-1)
+    targets[chosen] = rescale(torch.from_numpy(places), RANDOM_SIZE, size0).numpy()
     return targets
 
 

@@ -2,7 +2,9 @@
 
 import argparse
 import math
+import re
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -28,10 +30,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Run a command's ``main()``; an InputError becomes one line on standard error and exit status 2."""
+    """Run a command's ``main()``; wrong input becomes one line on standard error and exit status 2."""
+    warnings.filterwarnings("ignore", module="PIL")  # of damaged images, which are refused by name
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:  # an OSError names its file: a full disk, a folder that can't be read
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -48,8 +51,8 @@ def positive_int(text):
 
 def natural_int(text):
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^63 - 1")
     return value
 
 
@@ -64,6 +67,14 @@ def tag(text):
     """A run's name: one folder below runs/."""
     if not text or text in (".", "..") or "/" in text or "\\" in text or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not a plain name")
+    return text
+
+
+def subfolder(text):
+    """A path below a run's folder."""
+    path = Path(text)
+    if not text or path.is_absolute() or ".." in path.parts or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path below the run's folder")
     return text
 
 
@@ -82,14 +93,9 @@ def find_device(name):
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    kind = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if kind is None:
         raise InputError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"--device {name}: CUDA finds {torch.cuda.device_count()} such devices here; use --device cpu"
-        )
-    return device
+    if name != "cpu" and int(kind[1] or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: CUDA finds {torch.cuda.device_count()} devices here; use --device cpu")
+    return torch.device(name)

@@ -8,6 +8,7 @@ px0 are pixels of the original image (1935 x 2400, 0.1 mm each), px those of the
 """
 
 import csv
+import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,6 +72,7 @@ class Cephalograms(torch.utils.data.Dataset):
         landmarks: (N, K, 2) float32 x, y in px, mean of the doctors.
         landmarks_px0: (N, K, 2) float64 x, y in px0, mean of the doctors.
         sizes: (N, 2) int (H0, W0) of the original images.
+        sha256: of all these.
 
     Item i is (image (H, W) uint8, landmarks (K, 2) px, landmarks (K, 2) px0, id).
 
@@ -90,6 +92,8 @@ class Cephalograms(torch.utils.data.Dataset):
         points = [read_landmarks(entry, size0) for entry, size0 in zip(entries, sizes, strict=True)]
         self.landmarks_px0 = torch.from_numpy(np.stack(points))
         self.landmarks = rescale(self.landmarks_px0, self.sizes[:, None], size).float()
+        content = repr(self.ids).encode(), self.images.numpy(), self.landmarks_px0.numpy(), self.sizes.numpy()
+        self.sha256 = hashlib.sha256(b"".join(map(bytes, content))).hexdigest()
 
     def __len__(self):
         return len(self.ids)
@@ -136,33 +140,41 @@ def index(root, split, required=True):
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; --data names the folder with the ISBI 2015 data")
-    parts = ("test1", "test2") if split == "test" else (split,)
-    if (root / "RawImage").is_dir():
-        doctors = [root / "AnnotationsByMD" / name for name in ("400_senior", "400_junior")]
-        if not doctors[0].is_dir():
-            doctors = [root / "400_senior", root / "400_junior"]
-        if all(doctor.is_dir() for doctor in doctors):
-            entries = index_folders(root, doctors, parts)
-            if not entries and required:
-                raise InputError(f"{root / 'RawImage'}: no images in {' or '.join(FOLDERS[part] for part in parts)}")
-            return entries
-    images = next((f for f in (root / "cepha400" / "cepha400", root / "cepha400") if list_images(f)), None)
-    tables = {part: root / f"{part}_senior.csv" for part in FOLDERS}
-    if images and any(table.is_file() for table in tables.values()):
-        entries = index_tables(images, {part: table for part, table in tables.items() if table.is_file()}, parts)
-        if not entries and required:
-            raise InputError(f"{root}: no images in {' or '.join(tables[part].name for part in parts)}")
-        return entries
-    raise InputError(
-        f"{root}: not the ISBI 2015 data: looked for RawImage/ with 400_senior/ and 400_junior/ in AnnotationsByMD/ or "
-        "beside it, and for cepha400/ with images and train_senior.csv, test1_senior.csv or test2_senior.csv"
+    splits = ("test1", "test2") if split == "test" else (split,)
+    doctors = next((pair for pair in doctors_of(root) if all(doctor.is_dir() for doctor in pair)), None)
+    folder = next(
+        (folder for folder in (root / "cepha400" / "cepha400", root / "cepha400") if list_images(folder)), None
     )
+    tables = {part: root / f"{part}_senior.csv" for part in FOLDERS if (root / f"{part}_senior.csv").is_file()}
+    if (root / "RawImage").is_dir() and doctors:
+        entries = index_folders(root / "RawImage", doctors, splits)
+        places = [f"RawImage/{FOLDERS[part]}" for part in splits]
+    elif folder and tables:
+        entries = index_tables(folder, tables, splits)
+        places = [f"{part}_senior.csv" for part in splits]
+    else:
+        raise InputError(
+            f"{root}: not the ISBI 2015 data: looked for RawImage/ with 400_senior/ and 400_junior/ in "
+            "AnnotationsByMD/ or beside it, and for cepha400/ with images and {train,test1,test2}_senior.csv beside it"
+        )
+    if required and not entries:
+        raise InputError(f"{root}: no images in {' or '.join(places)}")
+    by_id = {entry.id: entry for entry in entries}
+    for entry in entries:
+        if by_id[entry.id] != entry:
+            raise InputError(f"{root}: the id {entry.id} is in {' and '.join(places)}; remove one")
+    return entries
+
+
+def doctors_of(root):
+    """Where the senior's and the junior's annotations may lie: in the official and in the 2020 layout."""
+    return [[parent / doctor for doctor in ("400_senior", "400_junior")] for parent in (root / "AnnotationsByMD", root)]
 
 
 def list_images(folder):
     """The image files of a folder by id: {} where there is no such folder."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    images = [file for file in files if file.suffix.lower() in SUFFIXES]
+    images = [file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
     by_id = {file.stem: file for file in images}
     if len(by_id) < len(images):
         twice = next(file for file in images if by_id[file.stem] != file)
@@ -170,17 +182,22 @@ def list_images(folder):
     return by_id
 
 
-def index_folders(root, doctors, parts):
+def ids_of(splits):
+    """The official ids of splits: what is known of those that the user does not have."""
+    return {f"{number:03d}" for split in splits for number in IDS[split]}
+
+
+def index_folders(root, doctors, splits):
     """Entries of the official and the 2020 layout; every image needs its annotations, and the reverse."""
-    images = {part: list_images(root / "RawImage" / folder) for part, folder in FOLDERS.items()}
+    images = {part: list_images(root / folder) for part, folder in FOLDERS.items()}
     known = set().union(*images.values())
-    absent = {i for part, ids in IDS.items() if not images[part] for i in ids}  # a split that the user does not have
+    absent = ids_of([part for part in FOLDERS if not images[part]])
     for doctor in doctors:
-        for file in sorted(doctor.glob("*.txt")):
-            if file.stem not in known and not (file.stem.isdecimal() and int(file.stem) in absent):
-                raise InputError(f"{file}: its image is missing in {root / 'RawImage'}; add it or remove the annotation")
+        for file in sorted(doctor.glob("[!.]*.txt")):
+            if file.stem not in known and file.stem not in absent:
+                raise InputError(f"{file}: its image is missing in {root}; add it or remove the annotation")
     entries = []
-    for part in parts:
+    for part in splits:
         for id, image in images[part].items():
             annotations = tuple(doctor / f"{id}.txt" for doctor in doctors)
             for file in annotations:
@@ -190,7 +207,7 @@ def index_folders(root, doctors, parts):
     return entries
 
 
-def index_tables(folder, tables, parts):
+def index_tables(folder, tables, splits):
     """Entries of the Kaggle layout; every image needs its row, and the reverse."""
     images = list_images(folder)
     rows = {part: read_table(table) for part, table in tables.items()}
@@ -198,12 +215,12 @@ def index_tables(folder, tables, parts):
         for id in rows[part]:
             if id not in images:
                 raise InputError(f"{table}: the image {id} of its list is missing in {folder}")
-    if len(tables) == len(FOLDERS):
-        if orphans := sorted(images.keys() - set().union(*rows.values())):
-            raise InputError(f"{images[orphans[0]]}: no row in {', '.join(str(table) for table in tables.values())}")
+    absent = ids_of(FOLDERS.keys() - tables.keys())
+    for id in images.keys() - set().union(*rows.values()) - absent:
+        raise InputError(f"{images[id]}: no row in {', '.join(table.name for table in tables.values())}; add it")
     return [
         Entry(id, images[id], ((tables[part], rows[part][id]),))
-        for part in parts
+        for part in splits
         if part in tables
         for id in sorted(rows[part])
     ]
@@ -248,6 +265,8 @@ def read_image(path, size):
     """Decode, resize (bilinear) and return (image (H, W) uint8, (H0, W0) px0)."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError("more than 8 bits a pixel; convert it to 8 bits")
             grey = image.convert("L")
         return np.asarray(grey.resize(size[::-1], Image.Resampling.BILINEAR)), (grey.height, grey.width)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that Pillow raises

@@ -27,7 +27,7 @@ LAMBDA = 2.0  # weight of the heatmap's cross-entropy against the offsets' L1
 
 
 class ImageConv2d(nn.Conv2d):
-    """The convolution that reads the image, in float32 also under autocast.
+    """The convolution that reads the image, in the image's own precision also under autocast.
 
     A bfloat16 near 1 has steps of 1/256, as long as a whole iteration's step of an attack with epsilon = 20.
     """
@@ -97,8 +97,9 @@ class UNet(nn.Module):
             image: (B, 3, H, W) float in [-1, 1], H and W at least 32.
 
         Returns:
-            (B, 3, K, H, W), float32 also under autocast: heatmap logits (their sigmoid is the heatmap), x-offset, y-offset; offsets in
-            units of the radius. Logits, for a cross-entropy that stays exact where the sigmoid saturates.
+            (B, 3, K, H, W), float32 also under autocast: heatmap logits (their sigmoid is the heatmap), x-offset,
+            y-offset; offsets in units of the radius. Logits, for a cross-entropy that stays exact where the sigmoid
+            saturates.
         """
         if min(image.shape[-2:]) < MIN_SIZE:
             raise ValueError(f"image of {tuple(image.shape[-2:])} px: at least {MIN_SIZE} x {MIN_SIZE} needed")
@@ -118,11 +119,14 @@ def load_encoder(encoder, source):
     if source == "imagenet":
         try:
             with contextlib.redirect_stderr(sys.stdout):  # the progress of the download
-                state = VGG19_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, map_location="cpu")
-        except (OSError, RuntimeError) as error:
+                state = VGG19_Weights.IMAGENET1K_V1.get_state_dict(
+                    check_hash=True, map_location="cpu", weights_only=True
+                )
+        except Exception as error:  # from the network, or a dozen types from a damaged file in the cache
             raise InputError(
-                f"--encoder-weights imagenet: no cached copy and the download failed ({error}); use --encoder-weights "
-                "none to start from random weights, or --encoder-weights PATH to a torchvision VGG19 state dict"
+                f"--encoder-weights imagenet: neither downloaded nor found whole in {torch.hub.get_dir()} "
+                f"({type(error).__name__}: {error}); use --encoder-weights none to start from random weights, or "
+                "--encoder-weights PATH to a torchvision VGG19 state dict"
             ) from None
     else:
         state = load_tensors(source)
@@ -147,8 +151,13 @@ def load_tensors(path):
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # torch.load raises a dozen types on damaged or foreign files
         reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
-        raise InputError(f"{path}: not a readable file of weights: truncated, or not weights alone ({reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(
+            f"{path}: not a readable file of weights: truncated, or more than weights ({reason})"
+        ) from None
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+        for key, value in state.items()
+    ):
         raise InputError(f"{path}: not a state dict, which maps names to tensors")
     return state
 
@@ -176,7 +185,7 @@ def load_weights(model, path):
 
 
 class Goal(NamedTuple):
-    """What the network's maps shall become. All float32 but ``mask``."""
+    """What the network's maps shall become; floating point like the points encoded, but for ``mask``."""
 
     heatmap: torch.Tensor  # (B, K, H, W) in [0, 1]
     offset: torch.Tensor  # (B, 2, K, H, W) x and y, in units of the radius
@@ -216,8 +225,8 @@ def decode(maps):
     """Landmarks from maps by voting.
 
     Of each heatmap the int(3.14 R^2) highest pixels vote, each for the pixel q + R * offset(q), rounded; votes outside
-    the image are dropped; the pixel with most votes is the landmark. Among equals the highest pixel's vote decides,
-    then reading order.
+    the image are dropped; the pixel with most votes is the landmark. Among equals, and if no vote is left, the
+    heatmap's highest pixel wins, then the first in reading order.
 
     Args:
         maps: (B, 3, K, H, W), heatmap (logits or not: only the order counts) and offsets.
@@ -228,14 +237,13 @@ def decode(maps):
     height, width = maps.shape[-2:]
     radius = radius_of((height, width))
     heatmap, offset_x, offset_y = maps.flatten(-2).unbind(1)  # (B, K, H * W) each
-    voters = heatmap.topk(int(3.14 * radius**2)).indices  # the highest first
+    voters = heatmap.topk(min(int(3.14 * radius**2), height * width)).indices  # the highest first
     x = (voters % width + radius * offset_x.gather(-1, voters)).round()
     y = (voters // width + radius * offset_y.gather(-1, voters)).round()
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     ballot = torch.where(inside, y * width + x, 0).long()
-    weight = inside.to(heatmap.dtype)
-    weight[..., 0] *= 1.5
-    votes = torch.zeros_like(heatmap).scatter_add_(-1, ballot, weight)
+    votes = torch.zeros_like(heatmap).scatter_add_(-1, ballot, inside.to(heatmap.dtype))
+    votes.scatter_add_(-1, voters[..., :1], torch.full_like(heatmap[..., :1], 0.5))  # decides between equals only
     winner = votes.argmax(-1)
     return torch.stack([winner % width, winner // width], dim=-1).float()
 

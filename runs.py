@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import tempfile
 from pathlib import Path
 
 import numpy
@@ -43,13 +44,12 @@ def make_folder(path):
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_text(path / "probe", "")
-        (path / "probe").unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise InputError(f"{path}: can't be used as output folder ({error})") from None
 
 
-def save_config(path, config):
+def save_config(path, config, device):
     """Write a configuration as JSON, with the versions of what it ran on."""
     versions = {
         "python": platform.python_version(),
@@ -57,7 +57,7 @@ def save_config(path, config):
         "torchvision": torchvision.__version__,
         "numpy": numpy.__version__,
         "platform": platform.platform(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
     write_text(path, json.dumps({**config, "versions": versions}, indent=2) + "\n")
 

@@ -56,11 +56,18 @@ def attack_name(text):
 def parse_arguments():
     parser = command.Parser("Test a trained detector, or attack it.")
     parser.add_argument("--tag", type=command.tag, required=True, help="name of the run: runs/TAG/")
-    parser.add_argument("--iteration", type=natural_int, metavar="EPOCH", help="checkpoint of this epoch (default: the newest)")
+    parser.add_argument(
+        "--iteration", type=natural_int, metavar="EPOCH", help="checkpoint of this epoch (default: the newest)"
+    )
     parser.add_argument("--data", default="data", help="folder with the ISBI 2015 data")
     parser.add_argument("--split", choices=SPLITS, default="test", help="test: what there is of test1 and test2")
     parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N images (default: all)")
-    parser.add_argument("--rand", metavar="DIR", help="output folder below runs/TAG/ (default: named by what is done)")
+    parser.add_argument(
+        "--rand",
+        type=command.subfolder,
+        metavar="DIR",
+        help="output folder below runs/TAG/ (default: named by what is done)",
+    )
     parser.add_argument(
         "--attack",
         type=attack_name,
@@ -102,14 +109,17 @@ def main():
 
     what = "attack" if args.attack else "test"
     out = run / (args.rand or f"{what}_{args.split}_{epoch}")
-    config = vars(args) | {"iteration": epoch, "size": size, "checkpoint_sha256": sha256(checkpoint)}
+    config = vars(args) | {"iteration": epoch, "size": size}
+    config |= {"checkpoint_sha256": sha256(checkpoint), "data_sha256": data.sha256}
     if args.attack:
         targets = choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm)
         config["targets_sha256"] = hashlib.sha256(targets.numpy().tobytes()).hexdigest()
     if (out / "config.json").exists():
         check_same_config(out / "config.json", config, ignore=["device", "data", "batch_size", "rand", "pictures"])
     make_folder(out / "pictures")
-    save_config(out / "config.json", config)
+    if args.attack:
+        make_folder(out / "records")
+    save_config(out / "config.json", config, device)
 
     if args.attack:
         attack(args, model, data, targets, device, out)
@@ -170,21 +180,26 @@ def attack(args, model, data, targets_px0, device, out):
     """
     size = data.images.shape[-2:]
     targets = rescale(targets_px0, data.sizes[:, None], size).float()
-    (out / "records").mkdir(exist_ok=True)
-    files = {method: [out / "records" / f"{method}_{id}.csv" for id in data.ids] for method in args.attack}
-    pending = {method: [i for i, file in enumerate(files[method]) if not file.exists()] for method in files}
-    steps = {method: 1 if method in ONE_STEP else args.steps for method in files}
+    methods = list(dict.fromkeys(args.attack))
+    steps = {method: 1 if method in ONE_STEP else args.steps for method in methods}
+
+    def record_file(method, i):
+        return out / "records" / f"{method}_{data.ids[i]}.csv"
+
+    def picture_file(method, i):
+        return out / "pictures" / f"{data.ids[i]}_{method}.png"
+
+    def is_done(method, i):
+        return record_file(method, i).exists() and (i >= args.pictures or picture_file(method, i).exists())
 
     def victim(image):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             return model(image)
 
-    bar = tqdm(total=sum(steps[method] * len(pending[method]) for method in files), desc="attacking", unit="step")
-    for method, batch in [
-        (method, pending[method][start : start + args.batch_size])
-        for method in files
-        for start in range(0, len(pending[method]), args.batch_size)
-    ]:
+    todo = {method: [i for i in range(len(data)) if not is_done(method, i)] for method in methods}
+    batches = [(method, batch) for method in methods for batch in in_batches(todo[method], args.batch_size)]
+    bar = tqdm(total=sum(steps[method] * len(batch) for method, batch in batches), desc="attacking", unit="step")
+    for method, batch in batches:
         ids = [data.ids[i] for i in batch]
         bar.set_description(f"{method} on {', '.join(ids)}" if len(ids) < 5 else f"{method} on {ids[0]} .. {ids[-1]}")
         image = to_input(data.images[batch], device)
@@ -197,7 +212,7 @@ def attack(args, model, data, targets_px0, device, out):
             aims_px0 = targets_px0[batch].numpy()
             aims = targets[batch].to(device)
             goal = goal_maps(clean, aims.nan_to_num(), ~aims.isnan().any(-1))
-        length = () if method in ONE_STEP else (args.steps,)
+        length = [] if method in ONE_STEP else [args.steps]
 
         tables = []
         for iteration, adversarial, maps in ATTACKS[method](victim, image, goal, args.epsilon, *length):
@@ -217,11 +232,15 @@ def attack(args, model, data, targets_px0, device, out):
                 parts = [image[b], data.landmarks[i], clean_points[b], adversarial[b], points[b]]
                 parts += [] if method == UNTARGETED else [targets[i]]
                 parts = [part.cpu().numpy() for part in parts]
-                write(out / "pictures" / f"{ids[b]}_{method}.png", lambda path: draw(path, title, *parts))
+                write(picture_file(method, i), lambda path: draw(path, title, *parts))
         for i, (_, rows) in zip(batch, pd.concat(tables).groupby("image", sort=False), strict=True):
-            write(files[method][i], lambda path: rows.to_csv(path, index=False, float_format="%.4f"))
+            write(record_file(method, i), lambda path: rows.to_csv(path, index=False, float_format="%.4f"))
     bar.close()
-    report_attack(out, [file for method in files for file in files[method]])
+    report_attack(out, [record_file(method, i) for method in methods for i in range(len(data))])
+
+
+def in_batches(items, size):
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def report_attack(out, files):

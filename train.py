@@ -41,13 +41,17 @@ def parse_arguments():
     parser.add_argument(
         "--encoder-weights", default="imagenet", metavar="SOURCE", help="imagenet, none, or a VGG19 state dict's path"
     )
-    parser.add_argument("--init", metavar="FILE", help="start from this checkpoint's weights (of any input size)")
-    parser.add_argument("--checkpoint-every", type=positive_int, default=5, metavar="EPOCHS", help="write weights so often")
+    parser.add_argument("--init", metavar="FILE", help="start from this checkpoint, of any input size, instead")
+    parser.add_argument(
+        "--checkpoint-every", type=positive_int, default=5, metavar="EPOCHS", help="write weights so often"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from runs/TAG/resume.pth, if it is there")
     command.add_compute_arguments(parser)
     args = parser.parse_args()
     if min(args.size) < MIN_SIZE:
         parser.error(f"--size: at least {MIN_SIZE} {MIN_SIZE}")
+    if args.init:
+        args.encoder_weights = "none"
     return args
 
 
@@ -65,32 +69,30 @@ def main():
     args = parse_arguments()
     device = command.find_device(args.device)
     folder = RUNS / args.tag
-    resume = folder / "resume.pth"
-    config = {name: value for name, value in vars(args).items() if name != "resume"}
-    if (folder / "config.json").exists():
-        if not args.resume:
-            raise InputError(f"{folder}: this --tag has been used; add --resume to go on, or choose another")
-        check_same_config(folder / "config.json", config, ignore=["device", "data"])
+    if folder.is_dir() and any(folder.iterdir()) and not args.resume:
+        raise InputError(f"{folder}: this --tag has been used; add --resume to go on, or choose another")
 
-    # data, network and optimiser
     torch.manual_seed(args.seed)
     data = Cephalograms(args.data, "train", args.size)
     monitored = next((split for split in ("test1", "test2") if split in available_splits(args.data)), None)
     monitor = Cephalograms(args.data, monitored, args.size) if monitored else None
-    model = UNet(len(LANDMARKS), "none" if args.init else args.encoder_weights)
-    if args.init:
+    config = {name: value for name, value in vars(args).items() if name != "resume"} | {"data_sha256": data.sha256}
+    if (folder / "config.json").exists():
+        check_same_config(folder / "config.json", config, ignore=["device", "data"])
+
+    resume = folder / "resume.pth"
+    from_scratch = not resume.exists()
+    model = UNet(len(LANDMARKS), args.encoder_weights if from_scratch else "none")
+    if args.init and from_scratch:
         load_weights(model, args.init)
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=1e-4, fused=True)
     shuffle = torch.Generator().manual_seed(args.seed)
-    loader = DataLoader(
-        data, args.batch_size, shuffle=True, generator=shuffle, pin_memory=device.type == "cuda"
-    )
-    first, rows = 0, []
-    if resume.exists():
-        first, rows = load_resume(resume, model, optimizer, shuffle)
+    loader = DataLoader(data, args.batch_size, shuffle=True, generator=shuffle, pin_memory=device.type == "cuda")
+    first, rows = (0, []) if from_scratch else load_resume(resume, model, optimizer, shuffle)
     make_folder(folder)
-    save_config(folder / "config.json", config)
+    save_config(folder / "config.json", config, device)
+    save_log(folder, rows, chart=True)  # a stop may have come between the last state and its log
 
     bar = tqdm(total=args.epochs * len(data), initial=first * len(data), desc="training", unit="image")
     for epoch in range(first, args.epochs):
@@ -122,21 +124,32 @@ def main():
         }
         bar.set_postfix(epoch=epoch, loss=f"{row['loss']:.3f}")
         if not math.isfinite(row["loss"]):
-            raise InputError(f"{folder}: the loss of epoch {epoch} is {row['loss']}; try a smaller --lr or another --seed")
+            bar.close()
+            raise InputError(
+                f"{folder}: the loss of epoch {epoch} is {row['loss']}; use a smaller --lr or another --seed"
+            )
 
-        checkpoint = (epoch + 1) % args.checkpoint_every == 0 or epoch == args.epochs - 1
-        if checkpoint:
+        is_checkpoint = (epoch + 1) % args.checkpoint_every == 0 or epoch == args.epochs - 1
+        if is_checkpoint:
             write(checkpoint_path(folder, epoch), lambda path: torch.save(model.state_dict(), path))
             if monitor:
                 points = predict(model, monitor, args.batch_size, device, args.precision)
-                row |= {"monitored_split": monitored} | summarize(radial_errors(points, monitor).numpy()).loc["all"].to_dict()
+                row |= {"monitored_split": monitored} | summarize(radial_errors(points, monitor).numpy()).loc[
+                    "all"
+                ].to_dict()
         rows.append(row)
         write(resume, lambda path: save_resume(path, epoch + 1, rows, model, optimizer, shuffle))
+        save_log(folder, rows, chart=is_checkpoint)
+    bar.close()
+
+
+def save_log(folder, rows, chart):
+    """train_log.csv and, if wanted, its chart; nothing before the first epoch."""
+    if rows:
         log = pd.DataFrame(rows)
         write(folder / "train_log.csv", lambda path: log.to_csv(path, index=False))
-        if checkpoint:
+        if chart:
             write(folder / "train_log.png", lambda path: plot_training(log, path))
-    bar.close()
 
 
 def save_resume(path, epoch, rows, model, optimizer, shuffle):
@@ -155,7 +168,7 @@ def load_resume(path, model, optimizer, shuffle):
         torch.set_rng_state(state["random"])
         return state["epoch"], state["rows"]
     except Exception as error:  # torch.load raises a dozen types on damaged files
-        raise InputError(f"{path}: not a state to go on from ({type(error).__name__}); train under another --tag") from None
+        raise InputError(f"{path}: not a state to go on from ({type(error).__name__}); use another --tag") from None
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def data(official, tmp_path):
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """Run a command in this process, in the working folder: run("test.py", "--tag", ...) -> (status, stdout, stderr)."""
+    """Run a command in this process, in the working folder: run("test.py", ...) -> (status, stdout, stderr)."""
 
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])

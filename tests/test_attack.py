@@ -113,7 +113,10 @@ def test_attack_is_the_papers_loop(unet, image, attack):
 
 def test_i_and_ati_fgsm_lower_what_they_minimise(small, image):
     goal = goal_of(small, image)
-    for attack, measure in [(i_fgsm, lambda losses: losses.sum(-1)), (ati_fgsm, lambda losses: losses.square().sum(-1))]:
+    for attack, measure in [
+        (i_fgsm, lambda losses: losses.sum(-1)),
+        (ati_fgsm, lambda losses: losses.square().sum(-1)),
+    ]:
         course = [measure(landmark_loss(maps, goal)) for _, _, maps in attack(small, image, goal, 64, 40)]
         assert (course[-1] < 0.95 * course[0]).all()
 
@@ -135,11 +138,13 @@ def test_a_batch_is_its_images_one_by_one(unet, image, name):
         assert torch.allclose(alone[0], together[b])
 
 
-def test_no_gradient_is_left_behind(image):
-    model = nn.Sequential(nn.Conv2d(3, 3 * K, 3, padding=1), nn.Unflatten(1, (3, K))).double()  # not even frozen
-    *_, (_, adversarial, maps) = i_fgsm(model, image, goal_of(model, image), steps=2)
-    assert all(p.grad is None for p in model.parameters())
+def test_results_carry_no_gradient_and_the_callers_mode_does_not_matter(small, image):
+    goal = goal_of(small, image)
+    *_, (_, adversarial, maps) = i_fgsm(small, image, goal, steps=2)
     assert not adversarial.requires_grad and not maps.requires_grad
+    with torch.no_grad():
+        *_, (_, again, _) = i_fgsm(small, image, goal, steps=2)
+    assert torch.equal(adversarial, again)
 
 
 def test_an_attack_moves_a_landmark_of_a_detector_that_can_be_moved():
@@ -173,8 +178,8 @@ def test_random_targets_follow_the_papers_protocol():
     places = np.concatenate(places)
     assert set(counts) == set(range(1, 18))  # |T| in 1 .. K - 2
     assert np.mean(counts) == pytest.approx(9, abs=0.4)
-    assert places[:, 0].min() == pytest.approx(99.5, abs=1) and places[:, 0].max() == pytest.approx(599.5, abs=1)
-    assert places[:, 1].min() == pytest.approx(249.5, abs=1) and places[:, 1].max() == pytest.approx(749.5, abs=1)
+    assert places[:, 0].min() == pytest.approx(100, abs=0.3) and places[:, 0].max() == pytest.approx(600, abs=0.3)
+    assert places[:, 1].min() == pytest.approx(250, abs=0.3) and places[:, 1].max() == pytest.approx(750, abs=0.3)
 
 
 def test_shifts_are_as_long_as_asked_and_inside():

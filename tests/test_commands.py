@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import K, ROOT, write_kaggle
+from conftest import ROOT, K, write_kaggle
 from PIL import Image
 
-from eval import record_attack, summarize, summarize_attack
+from eval import summarize, summarize_attack
 from model import UNet
 
 TRAIN = ["train.py", "--tag", "small", "--size", 64, 48, "--encoder-weights", "none", "--batch-size", 2, "--lr", 3e-4]
@@ -95,7 +96,7 @@ def test_an_attack(here, official, run):
     assert json.loads((here / "runs" / "small" / "temp" / "config.json").read_text())["iteration"] == 2  # the newest
 
 
-def test_attacks_compared_on_the_same_targets_go_on_after_a_stop(here, official, run):
+def test_attacks_compared_on_the_same_targets_go_on_after_a_stop(here, official, tmp_path, run):
     arguments = ["--tag", "small", "--data", official, "--split", "test1", "--targets", "shift", "--steps", 2]
     arguments += ["--attack", "I-FGSM", "ati-fgsm", "FGSM", "untargeted-FGSM", "--shift-count", 3, "--rand", "compared"]
     status, out, err = run("test.py", *arguments)
@@ -120,7 +121,6 @@ def test_attacks_compared_on_the_same_targets_go_on_after_a_stop(here, official,
     assert len(list((folder / "pictures").iterdir())) == 3 * 4
 
     # a stop: two records are lost; the same command makes them again and touches no other
-    before = (folder / "predictions.csv").read_bytes()
     kept = folder / "records" / "I-FGSM_151.csv"
     stamp = kept.stat().st_mtime_ns
     for name in ("I-FGSM_152.csv", "ATI-FGSM_153.csv"):
@@ -130,35 +130,48 @@ def test_attacks_compared_on_the_same_targets_go_on_after_a_stop(here, official,
     assert kept.stat().st_mtime_ns == stamp
     after = pd.read_csv(folder / "predictions.csv", dtype={"image": str})
     assert np.isclose(after["radial_error_mm"], table["radial_error_mm"], atol=1e-3).mean() > 0.99
-    assert len(before) > 0 and len(after) == len(table)
+    assert len(after) == len(table)
 
-    status, _, err = run("test.py", *arguments, "--epsilon", 4)
-    assert status == 2 and "epsilon was 8.0, now it is 4.0" in err
+    (folder / "pictures" / "152_FGSM.png").unlink()
+    assert run("test.py", *arguments)[0] == 0
+    assert (folder / "pictures" / "152_FGSM.png").exists()
+
+    assert_refused(run("test.py", *arguments, "--epsilon", 4), "epsilon was 8.0, now it is 4.0")
+    other = shutil.copytree(official, tmp_path / "data")
+    replace_line(annotation(other), 7, "100,100")
+    assert_refused(run("test.py", *arguments[:3], other, *arguments[4:]), "data_sha256 was")
 
 
 def test_a_killed_training_goes_on_and_ends_the_same(trained, official, tmp_path):
+    """The kill comes after a row with monitoring; a log lost after the last epoch is written again."""
     command = [*TRAIN, "--data", official, "--epochs", 3, "--checkpoint-every", 2, "--resume"]
     command = [sys.executable, str(ROOT / command[0]), *map(str, command[1:])]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
     folder = tmp_path / "runs" / "small"
-    while not (folder / "train_log.csv").exists():
+    while not (folder / "train_log.csv").exists() or len(pd.read_csv(folder / "train_log.csv")) < 2:
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert len(pd.read_csv(folder / "train_log.csv")) < 3
+    assert len(pd.read_csv(folder / "train_log.csv")) == 2
+    subprocess.run(command, cwd=tmp_path, check=True, stderr=subprocess.DEVNULL)
+    (folder / "train_log.csv").unlink()
     subprocess.run(command, cwd=tmp_path, check=True, stderr=subprocess.DEVNULL)
     unbroken = torch.load(trained / "runs" / "small" / "model_epoch_2.pth", weights_only=True)
     resumed = torch.load(folder / "model_epoch_2.pth", weights_only=True)
     assert all(torch.equal(unbroken[key], resumed[key]) for key in unbroken)
-    logs = [pd.read_csv(root / "runs" / "small" / "train_log.csv").drop(columns="seconds") for root in (trained, tmp_path)]
+    logs = [
+        pd.read_csv(root / "runs" / "small" / "train_log.csv").drop(columns="seconds") for root in (trained, tmp_path)
+    ]
     pd.testing.assert_frame_equal(*logs)
 
 
 def test_training_from_a_checkpoint_in_bf16_on_the_kaggle_layout(here, kaggle, run):
     init = "runs/small/model_epoch_2.pth"
     arguments = ["--tag", "fine", "--size", 96, 80, "--init", init, "--epochs", 1, "--schedule", "cosine"]
-    status, _, err = run("train.py", *arguments, "--data", kaggle, "--batch-size", 4, "--precision", "bf16", "--lr", 1e-9)
+    status, _, err = run(
+        "train.py", *arguments, "--data", kaggle, "--batch-size", 4, "--precision", "bf16", "--lr", 1e-9
+    )
     assert status == 0, err
     start = torch.load(init, weights_only=True)
     end = torch.load("runs/fine/model_epoch_0.pth", weights_only=True)
@@ -194,7 +207,7 @@ BAD_DATA = {
     "no doctors": (lambda data: (data / "AnnotationsByMD").rename(data / "A"), "400_senior/ and 400_junior/"),
     "no such split": (
         lambda data: [image(data, id).unlink() for id in ("151", "152", "153")],
-        "no images in Test1Data",
+        "no images in RawImage/Test1Data",
     ),
     "image without annotation": (lambda data: annotation(data).unlink(), "400_senior/152.txt is missing"),
     "image without a junior's": (lambda data: annotation(data, doctor="400_junior").unlink(), "400_junior/152.txt is"),
@@ -250,6 +263,13 @@ def spoil_kaggle(root, old, new):
 BAD_KAGGLE = {
     "no image": (lambda root: (root / "cepha400" / "152.png").unlink(), "the image 152 of its list is missing"),
     "no row": (lambda root: spoil_kaggle(root, "152.png", "151.png"), "line 4: a second row of image 151"),
+    "an image in no list, a table missing": (
+        lambda root: [
+            (root / "test2_senior.csv").unlink(),
+            Image.new("L", (9, 9)).save(root / "cepha400" / "199.png"),
+        ],
+        "199.png: no row in train_senior.csv, test1_senior.csv",
+    ),
     "an image in no list": (lambda root: Image.new("L", (9, 9)).save(root / "cepha400" / "400.png"), "400.png: no row"),
     "header": (lambda root: spoil_kaggle(root, "1_x", "x1"), "the header should be image_path,1_x"),
     "a field less": (lambda root: spoil_kaggle(root, "152.png,", "152.png"), "38 fields, 39 needed"),
@@ -305,8 +325,16 @@ BAD_ARGUMENTS = {
     "no file of targets": (["--attack", 0, "--targets", "nowhere.csv"], "nowhere.csv: not a readable CSV file"),
     "unknown tag": (["--tag", "large"], "no run of this --tag (there is: "),
     "path as tag": (["--tag", "../small"], "is not a plain name"),
-    "unknown iteration": (["--iteration", 77], "model_epoch_77.pth: no such checkpoint; --iteration takes one of: 1, 2"),
+    "unknown iteration": (
+        ["--iteration", 77],
+        "model_epoch_77.pth: no such checkpoint; --iteration takes one of: 1, 2",
+    ),
     "unknown device": (["--device", "tpu"], "--device tpu"),
+    "device of a number": (["--device", "cuda:200"], "--device cuda:200"),
+    "seed too large": (["--seed", 2**64], "--seed"),
+    "seed negative": (["--seed", -1], "--seed"),
+    "folder elsewhere": (["--rand", "../bad"], "is not a path below the run's folder"),
+    "absolute folder": (["--rand", "/bad"], "is not a path below the run's folder"),
     "folder below a file": (["--rand", "config.json/bad"], "can't be used as output folder"),
     "folder of something else": (["--rand", "."], "holds results of another configuration"),
 }
@@ -324,7 +352,7 @@ def test_bad_arguments(case, official, here, run):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
 @pytest.mark.parametrize("command", [TRAIN, ["test.py", "--tag", "small"]])
 def test_cuda_that_is_not_there(command, here, official, run):
-    assert_refused(run(*command, "--data", official, "--device", "cuda"), "--device cuda: CUDA finds 0 such devices")
+    assert_refused(run(*command, "--data", official, "--device", "cuda"), "--device cuda: CUDA finds 0 devices")
 
 
 BAD_TRAINING = {
@@ -334,7 +362,10 @@ BAD_TRAINING = {
     "used tag": (["--tag", "small"], "this --tag has been used; add --resume"),
     "another configuration": (["--tag", "small", "--resume", "--epochs", 9], "epochs was 3, now it is 9"),
     "encoder file": (["--encoder-weights", "nowhere.pth"], "nowhere.pth: no such file"),
-    "foreign encoder": (["--encoder-weights", "runs/small/model_epoch_1.pth"], "not the state dict of torchvision's vgg19"),
+    "foreign encoder": (
+        ["--encoder-weights", "runs/small/model_epoch_1.pth"],
+        "not the state dict of torchvision's vgg19",
+    ),
     "init": (["--init", "nowhere.pth"], "nowhere.pth: no such file"),
 }
 
@@ -345,6 +376,15 @@ def test_bad_training_arguments(case, official, here, run):
     before = sorted(here.rglob("*"))
     assert_refused(run(TRAIN[0], "--tag", "bad", *TRAIN[3:], "--data", official, *arguments), message)
     assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["truncated", "code"])
+def test_a_damaged_or_malicious_cache_of_imagenet_weights(kind, official, here, run, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    write_checkpoint(kind, tmp_path / "checkpoints" / "vgg19-dcbb9e9d.pth", tmp_path / "trap")
+    result = run("train.py", "--tag", "bad", "--data", official)
+    assert_refused(result, "nor found whole in", here / "runs" / "bad", tmp_path / "trap")
 
 
 def test_imagenet_weights_offline_name_both_ways_out(official, here, run, monkeypatch, tmp_path):
@@ -387,6 +427,10 @@ def write_checkpoint(kind, path, trap):
         torch.save(UNet(5).state_dict(), path)
     elif kind == "not a state dict":
         torch.save([1, 2, 3], path)
+    elif kind == "names that are numbers":
+        torch.save({1: torch.zeros(2)}, path)
+    elif kind == "sparse":
+        torch.save(UNet(K).state_dict() | {"head.bias": torch.zeros(3 * K).to_sparse()}, path)
     elif kind == "another width":
         torch.save(UNet(K).state_dict() | {"up1.conv.0.bias": torch.zeros(7)}, path)
 
@@ -399,6 +443,8 @@ BAD_CHECKPOINTS = {
     "another network": "weights of another network",
     "another K": "made for 5 landmarks, 19 are wanted",
     "not a state dict": "not a state dict",
+    "names that are numbers": "not a state dict",
+    "sparse": "not a state dict",
     "another width": "up1.conv.0.bias is of shape (7,)",
 }
 

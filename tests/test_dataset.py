@@ -73,6 +73,40 @@ def test_images_of_two_sizes_are_each_scaled_by_their_own(data):
     assert torch.allclose(split.landmarks[0].double(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("suffix", [".bmp", ".png", ".jpg", ".tif"])
+def test_a_truncated_image_is_named(data, suffix):
+    file = data / "RawImage" / "TrainingData" / f"002{suffix}"
+    with Image.open(file.with_suffix(".bmp")) as image:
+        image.load()
+    file.with_suffix(".bmp").unlink()
+    image.save(file)
+    Cephalograms(data, "train", (50, 40))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(InputError, match=f"002{suffix}: not a readable image"):
+        Cephalograms(data, "train", (50, 40))
+
+
+def test_sixteen_bits_are_refused_not_clipped(data):
+    file = data / "RawImage" / "TrainingData" / "002.png"
+    Image.fromarray(np.full(SIZE0, 40000, np.uint16)).save(file)
+    file.with_suffix(".bmp").unlink()
+    with pytest.raises(InputError, match=r"002.png: .*more than 8 bits"):
+        Cephalograms(data, "train", (50, 40))
+
+
+def test_an_id_in_both_test_splits_is_refused(data):
+    shutil.copy(data / "RawImage" / "Test1Data" / "151.bmp", data / "RawImage" / "Test2Data" / "151.bmp")
+    assert len(Cephalograms(data, "test2", (50, 40))) == 2
+    with pytest.raises(InputError, match="the id 151 is in RawImage/Test1Data and RawImage/Test2Data"):
+        Cephalograms(data, "test", (50, 40))
+
+
+def test_hidden_files_are_passed_over(data):
+    (data / "RawImage" / "TrainingData" / "._002.bmp").write_text("what some systems leave in archives")
+    (data / "AnnotationsByMD" / "400_senior" / "._002.txt").write_text("likewise")
+    assert len(Cephalograms(data, "train", (50, 40))) == 4
+
+
 def test_nothing_is_read_after_loading(data):
     split = Cephalograms(data, "train", (50, 40))
     shutil.rmtree(data)
@@ -96,6 +130,6 @@ def test_real_data():
 def test_a_spoilt_annotation_names_file_and_line(data):
     file = data / "AnnotationsByMD" / "400_junior" / "003.txt"
     lines = file.read_text().splitlines()
-    file.write_text("\n".join(lines[:4] + ["12;13"] + lines[5:]))
+    file.write_text("\n".join([*lines[:4], "12;13", *lines[5:]]))
     with pytest.raises(InputError, match=r"400_junior/003.txt: line 5: '12;13' is not x,y"):
         Cephalograms(data, "train", (50, 40))

@@ -116,8 +116,18 @@ def test_voting_by_hand():
     maps = torch.zeros(1, 3, 1, 32, 32)
     for x, y, heat, dx, dy in [(4, 5, 0.9, 1.6, 0), (8, 5, 0.8, -1.6, 0.4), (20, 20, 0.95, 0, 0), (9, 9, 0.7, 11, 11)]:
         maps[0, 0, 0, y, x], maps[0, 1, 0, y, x], maps[0, 2, 0, y, x] = heat, dx, dy
-    # (4, 5) and (8, 5) vote for (5.6, 5) and (6.4, 5.4): both (6, 5), once rounded; (20, 20) for itself; (9, 9) is fourth
+    # (4, 5) and (8, 5) vote for (5.6, 5) and (6.4, 5.4): both (6, 5), rounded; (20, 20) for itself; (9, 9) is fourth
     assert decode(maps).tolist() == [[[6, 5]]]
+
+
+def test_voting_on_a_very_long_image():
+    assert decode(torch.rand(1, 3, 1, 32, 4200)).shape == (1, 1, 2)  # 3.14 R^2 is more than all of its pixels
+
+
+def test_the_highest_pixel_wins_where_all_votes_fall_outside():
+    maps = torch.full((1, 3, 1, 32, 32), 99.0)
+    maps[0, 0, 0, 7, 5] = 100.0
+    assert decode(maps).tolist() == [[[5, 7]]]
 
 
 def test_votes_outside_the_image_are_dropped():
