@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 from dataset import LANDMARKS, MM_PER_PX0, rescale, to_input
@@ -77,7 +78,10 @@ def plot_training(log, path):
         right.plot(monitored["epoch"], monitored["median_mm"], "o-", label="median")
         right.set_title(f"monitoring on {monitored['monitored_split'].iloc[-1]}")
         right.legend()
-    right.set(xlabel="epoch", ylabel="radial error (mm)", yscale="log")
+    right.set(xlabel="epoch", ylabel="radial error (mm)", ylim=(0, None))
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
 
@@ -89,6 +93,7 @@ def plot_attack(summary, column, label, path):
         for method, lines in summary[summary["role"] == role].groupby("method", sort=False):
             axes.plot(lines["iteration"], lines[column], "o-", markersize=3, label=method)
         axes.set(title=f"{role} landmarks", xlabel="iteration", ylabel=label, ylim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)
