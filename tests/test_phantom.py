@@ -1,0 +1,85 @@
+import json
+
+import numpy as np
+import pytest
+from conftest import K
+
+from dataset import Cephalograms
+from phantom import SHAPE, curve, draw_film, sample_landmarks
+
+COUNTS = ["--train", 2, "--test1", 1, "--test2", 1]
+
+
+@pytest.fixture(scope="module")
+def shape():
+    return json.loads(SHAPE.read_text())
+
+
+def test_population_follows_the_shape_model(shape):
+    patients = [sample_landmarks(np.random.default_rng(seed), shape) for seed in range(400)]
+    landmarks, senior, junior = (np.array(part) for part in zip(*patients, strict=True))
+    assert np.abs(landmarks.mean(0) - shape["mean"]).max() < 40  # three standard errors of the first mode
+    assert np.abs((senior + junior) / 2 - landmarks).max() <= 0.5  # the truth is the doctors' mean
+    distance = np.linalg.norm(senior - junior, axis=-1) * 0.1
+    assert distance.mean() == pytest.approx(2.15, abs=0.6)  # mm, the real doctors'
+    first = np.tensordot(landmarks - landmarks.mean(0), shape["modes"][0], 2)
+    assert first.std() == pytest.approx(shape["mode_std"][0], rel=0.2)
+
+
+def test_a_curve_goes_through_its_points():
+    points = np.array([(0, 0), (10, 5), (20, -5), (5, -20)])
+    assert np.allclose(curve(points)[[0, 10, 20, 30]], points)
+    assert np.allclose(curve(points, closed=True)[[0, 10, 20, 30]], points)
+
+
+def test_the_drawing_follows_the_landmarks(shape):
+    """Moved by 60 px0, the same head is drawn 60 px0 further on: what a detector needs is tied to the landmarks."""
+    landmarks, _, _ = sample_landmarks(np.random.default_rng(0), shape)
+    here = draw_film(np.random.default_rng(1), landmarks).astype(float)
+    there = draw_film(np.random.default_rng(1), landmarks + (60, 0)).astype(float)
+    face = np.s_[1100:2000, 900:1400]
+    moved = np.s_[1100:2000, 960:1460]
+    assert np.corrcoef(here[face].ravel(), there[moved].ravel())[0, 1] > 0.9
+    assert np.corrcoef(here[face].ravel(), there[face].ravel())[0, 1] < 0.8
+
+
+def test_same_seed_same_bytes_in_the_official_layout(tmp_path, run):
+    for folder, seed in (("one", 3), ("two", 3), ("three", 4)):
+        status, _, err = run("phantom.py", "--out", tmp_path / folder, *COUNTS, "--seed", seed)
+        assert status == 0, err
+    files = {
+        folder: {
+            str(file.relative_to(tmp_path / folder)): file.read_bytes()
+            for file in sorted(tmp_path.glob(f"{folder}/**/*.*"))
+        }
+        for folder in ("one", "two", "three")
+    }
+    assert len(files["one"]) == 4 * 3
+    assert files["one"] == files["two"]
+    assert not any(files["one"][name] == files["three"][name] for name in files["one"])
+    data = Cephalograms(tmp_path / "one", "test", (100, 80))
+    assert data.ids == ["151", "301"] and data.landmarks.shape == (2, K, 2)
+    assert data.sizes.tolist() == [[2400, 1935]] * 2
+    assert data.images.float().std() > 30  # a picture, not a blank
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--out", "taken"], "exists already"),
+        (["--out", "file"], "exists already"),
+        (["--out", "file/new"], "can't be used as output folder"),
+        (["--out", "new", "--train", 0, "--test1", 0, "--test2", 0], "nothing to draw"),
+        (["--out", "new", "--train", 151], "at most 150"),
+        (["--out", "new", "--train", -1], "--train"),
+        ([], "--out"),
+    ],
+)
+def test_wrong_arguments(arguments, message, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "something").touch()
+    (tmp_path / "file").touch()
+    status, _, err = run("phantom.py", *arguments)
+    assert status == 2 and message in err and err.count("\n") == 1
+    assert not (tmp_path / "new").exists()
