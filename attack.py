@@ -214,15 +214,17 @@ def choose_targets(kind, data, seed, count, shift_mm):
     landmarks, sizes = data.landmarks_px0.numpy(), data.sizes.tolist()
     num_landmarks = landmarks.shape[1]
     if kind == "random":
-        chosen = [random_targets(generator(seed, id), num_landmarks, size0) for id, size0 in zip(data.ids, sizes)]
+        chosen = [
+            random_targets(generator(seed, id), num_landmarks, size0) for id, size0 in zip(data.ids, sizes, strict=True)
+        ]
     elif kind == "shift":
         chosen = [
             shift_targets(generator(seed, id), points, size0, count, shift_mm)
-            for id, points, size0 in zip(data.ids, landmarks, sizes)
+            for id, points, size0 in zip(data.ids, landmarks, sizes, strict=True)
         ]
     else:
         targets = read_targets(kind, num_landmarks)
-        for id, (height, width) in zip(data.ids, sizes):
+        for id, (height, width) in zip(data.ids, sizes, strict=True):
             outside = (targets < 0) | (targets > (width - 1, height - 1))  # false for nan
             if outside.any():
                 k = outside.any(1).argmax()

@@ -32,10 +32,14 @@ def predict(model, data, batch_size, device, precision):
     return torch.cat(points).cpu()
 
 
+def to_px0(points, data, images=slice(None)):
+    """Positions (B, K, 2) in px on some images of ``data`` (default: all) as float64 positions in px0."""
+    return rescale(points.double(), data.images.shape[-2:], data.sizes[images, None])
+
+
 def radial_errors(points, data):
     """Distances (N, K) float64 in mm between points (N, K, 2) px and the un-resized ground truth of ``data``."""
-    points_px0 = rescale(points.double(), data.images.shape[-2:], data.sizes[:, None])
-    return (points_px0 - data.landmarks_px0).norm(dim=-1) * MM_PER_PX0
+    return (to_px0(points, data) - data.landmarks_px0).norm(dim=-1) * MM_PER_PX0
 
 
 def summarize(errors):

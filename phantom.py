@@ -7,6 +7,7 @@ them so that each lies on a structure that a detector can find. Structures add u
 exposure, blur and grain differ from patient to patient. Positions are x, y in px0 (0.1 mm) unless said otherwise.
 """
 
+import hashlib
 import json
 import os
 from collections import namedtuple
@@ -20,7 +21,7 @@ from tqdm import tqdm
 import command
 from command import InputError, natural_int
 from dataset import FOLDERS, IDS
-from runs import make_folder, write, write_text
+from runs import check_same_config, make_folder, write, write_text
 
 WIDTH, HEIGHT = 1935, 2400
 STEP = 3  # px0 a pixel of the drawing, before it is enlarged
@@ -432,8 +433,17 @@ def smooth_noise(rng, scale, shape):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+def image_file(root, split, id):
+    return root / "RawImage" / FOLDERS[split] / f"{id}.bmp"
+
+
+def program():
+    """What decides how a phantom looks: this file and the shape model."""
+    return Path(__file__).read_bytes() + SHAPE.read_bytes()
+
+
 def draw_patient(task):
-    """Draw one patient and write image and annotations; ``task`` = (root, split, id, seed)."""
+    """Draw one patient and write annotations, then the image; ``task`` = (root, split, id, seed)."""
     root, split, id, seed = task
     rng = np.random.default_rng([seed, int(id)])
     landmarks, senior, junior = sample_landmarks(rng, json.loads(SHAPE.read_text()))
@@ -441,7 +451,7 @@ def draw_patient(task):
     for doctor, points in (("400_senior", senior), ("400_junior", junior)):
         text = "".join(f"{x:.0f},{y:.0f}\n" for x, y in points)
         write_text(root / "AnnotationsByMD" / doctor / f"{id}.txt", text)
-    write(root / "RawImage" / FOLDERS[split] / f"{id}.bmp", image.save)
+    write(image_file(root, split, id), image.save)
 
 
 def main():
@@ -452,8 +462,6 @@ def main():
     parser.add_argument("--seed", type=natural_int, default=0, help="the same seed gives the same bytes")
     args = parser.parse_args()
     root = Path(args.out)
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise InputError(f"--out {root}: exists already; remove it or choose another folder")
     counts = {split: getattr(args, split) for split in IDS}
     for split, count in counts.items():
         if count > len(IDS[split]):
@@ -461,13 +469,24 @@ def main():
     if not any(counts.values()):
         raise InputError("--train, --test1, --test2: nothing to draw; one of them should be positive")
 
+    config = {**counts, "seed": args.seed, "program_sha256": hashlib.sha256(program()).hexdigest()}
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        if not (root / "phantom.json").exists():
+            raise InputError(f"--out {root}: exists already and is not of phantom.py; choose another folder")
+        check_same_config(root / "phantom.json", config, [], "--out")
+    make_folder(root)
+    write_text(root / "phantom.json", json.dumps(config, indent=2) + "\n")
+
     folders = [root / "RawImage" / FOLDERS[split] for split in counts if counts[split]]
     for folder in (*folders, root / "AnnotationsByMD" / "400_senior", root / "AnnotationsByMD" / "400_junior"):
         make_folder(folder)
     tasks = [(root, split, f"{id:03d}", args.seed) for split in IDS for id in IDS[split][: counts[split]]]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for _ in tqdm(pool.map(draw_patient, tasks), "drawing", len(tasks), unit="image"):
-            pass
+    tasks = [task for task in tasks if not image_file(*task[:3]).exists()]  # a repeated command goes on
+    if tasks:
+        with ProcessPoolExecutor(min(os.cpu_count(), len(tasks))) as pool:
+            for _ in tqdm(pool.map(draw_patient, tasks), "drawing", len(tasks), unit="image"):
+                pass
+    print(f"written to {root}/")
 
 
 if __name__ == "__main__":

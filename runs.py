@@ -6,7 +6,7 @@ import platform
 import tempfile
 from pathlib import Path
 
-import numpy
+import numpy as np
 import torch
 import torchvision
 
@@ -22,7 +22,7 @@ def write(path, save):
         InputError: it can't be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # the suffix tells some writers the format
+    temporary = path.with_name(f".{path.stem}.part{path.suffix}")  # the suffix tells some writers the format
     try:
         save(temporary)
         os.replace(temporary, path)
@@ -50,12 +50,14 @@ def make_folder(path):
 
 
 def save_config(path, config, device):
-    """Write a configuration as JSON, with the versions of what it ran on."""
+    """Write a configuration as JSON with the versions of what it runs on; one that is there stays as it is."""
+    if path.exists():
+        return
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "numpy": numpy.__version__,
+        "numpy": np.__version__,
         "platform": platform.platform(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
@@ -77,19 +79,24 @@ def read_config(path):
     return config
 
 
-def check_same_config(path, config, ignore):
-    """Raise InputError unless the configuration in ``path`` equals ``config`` but for the names in ``ignore``."""
+def check_same_config(path, config, ignore, remedy):
+    """Raise InputError unless the configuration in ``path`` equals ``config`` but for the names in ``ignore``.
+
+    ``remedy`` names the argument that would choose another folder.
+    """
     config = json.loads(json.dumps(config))  # tuples become lists, as they did on disk
     kept = read_config(path)
     differences = [
-        f"{name} was {kept.get(name)!r}, now it is {config.get(name)!r}"
-        for name in sorted((config.keys() | kept.keys()) - {*ignore, "versions"})
+        f"the content of the {name.removesuffix('_sha256')} has changed"
+        if name.endswith("_sha256")
+        else f"{name} was {kept.get(name)!r}, now it is {config.get(name)!r}"
+        for name in sorted((config.keys() | kept.keys()) - {*ignore, "versions"}, key=lambda n: n.endswith("_sha256"))
         if config.get(name) != kept.get(name)
     ]
     if differences:
         raise InputError(
             f"{path.parent}: holds results of another configuration: {'; '.join(differences)}; repeat the old one, or "
-            "choose another folder or tag"
+            f"choose another {remedy}"
         )
 
 

@@ -28,8 +28,9 @@ from eval import (
     record_attack,
     summarize,
     summarize_attack,
+    to_px0,
 )
-from model import UNet, decode, encode, load_weights
+from model import MIN_SIZE, UNet, decode, encode, load_weights
 from runs import (
     check_same_config,
     checkpoint_epochs,
@@ -115,7 +116,7 @@ def main():
         targets = choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm)
         config["targets_sha256"] = hashlib.sha256(targets.numpy().tobytes()).hexdigest()
     if (out / "config.json").exists():
-        check_same_config(out / "config.json", config, ignore=["device", "data", "batch_size", "rand", "pictures"])
+        check_same_config(out / "config.json", config, ["device", "data", "batch_size", "rand", "pictures"], "--rand")
     make_folder(out / "pictures")
     if args.attack:
         make_folder(out / "records")
@@ -144,7 +145,7 @@ def find_checkpoint(run, epoch):
 def read_size(path):
     """The (H, W) in px that a run was trained at."""
     size = read_config(path).get("size")
-    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n >= 32 for n in size)):
+    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n >= MIN_SIZE for n in size)):
         raise InputError(f'{path}: not the configuration of a run: "size" should be two numbers of px')
     return tuple(size)
 
@@ -158,8 +159,7 @@ def test(args, model, data, device, out):
     """Accuracy on a split: predictions.csv, summary.csv, pictures."""
     points = predict(model, data, args.batch_size, device, args.precision)
     errors = radial_errors(points, data)
-    points_px0 = rescale(points.double(), data.images.shape[-2:], data.sizes[:, None])
-    table = record(data.ids, points_px0.numpy(), data.landmarks_px0.numpy())
+    table = record(data.ids, to_px0(points, data).numpy(), data.landmarks_px0.numpy())
     table["radial_error_mm"] = errors.numpy().ravel()
     write(out / "predictions.csv", lambda path: table.to_csv(path, index=False, float_format="%.3f"))
     for i in range(min(args.pictures, len(data))):
@@ -168,7 +168,7 @@ def test(args, model, data, device, out):
         picture = out / "pictures" / f"{data.ids[i]}.png"
         write(picture, lambda path: draw(path, title, image, data.landmarks[i].numpy(), points[i].numpy()))
     summary = summarize(errors.numpy()).rename_axis("landmark")
-    summary.insert(0, "name", [*LANDMARKS, "mean"])
+    summary.insert(0, "name", [*LANDMARKS, "all landmarks"])
     write(out / "summary.csv", lambda path: summary.to_csv(path, float_format="%.3f"))
     print(summary.to_string(float_format="%.2f"))
 
@@ -212,14 +212,14 @@ def attack(args, model, data, targets_px0, device, out):
             aims_px0 = targets_px0[batch].numpy()
             aims = targets[batch].to(device)
             goal = goal_maps(clean, aims.nan_to_num(), ~aims.isnan().any(-1))
-        length = [] if method in ONE_STEP else [args.steps]
+        options = {} if method in ONE_STEP else {"steps": args.steps}
 
         tables = []
-        for iteration, adversarial, maps in ATTACKS[method](victim, image, goal, args.epsilon, *length):
+        for iteration, adversarial, maps in ATTACKS[method](victim, image, goal, args.epsilon, **options):
             bar.update(len(batch) if iteration else 0)
             if iteration in RECORDED or iteration == steps[method]:
                 points = decode(maps).cpu()
-                points_px0 = rescale(points.double(), size, data.sizes[batch, None]).numpy()
+                points_px0 = to_px0(points, data, batch).numpy()
                 truth_px0 = data.landmarks_px0[batch].numpy()
                 tables.append(record_attack(ids, points_px0, truth_px0, aims_px0, method, iteration))
                 moved = tables[-1][tables[-1]["role"] != "stationary"]

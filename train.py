@@ -74,11 +74,11 @@ def main():
 
     torch.manual_seed(args.seed)
     data = Cephalograms(args.data, "train", args.size)
-    monitored = next((split for split in ("test1", "test2") if split in available_splits(args.data)), None)
+    monitored = next((split for split in available_splits(args.data) if split != "train"), None)
     monitor = Cephalograms(args.data, monitored, args.size) if monitored else None
     config = {name: value for name, value in vars(args).items() if name != "resume"} | {"data_sha256": data.sha256}
     if (folder / "config.json").exists():
-        check_same_config(folder / "config.json", config, ignore=["device", "data"])
+        check_same_config(folder / "config.json", config, ["device", "data"], "--tag")
 
     resume = folder / "resume.pth"
     from_scratch = not resume.exists()
@@ -126,7 +126,7 @@ def main():
         if not math.isfinite(row["loss"]):
             bar.close()
             raise InputError(
-                f"{folder}: the loss of epoch {epoch} is {row['loss']}; use a smaller --lr or another --seed"
+                f"{folder}: the loss of epoch {epoch} is {row['loss']}; train under another --tag with a smaller --lr"
             )
 
         is_checkpoint = (epoch + 1) % args.checkpoint_every == 0 or epoch == args.epochs - 1
@@ -141,6 +141,7 @@ def main():
         write(resume, lambda path: save_resume(path, epoch + 1, rows, model, optimizer, shuffle))
         save_log(folder, rows, chart=is_checkpoint)
     bar.close()
+    print(f"written to {folder}/")
 
 
 def save_log(folder, rows, chart):

@@ -37,8 +37,8 @@ def draw_image(rng, landmarks, size0=SIZE0):
     return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
-def write_points(path, points, classes=True):
-    lines = [f"{x:.0f},{y:.0f}" for x, y in points] + (["1", "2", "3"] if classes else [])
+def write_points(path, points):
+    lines = [f"{x:.0f},{y:.0f}" for x, y in points] + ["1", "2", "3"]  # clinical classes follow the landmarks
     path.write_text("\n".join(lines) + "\n")
 
 

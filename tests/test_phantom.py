@@ -54,9 +54,19 @@ def test_same_seed_same_bytes_in_the_official_layout(tmp_path, run):
         }
         for folder in ("one", "two", "three")
     }
-    assert len(files["one"]) == 4 * 3
+    assert len(files["one"]) == 4 * 3 + 1
     assert files["one"] == files["two"]
     assert not any(files["one"][name] == files["three"][name] for name in files["one"])
+
+    lost = tmp_path / "two" / "RawImage" / "Test1Data" / "151.bmp"  # a stop: the repeated command goes on
+    kept = tmp_path / "two" / "RawImage" / "Test2Data" / "301.bmp"
+    stamp = kept.stat().st_mtime_ns
+    lost.unlink()
+    assert run("phantom.py", "--out", tmp_path / "two", *COUNTS, "--seed", 3)[0] == 0
+    assert lost.read_bytes() == files["one"]["RawImage/Test1Data/151.bmp"] and kept.stat().st_mtime_ns == stamp
+    status, _, err = run("phantom.py", "--out", tmp_path / "two", *COUNTS, "--seed", 4)
+    assert status == 2 and "seed was 3, now it is 4" in err
+
     data = Cephalograms(tmp_path / "one", "test", (100, 80))
     assert data.ids == ["151", "301"] and data.landmarks.shape == (2, K, 2)
     assert data.sizes.tolist() == [[2400, 1935]] * 2
