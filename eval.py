@@ -96,7 +96,8 @@ def plot_attack(summary, column, label, path):
     for axes, role in zip(figure.subplots(1, len(roles), squeeze=False)[0], roles, strict=True):
         for method, lines in summary[summary["role"] == role].groupby("method", sort=False):
             axes.plot(lines["iteration"], lines[column], "o-", markersize=3, label=method)
-        axes.set(title=f"{role} landmarks", xlabel="iteration", ylabel=label, ylim=(0, None))
+        top = 1.05 * max(summary[column].max(), 1e-3)  # one scale for all roles
+        axes.set(title=f"{role} landmarks", xlabel="iteration", ylabel=label, ylim=(0, top))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
