@@ -214,22 +214,21 @@ def attack(args, model, data, targets_px0, device, out):
             goal = goal_maps(clean, aims.nan_to_num(), ~aims.isnan().any(-1))
         options = {} if method in ONE_STEP else {"steps": args.steps}
 
-        tables = []
+        found, tables = [], []  # at each recorded iteration, the clean image first
         for iteration, adversarial, maps in ATTACKS[method](victim, image, goal, args.epsilon, **options):
             bar.update(len(batch) if iteration else 0)
             if iteration in RECORDED or iteration == steps[method]:
-                points = decode(maps).cpu()
-                points_px0 = to_px0(points, data, batch).numpy()
+                found.append(decode(maps).cpu())
+                points_px0 = to_px0(found[-1], data, batch).numpy()
                 truth_px0 = data.landmarks_px0[batch].numpy()
                 tables.append(record_attack(ids, points_px0, truth_px0, aims_px0, method, iteration))
                 moved = tables[-1][tables[-1]["role"] != "stationary"]
                 bar.set_postfix({f"{moved['role'].iloc[0]} MRE": f"{moved['radial_error_mm'].mean():.1f} mm"})
 
-        clean_points = decode(clean)
         for b, i in enumerate(batch):
             if i < args.pictures:
                 title = f"{ids[b]}, {method}, epsilon {args.epsilon:g}, iteration {iteration}"
-                parts = [image[b], data.landmarks[i], clean_points[b], adversarial[b], points[b]]
+                parts = [image[b], data.landmarks[i], found[0][b], adversarial[b], found[-1][b]]
                 parts += [] if method == UNTARGETED else [targets[i]]
                 parts = [part.cpu().numpy() for part in parts]
                 write(picture_file(method, i), lambda path: draw(path, title, *parts))

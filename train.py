@@ -134,9 +134,8 @@ def main():
             write(checkpoint_path(folder, epoch), lambda path: torch.save(model.state_dict(), path))
             if monitor:
                 points = predict(model, monitor, args.batch_size, device, args.precision)
-                row |= {"monitored_split": monitored} | summarize(radial_errors(points, monitor).numpy()).loc[
-                    "all"
-                ].to_dict()
+                metrics = summarize(radial_errors(points, monitor).numpy()).loc["all"]
+                row |= {"monitored_split": monitored} | metrics.to_dict()
         rows.append(row)
         write(resume, lambda path: save_resume(path, epoch + 1, rows, model, optimizer, shuffle))
         save_log(folder, rows, chart=is_checkpoint)
