@@ -5,7 +5,21 @@ import pytest
 from conftest import K
 
 from dataset import Cephalograms
-from phantom import SHAPE, curve, draw_film, sample_landmarks
+from phantom import (
+    ATLAS,
+    HEIGHT,
+    INCISORS,
+    SHAPE,
+    STEP,
+    UNIT,
+    WIDTH,
+    curve,
+    draw_film,
+    draw_parts,
+    sample_landmarks,
+    spline,
+    warps,
+)
 
 COUNTS = ["--train", 2, "--test1", 1, "--test2", 1]
 
@@ -13,6 +27,11 @@ COUNTS = ["--train", 2, "--test1", 1, "--test2", 1]
 @pytest.fixture(scope="module")
 def shape():
     return json.loads(SHAPE.read_text())
+
+
+@pytest.fixture(scope="module")
+def atlas():
+    return json.loads(ATLAS.read_text())
 
 
 def test_population_follows_the_shape_model(shape):
@@ -28,15 +47,47 @@ def test_population_follows_the_shape_model(shape):
 
 def test_a_curve_goes_through_its_points():
     points = np.array([(0, 0), (10, 5), (20, -5), (5, -20)])
-    assert np.allclose(curve(points)[[0, 10, 20, 30]], points)
-    assert np.allclose(curve(points, closed=True)[[0, 10, 20, 30]], points)
+    assert np.allclose(curve(points)[[0, 6, 12, 18]], points)
+    assert np.allclose(curve(points, closed=True)[[0, 6, 12, 18, 24]], points[[0, 1, 2, 3, 0]])
 
 
-def test_the_drawing_follows_the_landmarks(shape):
+def test_a_spline_goes_through_its_points_or_stiff_is_affine():
+    rng = np.random.default_rng(0)
+    places, moved = rng.uniform(0, 100, (2, 9, 2))
+    assert np.allclose(spline(places, moved, stiffness=0)(places), moved)
+    turn = np.array([[0.8, 0.6], [-0.6, 0.8]])
+    assert np.allclose(spline(places, places @ turn + (3, 4))(places + 50), (places + 50) @ turn + (3, 4))
+    stiff = spline(places, moved, stiffness=1e12)
+    assert np.allclose(stiff((places[:1] + places[1:2]) / 2), (stiff(places[:1]) + stiff(places[1:2])) / 2, atol=1e-3)
+
+
+def test_the_warped_atlas_has_the_landmarks_where_the_patient_has_them(shape, atlas):
+    mean = np.array(shape["mean"])
+    distances = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        landmarks, _, _ = sample_landmarks(rng, shape)
+        left, right = warps(rng, landmarks, mean, atlas["anchors"])
+        found = (left(mean / UNIT) + right(mean / UNIT)) / 2
+        distances.append(np.linalg.norm(found - landmarks, axis=-1) * 0.1)
+    distances = np.delete(np.array(distances), INCISORS, 1)  # they are drawn where they are, outside the atlas
+    assert np.median(distances) < 0.2 and distances.max() < 1.5  # mm
+
+
+def test_every_part_of_the_atlas_shows(shape, atlas):
+    """No outline has slipped off the film or shrunk to nothing."""
+    for part in atlas["parts"]:
+        film = np.zeros((HEIGHT // STEP, WIDTH // STEP), np.float32)
+        draw_parts(film, np.random.default_rng(0), lambda points: points * UNIT, lambda points: points * UNIT, [part])
+        assert np.abs(film).max() > 0.25 * abs(part["amount"]), part["name"]
+
+
+def test_the_drawing_follows_the_landmarks(shape, atlas):
     """Moved by 60 px0, the same head is drawn 60 px0 further on: what a detector needs is tied to the landmarks."""
+    mean = np.array(shape["mean"])
     landmarks, _, _ = sample_landmarks(np.random.default_rng(0), shape)
-    here = draw_film(np.random.default_rng(1), landmarks).astype(float)
-    there = draw_film(np.random.default_rng(1), landmarks + (60, 0)).astype(float)
+    here = draw_film(np.random.default_rng(1), landmarks, mean, atlas).astype(float)
+    there = draw_film(np.random.default_rng(1), landmarks + (60, 0), mean, atlas).astype(float)
     face = np.s_[1100:2000, 900:1400]
     moved = np.s_[1100:2000, 960:1460]
     assert np.corrcoef(here[face].ravel(), there[moved].ravel())[0, 1] > 0.9
