@@ -1,8 +1,11 @@
 PYTHON ?= python3
 
-.PHONY: test
+.PHONY: test demo
 test: .venv/installed
 	.venv/bin/python -m pytest
+
+demo: .venv/installed
+	.venv/bin/python demo.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

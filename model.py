@@ -6,6 +6,7 @@ method section of "Miss the Point" (MICCAI 2020).
 """
 
 import contextlib
+import math
 import sys
 import warnings
 from typing import NamedTuple
@@ -82,6 +83,8 @@ class UNet(nn.Module):
         self.up4 = Up(64 + 64, 128)
         self.up5 = Up(128, 64)
         self.head = nn.Conv2d(64, 3 * num_landmarks, 1)
+        # heatmaps that begin almost empty, as they are, learn their discs at once ("Focal Loss", Lin et al. 2017, 3.3)
+        nn.init.constant_(self.head.bias[:num_landmarks], math.log(0.01))
         if encoder_weights == "none":
             for layer in self.encoder:
                 if isinstance(layer, nn.Conv2d):
