@@ -74,8 +74,9 @@ def main():
     kept = json.loads(book.read_text()) if book.exists() else {}
     made_from = ""
     start = time.perf_counter()
-    for number, stage in enumerate(stages(), 1):
-        print(f"\n[{number} of {len(stages())}] {stage.name}", flush=True)
+    todo = stages()
+    for number, stage in enumerate(todo, 1):
+        print(f"\n[{number} of {len(todo)}] {stage.name}", flush=True)
         made_from += stage.command + "".join((code / source).read_text() for source in stage.sources.split())
         key = hashlib.sha256(made_from.encode()).hexdigest()
         if kept.get(stage.name) == {"key": key, "done": True} and stage.output.exists():
@@ -84,14 +85,14 @@ def main():
         if kept.get(stage.name, {}).get("key") != key:
             shutil.rmtree(stage.output, ignore_errors=True)
         print(f"python {stage.command}", flush=True)
-        for done in (False, True):
-            kept[stage.name] = {"key": key, "done": done}
-            write_text(book, json.dumps(kept, indent=2) + "\n")
-            if not done:
-                program, *arguments = stage.command.split()
-                status = subprocess.run([sys.executable, code / program, *arguments]).returncode
-                if status:
-                    sys.exit(status)
+        kept[stage.name] = {"key": key, "done": False}
+        write_text(book, json.dumps(kept, indent=2) + "\n")
+        program, *arguments = stage.command.split()
+        status = subprocess.run([sys.executable, code / program, *arguments]).returncode
+        if status:
+            sys.exit(status)  # the command has said why
+        kept[stage.name]["done"] = True
+        write_text(book, json.dumps(kept, indent=2) + "\n")
     report()
     print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes")
 
