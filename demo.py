@@ -20,7 +20,8 @@ import pandas as pd
 import torch
 
 import command
-from runs import RUNS, write_text
+from command import InputError
+from runs import RUNS, read_config, write_text
 
 PHANTOMS, COARSE, FINE = (RUNS / name for name in ("demo-phantoms", "demo-coarse", "demo"))
 SIZE, SHIFT_COUNT, SHIFT_MM, EPSILON, STEPS, ATTACKED = "200 160", 5, 8, 16, 40, 6
@@ -71,7 +72,7 @@ def main():
     code = Path(__file__).parent
     book = RUNS / "demo.json"  # of each stage: what it was made from, and whether it is done
     RUNS.mkdir(exist_ok=True)
-    kept = json.loads(book.read_text()) if book.exists() else {}
+    kept = read_config(book) if book.exists() else {}
     made_from = ""
     start = time.perf_counter()
     todo = stages()
@@ -82,6 +83,8 @@ def main():
         if kept.get(stage.name) == {"key": key, "done": True} and stage.output.exists():
             print("done before")
             continue
+        if stage.output.exists() and stage.name not in kept:
+            raise InputError(f"{stage.output}: exists already and is not of the demo; move it away")
         if kept.get(stage.name, {}).get("key") != key:
             shutil.rmtree(stage.output, ignore_errors=True)
         print(f"python {stage.command}", flush=True)

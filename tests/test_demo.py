@@ -6,6 +6,7 @@ import pytest
 from conftest import K
 
 import demo
+from command import InputError
 from eval import record_attack, summarize, summarize_attack
 
 
@@ -76,6 +77,15 @@ def test_a_stage_that_fails_ends_the_demo(tmp_path, run_demo):
         run_demo(stage(tmp_path, "one", train=1000), stage(tmp_path, "two"))
     assert stop.value.code == 2 and not (tmp_path / "runs" / "two").exists()
     assert "done before" not in run_demo(stage(tmp_path, "one"))
+
+
+def test_other_peoples_work_is_not_touched(tmp_path, run_demo):
+    other = tmp_path / "runs" / "one" / "results.csv"
+    other.parent.mkdir(parents=True)
+    other.write_text("precious")
+    with pytest.raises(InputError, match="not of the demo"):
+        run_demo(stage(tmp_path, "one"))
+    assert other.read_text() == "precious"
 
 
 def test_the_report_shows_both_tables(tmp_path, monkeypatch, capsys):
