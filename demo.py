@@ -32,7 +32,8 @@ Stage = namedtuple("Stage", "name output sources command")
 def stages():
     """What the demo does; ``sources`` are the files of code that decide a result beside those of the stages before."""
     # float32 where a processor would only imitate bfloat16, which is slower
-    fast_bf16 = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    processor = getattr(torch.cpu, "get_capabilities", dict)()
+    fast_bf16 = torch.cuda.is_available() or processor.get("avx512_bf16", False)
     run = f"--data {PHANTOMS} --precision {'bf16' if fast_bf16 else 'fp32'}"
     train = "train.py model.py container.py dataset.py"
     return [
@@ -53,8 +54,8 @@ def stages():
             f"train on at {SIZE.replace(' ', ' x ')}",
             FINE,
             train,
-            f"train.py --tag {FINE.name} {run} --size {SIZE} --init {COARSE}/model_epoch_15.pth --epochs 6 --lr 5e-4 "
-            "--batch-size 4 --schedule cosine --checkpoint-every 6 --resume",
+            f"train.py --tag {FINE.name} {run} --size {SIZE} --init {COARSE}/model_epoch_15.pth --epochs 8 --lr 5e-4 "
+            "--batch-size 4 --schedule cosine --checkpoint-every 8 --resume",
         ),
         Stage("test", FINE / "test", "test.py eval.py", f"test.py --tag {FINE.name} {run} --split test1 --rand test"),
         Stage(
@@ -70,7 +71,7 @@ def stages():
 def main():
     command.Parser("Draw synthetic radiographs, train a detector on them, test it, attack it.").parse_args()
     code = Path(__file__).parent
-    book = RUNS / "demo.json"  # of each stage: what it was made from, and whether it is done
+    book = RUNS / "demo.json"  # of each stage's output: the hash of what it was made from, and whether it is done
     RUNS.mkdir(exist_ok=True)
     kept = read_config(book) if book.exists() else {}
     made_from = ""
@@ -80,39 +81,55 @@ def main():
         print(f"\n[{number} of {len(todo)}] {stage.name}", flush=True)
         made_from += stage.command + "".join((code / source).read_text() for source in stage.sources.split())
         key = hashlib.sha256(made_from.encode()).hexdigest()
-        if kept.get(stage.name) == {"key": key, "done": True} and stage.output.exists():
-            print("done before")
-            continue
-        if stage.output.exists() and stage.name not in kept:
-            raise InputError(f"{stage.output}: exists already and is not of the demo; move it away")
-        if kept.get(stage.name, {}).get("key") != key:
-            shutil.rmtree(stage.output, ignore_errors=True)
-        print(f"python {stage.command}", flush=True)
-        kept[stage.name] = {"key": key, "done": False}
+        output = str(stage.output)
+        if stage.output.exists():
+            if output not in kept:
+                raise InputError(f"{output}: exists already and is not of the demo; move it away")
+            if kept[output] == [key, "done"]:
+                print("done before")
+                continue
+            if kept[output] != [key, "begun"]:
+                kept[output] = None  # until the deletion is complete, this output is of no use
+                write_text(book, json.dumps(kept, indent=2) + "\n")
+                shutil.rmtree(stage.output)
+        kept[output] = [key, "begun"]
         write_text(book, json.dumps(kept, indent=2) + "\n")
-        program, *arguments = stage.command.split()
-        status = subprocess.run([sys.executable, code / program, *arguments]).returncode
-        if status:
-            sys.exit(status)  # the command has said why
-        kept[stage.name]["done"] = True
+        print(f"python {stage.command}", flush=True)
+        run_command(code, stage.command)
+        kept[output] = [key, "done"]
         write_text(book, json.dumps(kept, indent=2) + "\n")
     report()
     print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes")
+
+
+def run_command(code, line):
+    """Run one of the commands; end with its status if it fails, which it has explained."""
+    program, *arguments = line.split()
+    process = subprocess.Popen([sys.executable, code / program, *arguments])
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # it has been interrupted too, and cleans up
+        raise
+    if status < 0:
+        raise InputError(f"{program}: killed by signal {-status}; was there enough memory?")
+    if status:
+        sys.exit(status)
 
 
 def report():
     """Print the two tables, what was different in the paper, and where the pictures are."""
     test = pd.read_csv(FINE / "test" / "summary.csv").iloc[-1:, 1:]
     attack = pd.read_csv(FINE / "attack" / "summary.csv")
-    attack = attack[
-        attack["iteration"].isin([0, STEPS]) & ~((attack["iteration"] == 0) & (attack["method"] != "I-FGSM"))
-    ]
+    clean = (attack["iteration"] == 0) & (attack["method"] == "I-FGSM")
+    attack = attack[clean | (attack["iteration"] == STEPS)].copy()
     attack.loc[attack["iteration"] == 0, "method"] = "no attack"
     paper = [
         ("images", "80 + 20 synthetic", "150 + 250 real"),
         ("input (px)", SIZE.replace(" ", " x "), "800 x 640"),
         ("encoder at first", "random", "ImageNet"),
-        ("epochs", "16 at 100 x 80, then 6", "230"),
+        ("epochs", "16 at 100 x 80, then 8", "230"),
+        ("batch, schedule", "4, cosine", "8, step"),
         ("images attacked", f"{ATTACKED}", "250"),
         ("targeted landmarks", f"{SHIFT_COUNT}", "1 to 17"),
         ("their displacement", f"{SHIFT_MM} mm", "random, about 70 mm"),

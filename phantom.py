@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -420,9 +421,12 @@ def main():
     tasks = [(root, split, f"{id:03d}", args.seed) for split in IDS for id in IDS[split][: counts[split]]]
     tasks = [task for task in tasks if not image_file(*task[:3]).exists()]  # a repeated command goes on
     if tasks:
-        with ProcessPoolExecutor(min(os.cpu_count(), len(tasks))) as pool:
-            for _ in tqdm(pool.map(draw_patient, tasks), "drawing", len(tasks), unit="image"):
-                pass
+        try:
+            with ProcessPoolExecutor(min(os.cpu_count(), len(tasks))) as pool:
+                for _ in tqdm(pool.map(draw_patient, tasks), "drawing", len(tasks), unit="image"):
+                    pass
+        except BrokenProcessPool:
+            raise InputError(f"--out {root}: a process that draws was killed; repeat the command to go on") from None
     print(f"written to {root}/")
 
 

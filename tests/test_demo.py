@@ -1,5 +1,6 @@
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_a_stopped_stage_goes_on(tmp_path, run_demo):
     one = stage(tmp_path, "one", train=2)
     run_demo(one)
     book = tmp_path / "runs" / "demo.json"
-    book.write_text(book.read_text().replace("true", "false"))  # as if it had been stopped before its end
+    book.write_text(book.read_text().replace("done", "begun"))  # as if it had been stopped before its end
     kept, lost = (tmp_path / "runs" / "one" / "RawImage" / "TrainingData" / f"00{i}.bmp" for i in (1, 2))
     stamp = kept.stat().st_mtime_ns
     os.unlink(lost)
@@ -77,6 +78,22 @@ def test_a_stage_that_fails_ends_the_demo(tmp_path, run_demo):
         run_demo(stage(tmp_path, "one", train=1000), stage(tmp_path, "two"))
     assert stop.value.code == 2 and not (tmp_path / "runs" / "two").exists()
     assert "done before" not in run_demo(stage(tmp_path, "one"))
+
+
+def test_a_damaged_book_is_one_line(tmp_path, run_demo):
+    run_demo(stage(tmp_path, "one"))
+    (tmp_path / "runs" / "demo.json").write_text("{")
+    with pytest.raises(InputError, match="not a readable configuration"):
+        run_demo(stage(tmp_path, "one"))
+
+
+def test_the_real_stages_fit_together():
+    draw, coarse, fine, *_ = demo.stages()
+    last = int(coarse.command.split("--epochs ")[1].split()[0]) - 1
+    assert f"--init {coarse.output}/model_epoch_{last}.pth" in fine.command
+    for stage in demo.stages():
+        assert all((Path(demo.__file__).parent / source).is_file() for source in stage.sources.split())
+        assert f"--data {draw.output} " in stage.command or f"--out {draw.output} " in stage.command
 
 
 def test_other_peoples_work_is_not_touched(tmp_path, run_demo):
