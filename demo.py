@@ -8,7 +8,6 @@ done again, with all that follow from it; one that was stopped goes on.
 """
 
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import torch
 
 import command
 from command import InputError
-from runs import RUNS, read_config, write_text
+from runs import RUNS, read_config, write_json
 
 PHANTOMS, COARSE, FINE = (RUNS / name for name in ("demo-phantoms", "demo-coarse", "demo"))
 SIZE, SHIFT_COUNT, SHIFT_MM, EPSILON, STEPS, ATTACKED = "200 160", 5, 8, 16, 40, 6
@@ -90,14 +89,14 @@ def main():
                 continue
             if kept[output] != [key, "begun"]:
                 kept[output] = None  # until the deletion is complete, this output is of no use
-                write_text(book, json.dumps(kept, indent=2) + "\n")
+                write_json(book, kept)
                 shutil.rmtree(stage.output)
         kept[output] = [key, "begun"]
-        write_text(book, json.dumps(kept, indent=2) + "\n")
+        write_json(book, kept)
         print(f"python {stage.command}", flush=True)
         run_command(code, stage.command)
         kept[output] = [key, "done"]
-        write_text(book, json.dumps(kept, indent=2) + "\n")
+        write_json(book, kept)
     report()
     print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes")
 

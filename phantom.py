@@ -24,7 +24,7 @@ from tqdm import tqdm
 import command
 from command import InputError, natural_int
 from dataset import FOLDERS, IDS
-from runs import check_same_config, make_folder, write, write_text
+from runs import check_same_config, make_folder, write, write_json, write_text
 
 WIDTH, HEIGHT = 1935, 2400
 UNIT = 2.5  # px0 a unit of the atlas
@@ -413,7 +413,7 @@ def main():
             raise InputError(f"--out {root}: exists already and is not of phantom.py; choose another folder")
         check_same_config(root / "phantom.json", config, [], "--out")
     make_folder(root)
-    write_text(root / "phantom.json", json.dumps(config, indent=2) + "\n")
+    write_json(root / "phantom.json", config)
 
     folders = [root / "RawImage" / FOLDERS[split] for split in counts if counts[split]]
     for folder in (*folders, root / "AnnotationsByMD" / "400_senior", root / "AnnotationsByMD" / "400_junior"):

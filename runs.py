@@ -36,6 +36,10 @@ def write_text(path, text):
     write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def write_json(path, content):
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
 def make_folder(path):
     """Make a folder, parents included, and try that it can be written.
 
@@ -61,7 +65,7 @@ def save_config(path, config, device):
         "platform": platform.platform(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
-    write_text(path, json.dumps({**config, "versions": versions}, indent=2) + "\n")
+    write_json(path, {**config, "versions": versions})
 
 
 def read_config(path):
