@@ -16,7 +16,7 @@ import torch
 
 from command import InputError
 from dataset import MM_PER_PX0, read_csv, rescale
-from model import Goal, encode, landmark_loss
+from model import Goal, encode, highest, landmark_loss, radius_of, share
 
 ETA = 0.05  # step length as a share of epsilon
 RANDOM_SIZE = (800, 640)  # (H, W) px of the image on which the paper draws its random targets,
@@ -110,14 +110,14 @@ def goal_maps(clean, targets, targeted):
         targets: (B, K, 2) float x, y in px; those of stationary landmarks are not used.
         targeted: (B, K) bool.
     """
-    wanted = encode(targets, clean.shape[-2:])
-    heatmap = clean[:, 0].sigmoid()
-    pick = targeted[..., None, None]
-    return Goal(
-        torch.where(pick, wanted.heatmap, heatmap),
-        torch.where(pick[:, None], wanted.offset, clean[:, 1:]),
-        torch.where(pick, wanted.mask, heatmap > 0.5),
-    )
+    size = clean.shape[-2:]
+    heatmap = torch.where(targeted[..., None, None], encode(targets, size).heatmap, clean[:, 0].sigmoid())
+    count = (heatmap > 0.5).sum((-2, -1)).max()  # in a target's disc, heatmaps are above exp(-1/2) > 1/2, too
+    values, pixels = highest(heatmap.flatten(-2), max(1, int(count)))
+    places = torch.stack([pixels % size[1], pixels // size[1]], dim=1)
+    towards = (targets.movedim(-1, 1)[..., None] - places) / radius_of(size)
+    own = clean[:, 1:].flatten(-2).gather(-1, pixels[:, None].expand(-1, 2, -1, -1))
+    return Goal(heatmap, pixels, torch.where(targeted[:, None, :, None], towards, own), share(values > 0.5))
 
 
 # --- targets ---------------------------------------------------------------------------------------------------------

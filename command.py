@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import sys
 import warnings
@@ -31,15 +32,27 @@ class Parser(argparse.ArgumentParser):
 
 def run(main):
     """Run a command's ``main()``; wrong input becomes one line on standard error and exit status 2."""
+    name = Path(sys.argv[0]).name
     warnings.filterwarnings("ignore", module="PIL")  # of damaged images, which are refused by name
+    warnings.showwarning = lambda message, *_: print(f"{name}: warning: {message}", file=sys.stderr)
+    # PyTorch then asks Linux for huge pages: on CPUs, the first touch of big tensors costs a tenth of all time without
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         main()
     except (InputError, OSError) as error:  # an OSError names its file: a full disk, a folder that can't be read
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        fail(name, error)
+    except RuntimeError as error:
+        if not isinstance(error, torch.cuda.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        fail(name, f"out of memory; use a smaller --batch-size ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def fail(name, error):
+    print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def positive_int(text):
@@ -79,9 +92,10 @@ def subfolder(text):
 
 
 def add_compute_arguments(parser):
-    """--device, --precision and --seed, alike in every command that runs the network."""
+    """--device, --precision, --compile and --seed, alike in every command that runs the network."""
     parser.add_argument("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast of the network")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network, with CUDA graphs on a GPU")
     parser.add_argument("--seed", type=natural_int, default=0, help="seed of everything random")
 
 

@@ -105,7 +105,7 @@ class Cephalograms(torch.utils.data.Dataset):
 def to_input(images, device):
     """8-bit grey (B, H, W) to the network's input (B, 3, H, W) float32 in [-1, 1], on ``device``."""
     grey = images.to(device, non_blocking=True).float() / 127.5 - 1
-    return grey[:, None].expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+    return torch.stack([grey, grey, grey], dim=-1).movedim(-1, 1)  # channels last in memory
 
 
 def rescale(points, size, new_size):

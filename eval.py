@@ -21,15 +21,10 @@ ROLES = ("targeted", "stationary", "untargeted")  # of a landmark in an attack
 
 
 @torch.inference_mode()
-def predict(model, data, batch_size, device, precision):
-    """Landmarks that the network finds on a whole split: (N, K, 2) float32 px, on the CPU."""
-    model.eval()
-    points = []
-    for images in tqdm(data.images.split(batch_size), desc="testing", unit="batch", leave=False):
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            maps = model(to_input(images, device))
-        points.append(decode(maps))
-    return torch.cat(points).cpu()
+def predict(model, data, batch_size, device):
+    """Landmarks that a network (see ``model.freeze``) finds on a whole split: (N, K, 2) float32 px, on the CPU."""
+    batches = tqdm(data.images.split(batch_size), desc="testing", unit="batch", leave=False)
+    return torch.cat([decode(model(to_input(images, device))) for images in batches]).cpu()
 
 
 def to_px0(points, data, images=slice(None)):

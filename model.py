@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import VGG19_Weights
 from torchvision.models.vgg import cfgs, make_layers
 
@@ -34,8 +35,10 @@ class ImageConv2d(nn.Conv2d):
     """
 
     def forward(self, image):
-        with torch.autocast(image.device.type, enabled=False):
-            return super().forward(image)
+        device = image.device.type
+        with torch.autocast(device, enabled=False):
+            features = super().forward(image)
+        return features.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else features
 
 
 class Up(nn.Module):
@@ -55,7 +58,8 @@ class Up(nn.Module):
     def forward(self, x, size, skip=None):
         """Upsample x (B, C, h, w) to ``size`` (H, W) = (2h or 2h + 1, 2w or 2w + 1), after ``skip`` (B, C', H, W)."""
         x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
-        x = F.pad(x, (0, size[1] - x.shape[-1], 0, size[0] - x.shape[-2]))
+        if x.shape[-2:] != size:  # padding by nothing would copy
+            x = F.pad(x, (0, size[1] - x.shape[-1], 0, size[0] - x.shape[-2]))
         return self.conv(x if skip is None else torch.cat([skip, x], dim=1))
 
 
@@ -74,6 +78,7 @@ class UNet(nn.Module):
     def __init__(self, num_landmarks=19, encoder_weights="none"):
         super().__init__()
         self.num_landmarks = num_landmarks
+        self.bf16 = False  # forward under autocast; set by ``place``
         # torchvision.models.vgg19().features, without making its 123.6 M classifier weights first
         _, *layers = make_layers(cfgs["E"])
         self.encoder = Sequential(ImageConv2d(3, 64, 3, padding=1), *layers)
@@ -106,15 +111,73 @@ class UNet(nn.Module):
         """
         if min(image.shape[-2:]) < MIN_SIZE:
             raise ValueError(f"image of {tuple(image.shape[-2:])} px: at least {MIN_SIZE} x {MIN_SIZE} needed")
-        _, (f1, f2, f3, f4, f5) = self.encoder(image, get_features=True)
-        x = self.up1(f5, f4.shape[-2:], f4)
-        x = self.up2(x, f3.shape[-2:], f3)
-        x = self.up3(x, f2.shape[-2:], f2)
-        x = self.up4(x, f1.shape[-2:], f1)
-        x = self.up5(x, image.shape[-2:])
-        maps = self.head(x)
-        maps = maps.to(torch.promote_types(maps.dtype, torch.float32), memory_format=torch.contiguous_format)
-        return maps.unflatten(1, (3, self.num_landmarks))
+        with torch.autocast(image.device.type, torch.bfloat16, enabled=self.bf16):
+            _, (f1, f2, f3, f4, f5) = self.encoder(image, get_features=True)
+            x = self.up1(f5, f4.shape[-2:], f4)
+            x = self.up2(x, f3.shape[-2:], f3)
+            x = self.up3(x, f2.shape[-2:], f2)
+            x = self.up4(x, f1.shape[-2:], f1)
+            x = self.up5(x, image.shape[-2:])
+            maps = self.head(x).contiguous()
+        return maps.to(torch.promote_types(maps.dtype, torch.float32)).unflatten(1, (3, self.num_landmarks))
+
+
+def place(model, device, precision="fp32"):
+    """Put a ``UNet`` on a device, channels last: the layout in which convolutions are fastest.
+
+    Args:
+        precision: "fp32", or "bf16" for autocast.
+
+    Returns:
+        the model itself.
+    """
+    model.bf16 = precision == "bf16"
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def freeze(model):
+    """Make a ``UNet`` that ``place`` has placed as fast as it gets for test and attack, which leave its weights alone.
+
+    Evaluation mode, no weight gradients, batch norm folded into the convolutions, weights cast once instead of in
+    every pass. The maps stay the same but for rounding.
+
+    Returns:
+        the model itself, no longer fit for training or for ``load_weights``.
+    """
+    model.eval().requires_grad_(False)
+    for up in (model.up1, model.up2, model.up3, model.up4, model.up5):
+        conv1, norm1, relu1, conv2, norm2, relu2 = up.conv
+        up.conv = nn.Sequential(fuse_conv_bn_eval(conv1, norm1), relu1, fuse_conv_bn_eval(conv2, norm2), relu2)
+    if model.bf16:
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d) and not isinstance(module, ImageConv2d):
+                module.to(torch.bfloat16)
+    return model
+
+
+def compile_network(model, image):
+    """``torch.compile`` a placed ``UNet``, with CUDA graphs on a GPU; where that fails, the model as it is.
+
+    Args:
+        image: (B, 3, H, W), what the model will be called with; other shapes are compiled when they come.
+
+    Returns:
+        a callable like ``model``, already tried on ``image``, forward and backward.
+    """
+    mode = "reduce-overhead" if image.device.type == "cuda" else "default"
+    compiled = torch.compile(model, mode=mode, dynamic=False)
+    training = model.training
+    model.eval()  # a trial must not touch the running statistics of batch norm
+    try:
+        with torch.enable_grad():
+            image = image.detach().requires_grad_()
+            torch.autograd.grad(compiled(image).sum(), image)
+    except Exception as error:  # no compiler, no triton, an operation it doesn't know: a dozen types
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(f"--compile: going on without ({type(error).__name__}: {reason})", stacklevel=2)
+        compiled = model
+    model.train(training)
+    return compiled
 
 
 def load_encoder(encoder, source):
@@ -188,11 +251,15 @@ def load_weights(model, path):
 
 
 class Goal(NamedTuple):
-    """What the network's maps shall become; floating point like the points encoded, but for ``mask``."""
+    """What the network's maps shall become.
+
+    Offsets count only near a landmark, so they are kept for P pixels of each image and landmark, not for all H W.
+    """
 
     heatmap: torch.Tensor  # (B, K, H, W) in [0, 1]
-    offset: torch.Tensor  # (B, 2, K, H, W) x and y, in units of the radius
-    mask: torch.Tensor  # (B, K, H, W) bool: where offsets count
+    pixels: torch.Tensor  # (B, K, P) int64, y W + x of the pixels where offsets count, and others to fill up
+    offset: torch.Tensor  # (B, 2, K, P) x and y at these pixels, in units of the radius
+    weight: torch.Tensor  # (B, K, P) 1 / n at the n pixels of the mask, 0 at the others
 
 
 def radius_of(size):
@@ -201,27 +268,36 @@ def radius_of(size):
 
 
 def encode(points, size):
-    """Landmarks as heatmap, offsets and mask: a disc of radius R around each.
+    """Landmarks as goal: a disc of radius R around each.
 
-    With d = |q - p| for landmark p and pixel q: mask = d < R, heatmap = exp(-d^2 / (2 R^2)) and
-    offset = (p - q) / R, both zero outside the mask.
+    With d = |q - p| for landmark p and pixel q: mask = d < R; in it heatmap = exp(-d^2 / (2 R^2)) and
+    offset = (p - q) / R, outside it the heatmap is zero.
 
     Args:
         points: (B, K, 2) float x, y in px; they may lie between pixels.
         size: (H, W) px.
 
     Returns:
-        Goal, on the device of ``points``.
+        Goal, on the device and of the dtype of ``points``, with P = (2 R + 1)^2.
     """
     height, width = size
     radius = radius_of(size)
-    columns = torch.arange(width, device=points.device)
-    rows = torch.arange(height, device=points.device)
-    dx = ((points[..., 0, None] - columns) / radius)[..., None, :]  # (B, K, 1, W)
-    dy = ((points[..., 1, None] - rows) / radius)[..., :, None]  # (B, K, H, 1)
-    squared = dx.square() + dy.square()
-    mask = squared < 1
-    return Goal(torch.exp(squared / -2) * mask, torch.stack([dx * mask, dy * mask], dim=1), mask)
+    window = torch.arange(-radius, radius + 1, device=points.device)
+    x, y = (points.round()[..., None] + window).unbind(-2)  # (B, K, 2 R + 1) each
+    dx, dy = (points[..., 0, None] - x) / radius, (points[..., 1, None] - y) / radius
+    squared = (dy.square()[..., :, None] + dx.square()[..., None, :]).flatten(-2)
+    inside = ((y >= 0) & (y < height))[..., :, None] & ((x >= 0) & (x < width))[..., None, :]
+    mask = inside.flatten(-2) & (squared < 1)
+    pixels = torch.where(mask, (y[..., :, None] * width + x[..., None, :]).flatten(-2), 0).long()
+    offset = torch.stack([dx[..., None, :].expand_as(inside), dy[..., :, None].expand_as(inside)], dim=1).flatten(-2)
+    heatmap = points.new_zeros(*points.shape[:2], height * width)
+    heatmap.scatter_add_(-1, pixels, torch.exp(squared / -2) * mask)
+    return Goal(heatmap.unflatten(-1, (height, width)), pixels, offset, share(mask))
+
+
+def share(mask):
+    """(B, K, P) bool to weights whose sum is 1 over each mask, 0 for an empty one."""
+    return mask / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
 def decode(maps):
@@ -240,15 +316,43 @@ def decode(maps):
     height, width = maps.shape[-2:]
     radius = radius_of((height, width))
     heatmap, offset_x, offset_y = maps.flatten(-2).unbind(1)  # (B, K, H * W) each
-    voters = heatmap.topk(min(int(3.14 * radius**2), height * width)).indices  # the highest first
+    values, voters = highest(heatmap, min(int(3.14 * radius**2), height * width))
+    peak = voters.gather(-1, values.argmax(-1, keepdim=True))
     x = (voters % width + radius * offset_x.gather(-1, voters)).round()
     y = (voters // width + radius * offset_y.gather(-1, voters)).round()
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    ballot = torch.where(inside, y * width + x, 0).long()
-    votes = torch.zeros_like(heatmap).scatter_add_(-1, ballot, inside.to(heatmap.dtype))
-    votes.scatter_add_(-1, voters[..., :1], torch.full_like(heatmap[..., :1], 0.5))  # decides between equals only
-    winner = votes.argmax(-1)
+    outside = height * width  # a place behind the last pixel
+    ballot = torch.where(inside, y * width + x, outside).long()
+    ballot = torch.cat([peak, ballot], dim=-1).sort(-1).values  # equal votes side by side
+    votes = (torch.searchsorted(ballot, ballot, right=True) - torch.searchsorted(ballot, ballot)).float()
+    votes -= 0.5 * (ballot == peak)  # the peak's own ballot is half a vote: it decides between equals only
+    winner = ballot.gather(-1, votes.masked_fill(ballot == outside, 0).argmax(-1, keepdim=True))[..., 0]
     return torch.stack([winner % width, winner // width], dim=-1).float()
+
+
+def highest(values, count):
+    """The ``count`` highest of each row and their indices, in any order: ``topk``, twice as fast on long rows.
+
+    The highest are found in ``count`` of the strided groups of eight: those whose maxima are highest.
+
+    Args:
+        values: (..., N).
+        count: at most N.
+
+    Returns:
+        values and indices, (..., count) each.
+    """
+    length = values.shape[-1]
+    stride = length // 8
+    if stride <= count:
+        return values.topk(count, sorted=False)
+    maxima = values[..., : 8 * stride].unflatten(-1, (8, stride)).amax(-2)
+    groups = maxima.topk(count, sorted=False).indices
+    members = (groups[..., None, :] + stride * torch.arange(8, device=values.device)[:, None]).flatten(-2)
+    rest = torch.arange(8 * stride, length, device=values.device).expand(*members.shape[:-1], -1)
+    members = torch.cat([members, rest], dim=-1)
+    found = values.gather(-1, members).topk(count, sorted=False)
+    return found.values, members.gather(-1, found.indices)
 
 
 # --- loss ------------------------------------------------------------------------------------------------------------
@@ -265,10 +369,12 @@ def loss_terms(maps, goal):
         (3, B, K): cross-entropy of the heatmap, mean over all pixels; L1 of the x- and of the y-offset, mean over the
         mask (0 for an empty mask).
     """
-    cross_entropy = F.binary_cross_entropy_with_logits(maps[:, 0], goal.heatmap, reduction="none").mean((-2, -1))
-    difference = (maps[:, 1:] - goal.offset).abs() * goal.mask[:, None]
-    l1 = difference.sum((-2, -1)) / goal.mask.sum((-2, -1)).clamp(min=1)[:, None]
-    return torch.stack([cross_entropy, l1[:, 0], l1[:, 1]])
+    heatmap, offset = maps.flatten(-2).split([1, 2], dim=1)
+    wanted = goal.heatmap[:, None].flatten(-2)
+    cross_entropy = F.binary_cross_entropy_with_logits(heatmap, wanted, reduction="none").mean(-1)
+    difference = offset.gather(-1, goal.pixels[:, None].expand_as(goal.offset)) - goal.offset
+    l1 = (difference.abs() * goal.weight[:, None]).sum(-1)
+    return torch.cat([cross_entropy, l1], dim=1).transpose(0, 1)
 
 
 def landmark_loss(maps, goal):

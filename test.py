@@ -30,7 +30,7 @@ from eval import (
     summarize_attack,
     to_px0,
 )
-from model import MIN_SIZE, UNet, decode, encode, load_weights
+from model import MIN_SIZE, UNet, compile_network, decode, encode, freeze, load_weights, place
 from runs import (
     check_same_config,
     checkpoint_epochs,
@@ -105,7 +105,7 @@ def main():
     size = read_size(run / "config.json")
     model = UNet(len(LANDMARKS))
     load_weights(model, checkpoint)
-    model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    freeze(place(model, device, args.precision))
     data = Cephalograms(args.data, args.split, size, args.limit)
 
     what = "attack" if args.attack else "test"
@@ -116,12 +116,15 @@ def main():
         targets = choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm)
         config["targets_sha256"] = hashlib.sha256(targets.numpy().tobytes()).hexdigest()
     if (out / "config.json").exists():
-        check_same_config(out / "config.json", config, ["device", "data", "batch_size", "rand", "pictures"], "--rand")
+        same_results = ["device", "data", "batch_size", "rand", "pictures", "compile"]
+        check_same_config(out / "config.json", config, same_results, "--rand")
     make_folder(out / "pictures")
     if args.attack:
         make_folder(out / "records")
     save_config(out / "config.json", config, device)
 
+    if args.compile:
+        model = compile_network(model, to_input(data.images[: args.batch_size], device))
     if args.attack:
         attack(args, model, data, targets, device, out)
     else:
@@ -157,7 +160,7 @@ def sha256(path):
 
 def test(args, model, data, device, out):
     """Accuracy on a split: predictions.csv, summary.csv, pictures."""
-    points = predict(model, data, args.batch_size, device, args.precision)
+    points = predict(model, data, args.batch_size, device)
     errors = radial_errors(points, data)
     table = record(data.ids, to_px0(points, data).numpy(), data.landmarks_px0.numpy())
     table["radial_error_mm"] = errors.numpy().ravel()
@@ -192,10 +195,6 @@ def attack(args, model, data, targets_px0, device, out):
     def is_done(method, i):
         return record_file(method, i).exists() and (i >= args.pictures or picture_file(method, i).exists())
 
-    def victim(image):
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            return model(image)
-
     todo = {method: [i for i in range(len(data)) if not is_done(method, i)] for method in methods}
     batches = [(method, batch) for method in methods for batch in in_batches(todo[method], args.batch_size)]
     bar = tqdm(total=sum(steps[method] * len(batch) for method, batch in batches), desc="attacking", unit="step")
@@ -204,7 +203,7 @@ def attack(args, model, data, targets_px0, device, out):
         bar.set_description(f"{method} on {', '.join(ids)}" if len(ids) < 5 else f"{method} on {ids[0]} .. {ids[-1]}")
         image = to_input(data.images[batch], device)
         with torch.no_grad():
-            clean = victim(image)
+            clean = model(image)
         if method == UNTARGETED:
             aims_px0 = None
             goal = encode(decode(clean), size)
@@ -214,21 +213,23 @@ def attack(args, model, data, targets_px0, device, out):
             goal = goal_maps(clean, aims.nan_to_num(), ~aims.isnan().any(-1))
         options = {} if method in ONE_STEP else {"steps": args.steps}
 
-        found, tables = [], []  # at each recorded iteration, the clean image first
-        for iteration, adversarial, maps in ATTACKS[method](victim, image, goal, args.epsilon, **options):
+        found = {}  # landmarks at each recorded iteration, left on the device: nothing in this loop waits for it
+        for iteration, adversarial, maps in ATTACKS[method](model, image, goal, args.epsilon, **options):
             bar.update(len(batch) if iteration else 0)
             if iteration in RECORDED or iteration == steps[method]:
-                found.append(decode(maps).cpu())
-                points_px0 = to_px0(found[-1], data, batch).numpy()
-                truth_px0 = data.landmarks_px0[batch].numpy()
-                tables.append(record_attack(ids, points_px0, truth_px0, aims_px0, method, iteration))
-                moved = tables[-1][tables[-1]["role"] != "stationary"]
-                bar.set_postfix({f"{moved['role'].iloc[0]} MRE": f"{moved['radial_error_mm'].mean():.1f} mm"})
+                found[iteration] = decode(maps)
 
+        truth_px0, tables = data.landmarks_px0[batch].numpy(), []
+        found = {iteration: points.cpu() for iteration, points in found.items()}
+        for iteration, points in found.items():
+            points_px0 = to_px0(points, data, batch).numpy()
+            tables.append(record_attack(ids, points_px0, truth_px0, aims_px0, method, iteration))
+        moved = tables[-1][tables[-1]["role"] != "stationary"]
+        bar.set_postfix({f"{moved['role'].iloc[0]} MRE": f"{moved['radial_error_mm'].mean():.1f} mm"})
         for b, i in enumerate(batch):
             if i < args.pictures:
                 title = f"{ids[b]}, {method}, epsilon {args.epsilon:g}, iteration {iteration}"
-                parts = [image[b], data.landmarks[i], found[0][b], adversarial[b], found[-1][b]]
+                parts = [image[b], data.landmarks[i], found[0][b], adversarial[b], found[iteration][b]]
                 parts += [] if method == UNTARGETED else [targets[i]]
                 parts = [part.cpu().numpy() for part in parts]
                 write(picture_file(method, i), lambda path: draw(path, title, *parts))

@@ -7,6 +7,7 @@
 Writes into runs/<tag>/: config.json, model_epoch_<e>.pth (weights), resume.pth, train_log.csv, train_log.png.
 """
 
+import copy
 import math
 import time
 
@@ -19,7 +20,7 @@ import command
 from command import InputError, positive_float, positive_int
 from dataset import LANDMARKS, Cephalograms, available_splits, to_input
 from eval import plot_training, predict, radial_errors, summarize
-from model import LAMBDA, MIN_SIZE, UNet, encode, load_weights, loss_terms
+from model import LAMBDA, MIN_SIZE, UNet, compile_network, encode, freeze, load_weights, loss_terms, place
 from runs import RUNS, check_same_config, checkpoint_path, make_folder, save_config, write
 
 WARMUP = 0.05  # share of a cosine schedule in which the learning rate rises
@@ -78,14 +79,14 @@ def main():
     monitor = Cephalograms(args.data, monitored, args.size) if monitored else None
     config = {name: value for name, value in vars(args).items() if name != "resume"} | {"data_sha256": data.sha256}
     if (folder / "config.json").exists():
-        check_same_config(folder / "config.json", config, ["device", "data"], "--tag")
+        check_same_config(folder / "config.json", config, ["device", "data", "compile"], "--tag")
 
     resume = folder / "resume.pth"
     from_scratch = not resume.exists()
     model = UNet(len(LANDMARKS), args.encoder_weights if from_scratch else "none")
     if args.init and from_scratch:
         load_weights(model, args.init)
-    model.to(device, memory_format=torch.channels_last)
+    place(model, device, args.precision)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=1e-4, fused=True)
     shuffle = torch.Generator().manual_seed(args.seed)
     loader = DataLoader(data, args.batch_size, shuffle=True, generator=shuffle, pin_memory=device.type == "cuda")
@@ -94,6 +95,7 @@ def main():
     save_config(folder / "config.json", config, device)
     save_log(folder, rows, chart=True)  # a stop may have come between the last state and its log
 
+    network = compile_network(model, to_input(data.images[: args.batch_size], device)) if args.compile else model
     bar = tqdm(total=args.epochs * len(data), initial=first * len(data), desc="training", unit="image")
     for epoch in range(first, args.epochs):
         start = time.perf_counter()
@@ -102,15 +104,7 @@ def main():
         for step, (images, points, _, _) in enumerate(loader):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(epoch + (step + 0.5) / len(loader), args.lr, args.epochs, args.schedule)
-            goal = encode(points.to(device, non_blocking=True), args.size)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                maps = model(to_input(images, device))
-            terms = loss_terms(maps, goal).mean((1, 2))
-            loss = LAMBDA * terms[0] + terms[1] + terms[2]
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += terms.detach() * len(images)
+            total += update(network, optimizer, images, points, device) * len(images)
             bar.update(len(images))
         cross_entropy, l1_x, l1_y = (total / len(data)).tolist()
         row = {
@@ -133,7 +127,7 @@ def main():
         if is_checkpoint:
             write(checkpoint_path(folder, epoch), lambda path: torch.save(model.state_dict(), path))
             if monitor:
-                points = predict(model, monitor, args.batch_size, device, args.precision)
+                points = predict(freeze(copy.deepcopy(model)), monitor, args.batch_size, device)
                 metrics = summarize(radial_errors(points, monitor).numpy()).loc["all"]
                 row |= {"monitored_split": monitored} | metrics.to_dict()
         rows.append(row)
@@ -141,6 +135,24 @@ def main():
         save_log(folder, rows, chart=is_checkpoint)
     bar.close()
     print(f"written to {folder}/")
+
+
+def update(model, optimizer, images, points, device):
+    """One step of training on a batch.
+
+    Args:
+        images: (B, H, W) uint8.
+        points: (B, K, 2) float32 x, y in px.
+
+    Returns:
+        (3,) terms of the loss, as ``model.loss_terms``, mean over images and landmarks.
+    """
+    goal = encode(points.to(device, non_blocking=True), images.shape[-2:])
+    terms = loss_terms(model(to_input(images, device)), goal).mean((1, 2))
+    optimizer.zero_grad()
+    (LAMBDA * terms[0] + terms[1] + terms[2]).backward()
+    optimizer.step()
+    return terms.detach()
 
 
 def save_log(folder, rows, chart):

@@ -42,6 +42,17 @@ def write_points(path, points):
     path.write_text("\n".join(lines) + "\n")
 
 
+def spread(goal):
+    """A goal's offsets (B, 2, K, H, W), zero outside its mask, and that mask (B, K, H, W), as full maps."""
+    size = goal.heatmap.shape[-2:]
+    marked = goal.weight > 0
+    mask = torch.zeros(*goal.heatmap.shape[:2], size.numel()).scatter_add_(-1, goal.pixels, marked.float())
+    offset = torch.zeros(len(mask), 2, *mask.shape[1:], dtype=goal.offset.dtype)
+    offset.scatter_add_(-1, goal.pixels[:, None].expand_as(goal.offset), goal.offset * marked[:, None])
+    assert mask.max() <= 1  # no pixel counts twice
+    return offset.unflatten(-1, size), mask.unflatten(-1, size).bool()
+
+
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory):
     """{split: {id: (image, senior, junior)}} of the drawn data."""

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SIZE0
+from conftest import SIZE0, spread
 from torch import nn
 
 from attack import (
@@ -68,12 +68,14 @@ def test_goal_has_the_targets_and_else_the_clean_maps(small, image):
     targeted = torch.tensor([[True] + [False] * (K - 1)] * 2)
     goal = goal_maps(clean, targets, targeted)
     wanted = encode(targets, (40, 32))
-    assert torch.equal(goal.mask[:, 0], wanted.mask[:, 0])  # nothing of the old place is left
+    (offset, mask), (wanted_offset, wanted_mask) = spread(goal), spread(wanted)
+    assert torch.equal(mask[:, 0], wanted_mask[:, 0])  # nothing of the old place is left
     assert torch.equal(goal.heatmap[:, 0], wanted.heatmap[:, 0])
-    assert torch.equal(goal.offset[:, :, 0], wanted.offset[:, :, 0])
+    assert torch.allclose(offset[:, :, 0], wanted_offset[:, :, 0])
     assert torch.equal(goal.heatmap[:, 1:], clean[:, 0, 1:].sigmoid())
-    assert torch.equal(goal.offset[:, :, 1:], clean[:, 1:, 1:])
-    assert torch.equal(goal.mask[:, 1:], clean[:, 0, 1:] > 0) and goal.mask[:, 1:, 3, 3].all()
+    assert torch.equal(mask[:, 1:], clean[:, 0, 1:] > 0) and mask[:, 1:, 3, 3].all()
+    assert torch.equal(offset[:, :, 1:], clean[:, 1:, 1:] * mask[:, None, 1:])
+    assert torch.allclose(goal.weight.sum(-1), torch.ones(2, K))
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -155,7 +157,7 @@ def test_an_attack_moves_a_landmark_of_a_detector_that_can_be_moved():
         return (gain * image)[:, :, None]
 
     there = encode(torch.tensor([[[8.0, 9.0]]]), size)
-    image = torch.cat([there.heatmap * 2 - 1, there.offset[:, :, 0]], dim=1)
+    image = torch.cat([there.heatmap * 2 - 1, spread(there)[0][:, :, 0]], dim=1)
     assert decode(detector(image)).tolist() == [[[8, 9]]]
     for attack in (i_fgsm, ati_fgsm):
         goal = goal_maps(detector(image), torch.tensor([[[30.0, 25.0]]]), torch.tensor([[True]]))

@@ -1,18 +1,31 @@
+import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import spread
 from torch import nn
 
 from command import InputError
 from container import Sequential
-from model import Goal, UNet, decode, encode, landmark_loss, load_weights, loss_terms
+from model import (
+    UNet,
+    compile_network,
+    decode,
+    encode,
+    freeze,
+    highest,
+    landmark_loss,
+    load_weights,
+    loss_terms,
+    place,
+)
 
 
 def maps_of(goal):
-    return torch.cat([goal.heatmap[:, None], goal.offset], dim=1)
+    return torch.cat([goal.heatmap[:, None], spread(goal)[0]], dim=1)
 
 
 # --- container and network
@@ -66,12 +79,61 @@ def test_head_order_is_heatmaps_x_y():
 
 def test_autocast_sees_noise_that_bfloat16_would_round_away():
     torch.manual_seed(0)
-    model = UNet(1).eval()
+    model = freeze(place(UNet(1), "cpu", "bf16"))
     image = torch.full((1, 3, 32, 32), 0.75)
     noisy = image + 0.001
     assert torch.equal(image.bfloat16(), noisy.bfloat16())
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad():
         assert not torch.equal(model(image), model(noisy))
+
+
+@pytest.fixture
+def trained():
+    """A network whose batch norms have seen images and whose heatmaps are not all alike."""
+    torch.manual_seed(0)
+    model = UNet(3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    model(torch.rand(4, 3, 64, 48) * 2 - 1)
+    return model.eval()
+
+
+def test_freezing_changes_the_maps_by_rounding_only(trained):
+    image = torch.rand(2, 3, 64, 48) * 2 - 1
+    with torch.no_grad():
+        plain = trained(image)
+        exact = freeze(place(copy.deepcopy(trained).double(), "cpu"))(image.double())
+        single = freeze(place(copy.deepcopy(trained), "cpu"))(image)
+        autocast = place(copy.deepcopy(trained), "cpu", "bf16")(image)
+        half = freeze(place(copy.deepcopy(trained), "cpu", "bf16"))(image)
+    scale = plain.std()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in freeze(copy.deepcopy(trained)).modules())
+    assert (exact - trained.double()(image.double())).abs().max() < 1e-10 * scale
+    assert (single - plain).abs().max() < 1e-4 * scale
+    # folding costs bf16 no more than bf16 costs by itself
+    assert (half - plain).square().mean().sqrt() < 1.5 * (autocast - plain).square().mean().sqrt() < 0.05 * scale
+    assert half.dtype == torch.float32 and not torch.equal(half, single)
+
+
+def test_frozen_weights_take_no_gradient_and_the_image_does(trained):
+    model = freeze(place(trained, "cpu", "bf16"))
+    image = torch.rand(1, 3, 32, 32, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(image).sum(), image)
+    assert gradient.abs().max() > 0 and gradient.dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_failing_compiler_costs_a_warning_only(trained, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no compiler\nfound")
+
+    monkeypatch.setattr(torch, "compile", lambda model, **_: broken)
+    image = torch.zeros(1, 3, 32, 32)
+    with pytest.warns(UserWarning, match=r"--compile: going on without \(RuntimeError: no compiler found\)"):
+        network = compile_network(trained.train(), image)
+    assert network is trained and trained.training
 
 
 def test_vgg19_state_dict_is_loaded_without_its_classifier(tmp_path):
@@ -100,15 +162,38 @@ def test_weights_round_trip_and_other_k_is_refused(tmp_path):
 def test_encoding_by_hand():
     # 40 x 60 px: R = int(0.05 * 60) = 3
     goal = encode(torch.tensor([[[10.0, 20.0]], [[10.25, 20.0]]]), (40, 60))
-    assert goal.mask.dtype == torch.bool and goal.heatmap.shape == (2, 1, 40, 60)
+    offset, mask = spread(goal)
+    assert goal.heatmap.shape == (2, 1, 40, 60) and goal.pixels.shape == (2, 1, 49)
     assert goal.heatmap[0, 0, 20, 10] == 1
     assert goal.heatmap[0, 0, 22, 11].item() == pytest.approx(math.exp(-5 / 18))  # d^2 = 1 + 4
-    assert goal.offset[0, :, 0, 22, 11].tolist() == pytest.approx([-1 / 3, -2 / 3])
-    assert goal.mask[0, 0].sum() == 25  # whole points with x^2 + y^2 < 9
-    assert not goal.mask[0, 0, 20, 13] and goal.mask[0, 0, 20, 12]  # d = R is outside
-    outside = ~goal.mask[0, 0]
-    assert goal.heatmap[0, 0][outside].abs().max() == 0 and goal.offset[0, :, 0][:, outside].abs().max() == 0
-    assert goal.offset[1, 0, 0, 20, 10].item() == pytest.approx(0.25 / 3)  # positions between pixels count
+    assert offset[0, :, 0, 22, 11].tolist() == pytest.approx([-1 / 3, -2 / 3])
+    assert mask[0, 0].sum() == 25  # whole points with x^2 + y^2 < 9
+    assert not mask[0, 0, 20, 13] and mask[0, 0, 20, 12]  # d = R is outside
+    assert goal.heatmap[0, 0][~mask[0, 0]].abs().max() == 0
+    assert goal.weight[0, 0].max().item() == pytest.approx(1 / 25) and goal.weight[0].sum().item() == pytest.approx(1)
+    assert offset[1, 0, 0, 20, 10].item() == pytest.approx(0.25 / 3)  # positions between pixels count
+
+
+@pytest.mark.parametrize("size", [(40, 60), (33, 47)])
+def test_encoding_is_the_definition_on_all_pixels(size):
+    height, width = size
+    radius = int(0.05 * max(size))
+    torch.manual_seed(0)
+    points = torch.rand(2, 9, 2, dtype=torch.float64) * torch.tensor([width, height]) - 0.5
+    points[0, :3] = torch.tensor([[0, 0], [width - 1, height - 1], [width - 0.5, -0.5]])
+    goal = encode(points, size)
+    offset, mask = spread(goal)
+    for b in range(2):
+        for k in range(9):
+            x, y = points[b, k].tolist()
+            rows, columns = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
+            squared = (columns - x) ** 2 + (rows - y) ** 2
+            inside = squared < radius**2
+            assert torch.equal(mask[b, k], inside)
+            heatmap = torch.exp(-squared / (2 * radius**2)) * inside
+            assert torch.allclose(goal.heatmap[b, k], heatmap)
+            assert torch.allclose(offset[b, 0, k], (x - columns) / radius * inside)
+            assert torch.allclose(offset[b, 1, k], (y - rows) / radius * inside)
 
 
 def test_voting_by_hand():
@@ -158,6 +243,18 @@ def test_decoding_is_batched_over_images_and_landmarks():
             assert torch.equal(decode(maps[b : b + 1, :, k : k + 1])[0, 0], together[b, k])
 
 
+@pytest.mark.parametrize("length", [8, 100, 4099, 20000])
+@pytest.mark.parametrize("count", [1, 7, 300])
+def test_highest_is_topk(length, count):
+    torch.manual_seed(0)
+    rows = torch.stack([torch.randn(length), torch.arange(length) / 9, torch.arange(length).flip(0) / 9])
+    count = min(count, length)
+    values, indices = highest(rows, count)
+    assert torch.equal(values, rows.gather(-1, indices))
+    assert torch.equal(values.sort(descending=True).values, rows.topk(count).values)
+    assert all(len(row.unique()) == count for row in indices)
+
+
 def test_equal_votes_are_decided_by_the_highest_pixel():
     maps = torch.zeros(1, 3, 1, 32, 32)  # three voters, each for itself
     maps[0, 0, 0, [3, 9, 20], [3, 9, 20]] = torch.tensor([0.5, 0.9, 0.7])
@@ -172,18 +269,20 @@ def test_loss_against_a_plain_loop():
     maps = torch.randn(2, 3, 5, 40, 48)
     points = torch.rand(2, 5, 2) * 40
     goal = encode(points, (40, 48))
+    offsets, masks = spread(goal)
     losses = landmark_loss(maps, goal)
     for b in range(2):
         for k in range(5):
             heatmap = F.binary_cross_entropy(maps[b, 0, k].sigmoid(), goal.heatmap[b, k])
             total = 2 * heatmap
             for axis in (0, 1):
-                mask = goal.mask[b, k].float()
-                difference = (maps[b, 1 + axis, k] - goal.offset[b, axis, k]).abs()
+                mask = masks[b, k].float()
+                difference = (maps[b, 1 + axis, k] - offsets[b, axis, k]).abs()
                 total += (difference * mask).sum() / mask.sum()
             assert losses[b, k].item() == pytest.approx(total.item(), rel=1e-5)
 
 
 def test_an_empty_mask_costs_nothing():
-    goal = Goal(torch.zeros(1, 1, 32, 32), torch.zeros(1, 2, 1, 32, 32), torch.zeros(1, 1, 32, 32, dtype=torch.bool))
+    goal = encode(torch.tensor([[[-50.0, 10.0]]]), (32, 32))
+    assert not spread(goal)[1].any() and goal.heatmap.max() == 0
     assert loss_terms(torch.ones(1, 3, 1, 32, 32), goal)[1:].tolist() == [[[0]], [[0]]]
