@@ -39,20 +39,17 @@ def run(main):
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         main()
+        return
     except (InputError, OSError) as error:  # an OSError names its file: a full disk, a folder that can't be read
-        fail(name, error)
+        status, message = 2, f"error: {' '.join(str(error).split())}"
     except RuntimeError as error:
         if not isinstance(error, torch.cuda.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        fail(name, f"out of memory; use a smaller --batch-size ({str(error).splitlines()[0]})")
+        status, message = 2, f"error: out of memory; use a smaller --batch-size ({str(error).splitlines()[0]})"
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def fail(name, error):
-    print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
+        status, message = 130, "interrupted"
+    print(f"{name}: {message}", file=sys.stderr)  # only here, where the error's progress bars are gone
+    sys.exit(status)
 
 
 def positive_int(text):

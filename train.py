@@ -118,7 +118,6 @@ def main():
         }
         bar.set_postfix(epoch=epoch, loss=f"{row['loss']:.3f}")
         if not math.isfinite(row["loss"]):
-            bar.close()
             raise InputError(
                 f"{folder}: the loss of epoch {epoch} is {row['loss']}; train under another --tag with a smaller --lr"
             )

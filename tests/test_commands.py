@@ -180,6 +180,48 @@ def test_training_from_a_checkpoint_in_bf16_on_the_kaggle_layout(here, kaggle, r
     assert status == 0, err
 
 
+def test_compiling_is_called_for_and_changes_no_result(here, official, run, monkeypatch):
+    """With a compiler that leaves the network as it is: the real one takes a minute."""
+    calls = []
+
+    def compile(model, **options):
+        def compiled(image):
+            calls.append(model.training)
+            return model(image)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    status, _, err = run(*TRAIN[:2], "compiled", *TRAIN[3:], "--data", official, "--epochs", 1, "--compile")
+    assert status == 0, err
+    assert calls == [False, True, True]  # a trial, two batches
+    log, plain = (pd.read_csv(here / "runs" / tag / "train_log.csv") for tag in ("compiled", "small"))
+    assert log["loss"][0] == plain["loss"][0]  # the trial has left nothing behind
+    arguments = ["--tag", "small", "--data", official, "--attack", 1, "--steps", 2, "--limit", 1]
+    for rand in ("plain", "compiled"):
+        assert run("test.py", *arguments, "--rand", rand, *(["--compile"] if rand == "compiled" else []))[0] == 0
+    assert len(calls) == 3 + 5  # a trial, the clean image for the goal, iterations 0, 1 and 2
+    tables = [pd.read_csv(here / "runs" / "small" / rand / "predictions.csv") for rand in ("plain", "compiled")]
+    pd.testing.assert_frame_equal(*tables)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("command", ["train", "test"])
+def test_running_out_of_memory_is_one_line(device, command, here, official, run, monkeypatch):
+    def forward(*_):
+        if device == "cpu":
+            torch.empty(2**60, dtype=torch.uint8)
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the manual")
+
+    monkeypatch.setattr(UNet, "forward", forward)
+    arguments = [*TRAIN[:2], "greedy", *TRAIN[3:]] if command == "train" else ["test.py", "--tag", "small"]
+    status, _, err = run(*arguments, "--data", official)
+    shutil.rmtree(here / "runs" / "greedy", ignore_errors=True)
+    *_, message = err.replace("\r", "\n").strip().split("\n")
+    assert status == 2 and message.startswith(f"{command}.py: error: out of memory; use a smaller --batch-size (")
+    assert "Traceback" not in err
+
+
 # --- wrong input: one line on standard error, status 2, nothing written
 
 

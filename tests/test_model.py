@@ -255,6 +255,29 @@ def test_highest_is_topk(length, count):
     assert all(len(row.unique()) == count for row in indices)
 
 
+def test_voting_against_a_plain_loop():
+    """Few places to vote for, so that votes are often equal, some of them outside."""
+    torch.manual_seed(0)
+    size, radius = (100, 96), 5
+    maps = torch.randn(2, 3, 8, *size)
+    maps[:, 1:] = (maps[:, 1:] * 12).round() / radius
+    maps[:, 0, :, 30:40, 30:40] += 6
+    points = decode(maps)
+    for b in range(2):
+        for k in range(8):
+            heatmap = maps[b, 0, k].flatten()
+            order = heatmap.argsort(descending=True).tolist()
+            votes = torch.zeros(size)
+            for q in order[: int(3.14 * radius**2)]:
+                x = round(q % 96 + radius * maps[b, 1, k].flatten()[q].item())
+                y = round(q // 96 + radius * maps[b, 2, k].flatten()[q].item())
+                if 0 <= x < 96 and 0 <= y < 100:
+                    votes[y, x] += 1
+            votes[order[0] // 96, order[0] % 96] += 0.5
+            winner = votes.argmax().item()
+            assert points[b, k].tolist() == [winner % 96, winner // 96]
+
+
 def test_equal_votes_are_decided_by_the_highest_pixel():
     maps = torch.zeros(1, 3, 1, 32, 32)  # three voters, each for itself
     maps[0, 0, 0, [3, 9, 20], [3, 9, 20]] = torch.tensor([0.5, 0.9, 0.7])

@@ -1,0 +1,57 @@
+import json
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import benchmark
+from attack import ati_fgsm, goal_maps
+
+
+def test_benchmark_writes_its_table(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--size", 32, 32, "--batch-size", 1, 2, "--precision", "bf16", "--repeats", 1, "--images", 3]
+    only = ["--only", "loading", "training", "attack", "test"]
+    status, out, err = run("benchmark.py", *arguments, *only, "--device", "cpu")
+    assert status == 0, err
+    table = pd.read_csv(tmp_path / "runs" / "benchmark" / "table.csv")
+    assert (table["ms"] > 0).all() and table["images/s"].gt(0).all()
+    assert table["precision, batch"].dropna().unique().tolist() == ["bf16 1", "bf16 2"]
+    for _, rows in table.groupby(["precision, batch", "measure"], dropna=False):
+        assert len(rows) == 1
+    limits = table[table["measure"].str.startswith("bare")]
+    assert len(limits) == 1 + 2 * 5 and limits["ratio"].isna().all()
+    assert table.drop(limits.index)["ratio"].gt(0).all()
+    steps = limits[limits["measure"].str.contains("step|backward to|forward$") & limits["TFLOP/s"].notna()]
+    assert len(steps) == 2 * 3 and steps["% of matrix peak"].between(0, 120).all()
+    lines = (tmp_path / "runs" / "benchmark" / "table.md").read_text().splitlines()
+    assert len(lines) == len(table) + 2 and {line.count("|") for line in lines} == {len(table.columns) + 1}
+    config = json.loads((tmp_path / "runs" / "benchmark" / "config.json").read_text())
+    assert config["threads"] == torch.get_num_threads() and config["precision"] == ["bf16"]
+    assert "ATI-FGSM, a step" in out
+
+
+def test_benchmark_refuses_too_small_a_size(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run("benchmark.py", "--size", 31, 64)
+    assert status == 2 and "--size: at least 32 32" in err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_the_plain_way_is_the_same_attack(steps, monkeypatch):
+    """In float64, where no sign of a gradient hangs on rounding."""
+    torch.manual_seed(0)
+    k, size = 4, (48, 40)
+    layers = nn.Conv2d(3, 16, 7, padding=3), nn.ReLU(), nn.Conv2d(16, 3 * k, 7, padding=3), nn.Unflatten(1, (3, k))
+    model = nn.Sequential(*layers).double()
+    image = torch.rand(1, 3, *size, dtype=torch.float64) * 2 - 1
+    targets = torch.tensor([[[5.0, 30.5], [0, 0], [35.25, 2], [0, 0]]], dtype=torch.float64)
+    targeted = torch.tensor([[True, False, True, False]])
+    monkeypatch.setattr(benchmark, "STEPS", steps)
+    plain = benchmark.plain_attack(model, image, targets, targeted)
+    with torch.no_grad():
+        clean = model(image)
+    assert (clean[:, 0, [1, 3]] > 0).any()  # the stationary landmarks' masks are not empty
+    *_, (_, _, maps) = ati_fgsm(model, image, goal_maps(clean, targets, targeted), benchmark.EPSILON, steps)
+    assert not torch.allclose(plain, clean) and torch.allclose(plain, maps)
