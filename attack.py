@@ -34,7 +34,7 @@ def iterate(model, image, goal, weigh, epsilon, steps, eta):
     epsilon = epsilon / 256
     noise = torch.zeros_like(image)
     for iteration in range(steps + 1):
-        adversarial = (image - noise).clamp(-1, 1).requires_grad_()
+        adversarial = (image - noise).clamp(-1, 1).requires_grad_(iteration < steps)
         with torch.set_grad_enabled(iteration < steps):
             maps = model(adversarial)
         yield iteration, adversarial.detach(), maps.detach()
@@ -61,7 +61,9 @@ def i_fgsm(model, image, goal, epsilon=8, steps=300, eta=ETA):
         the model gives them, both without gradient.
 
     Example:
-        >>> *_, (_, adversarial, maps) = i_fgsm(model, image, goal, epsilon=8, steps=300)
+        >>> for iteration, adversarial, maps in i_fgsm(model, image, goal, epsilon=8, steps=300):
+        ...     pass
+        >>> decode(maps)  # of the last attacked image
     """
     return iterate(model, image, goal, torch.ones_like, epsilon, steps, eta)
 

@@ -5,8 +5,9 @@
     python benchmark.py --only training attack --batch-size 1 8 16 --precision fp32 bf16 --compile
 
 The limit is the same network, made ready in the same way, at the same size, batch and precision, with nothing around
-it: no images to load, no maps to make, no loss, no step, no votes. A measure and its limit take turns, after a call of
-each that is not timed. Images are phantoms, drawn on the spot; weights are random unless --weights names some.
+it: forward, backward and, in training, the optimizer; no images to load, no maps to make, no loss, no attacker's step,
+no votes. A measure and its limit take turns, after a call of each that is not timed. Images are phantoms, drawn on the
+spot; weights are random unless --weights names some.
 
 Writes into --out: table.csv, table.md, config.json.
 """
@@ -69,6 +70,8 @@ def parse_arguments():
     args = parser.parse_args()
     if min(args.size) < MIN_SIZE:
         parser.error(f"--size: at least {MIN_SIZE} {MIN_SIZE}")
+    if args.images < max(args.batch_size):
+        parser.error(f"--images {args.images}: a batch needs {max(args.batch_size)}")
     return args
 
 
@@ -80,34 +83,38 @@ def main():
     if args.weights:
         load_weights(model, args.weights)
     make_folder(out)
+    config = {**vars(args), "threads": torch.get_num_threads()}
+    (out / "config.json").unlink(missing_ok=True)
+    save_config(out / "config.json", config, device)
     rows = []
+
+    def add(new_rows):  # what is measured is written at once
+        rows.extend(new_rows)
+        table = pd.DataFrame(rows)
+        table.insert(0, "size", "{} x {}".format(*args.size))
+        write(out / "table.csv", lambda path: table.to_csv(path, index=False, float_format="%.4g"))
+        write_text(out / "table.md", to_markdown(table))
+
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         draw_images(root, args.images)
         data = Cephalograms(root, "train", args.size)
         few = max(3, args.repeats // 5)
         if "loading" in args.only:
-            rows += report(first_pass(root, args.size), device, few)
+            add(report(first_pass(root, args.size), device, few))
         for precision, batch_size in itertools.product(args.precision, args.batch_size):
             setting = model, data, device, precision, batch_size, args.compile
-            label, peak = f"{precision} {batch_size}", matrix_peak(device, precision)
+            label, peak = f"{precision}, {batch_size}", matrix_peak(device, precision)
             if "training" in args.only:
-                rows += report(training_step(*setting), device, args.repeats, label, peak)
+                add(report(training_step(*setting), device, args.repeats, label, peak))
             if "attack" in args.only:
-                iterative, one_step = attack_steps(*setting)
-                rows += report(iterative, device, args.repeats, label, peak)
-                rows += report(one_step, device, args.repeats, label)
+                add(report(attack_step(*setting), device, args.repeats, label, peak))
+                add(report(one_step_attack(*setting), device, args.repeats, label))
             if "test" in args.only:
-                rows += report(test_batch(*setting), device, args.repeats, label, peak)
-                rows += report(test_split(*setting, root), device, few, label)
+                add(report(test_batch(*setting), device, args.repeats, label, peak))
+                add(report(test_split(*setting, root), device, few, label))
         if "whole-attack" in args.only:
-            rows += whole_attack(model, data, device)
-    table = pd.DataFrame(rows)
-    table.insert(0, "size", "{} x {}".format(*args.size))
-    write(out / "table.csv", lambda path: table.to_csv(path, index=False, float_format="%.4g"))
-    write_text(out / "table.md", to_markdown(table))
-    (out / "config.json").unlink(missing_ok=True)
-    save_config(out / "config.json", {**vars(args), "threads": torch.get_num_threads()}, device)
+            add(whole_attack(model, data, device, args.precision))
     print(f"written to {out}/")
 
 
@@ -121,9 +128,14 @@ def to_markdown(table):
 
 class Measure(NamedTuple):
     name: str
-    call: Callable
+    call: Callable  # of no argument, or of what ``prepare`` returns
     images: int  # that a call deals with
     steps: int = 1  # that a call does; the time of one is reported
+    prepare: Callable | None = None  # called before each call, and not timed
+
+    def ready(self):
+        """The call without arguments."""
+        return self.call if self.prepare is None else partial(self.call, self.prepare())
 
 
 def report(measures, device, repeats, label="", peak=None):
@@ -142,12 +154,13 @@ def report(measures, device, repeats, label="", peak=None):
         for repeat in range(repeats + 1):
             for measure in measures:
                 bar.set_postfix_str(measure.name)
-                if repeat == 0:  # for the memory, and to warm up
+                if repeat == 0:  # to warm up, and for the memory
+                    measure.ready()()
                     reset_peak_memory(device)
-                    measure.call()
+                    measure.ready()()
                     memory[measure.name] = peak_memory(device)
                 else:
-                    seconds[measure.name].append(clock(measure.call, device) / measure.steps)
+                    seconds[measure.name].append(clock(measure.ready(), device) / measure.steps)
                 bar.update()
     rows, limit = [], measures[0].name
     for measure in measures:
@@ -159,7 +172,7 @@ def report(measures, device, repeats, label="", peak=None):
             row["ratio"] = (times / pd.Series(seconds[limit])).median()
         elif peak:
             with FlopCounterMode(display=False) as counter:
-                measure.call()
+                measure.ready()()
             row["TFLOP/s"] = counter.get_total_flops() / measure.steps / median / 1e9
             row["% of matrix peak"] = 1e14 * row["TFLOP/s"] / peak
         rows.append(row)
@@ -249,92 +262,127 @@ def first_pass(root, size):
     ]
 
 
-def step_measure(name, call, images, device):
-    """A measure of one step; on a GPU of several on end, since there each is launched while the last still runs."""
+def placed(model, image, device, precision, compiled):
+    """A copy of the model on the device, as train.py uses it: (the model, its weights' owner; the callable)."""
+    model = place(copy.deepcopy(model), device, precision).train()
+    return model, compile_anew(model, image) if compiled else model
+
+
+def frozen(model, image, device, precision, compiled):
+    """A copy of the model on the device, as test.py uses it."""
+    model = freeze(place(copy.deepcopy(model), device, precision))
+    return compile_anew(model, image) if compiled else model
+
+
+def compile_anew(model, image):
+    torch.compiler.reset()  # else the compiler gives up after some variants of the network
+    return compile_network(model, image)
+
+
+def repeated(name, call, batch_size, device, prepare=None):
+    """A measure of one step: on a GPU of ten on end, since there each is launched while the last still runs."""
     steps = 10 if device.type == "cuda" else 1
-    return Measure(name, lambda: [call() for _ in range(steps)], images * steps, steps)
+
+    def calls(*prepared):
+        for _ in range(steps):
+            call(*prepared)
+
+    return Measure(name, calls, batch_size * steps, steps, prepare)
 
 
 def training_step(model, data, device, precision, batch_size, compiled):
-    model = place(copy.deepcopy(model), device, precision).train()
-    images, points = data.images[:batch_size], data.landmarks[:batch_size]
+    loader = DataLoader(data, batch_size, shuffle=True, pin_memory=device.type == "cuda")
+    images, points, *_ = next(iter(loader))
     image, landmarks = to_input(images, device), points.to(device)
-    network = compile_network(model, image) if compiled else model
+    model, network = placed(model, image, device, precision, compiled)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)  # random gradients must not spoil the weights
     gradient = torch.rand_like(network(image).detach()) / image.numel()
-    loader = DataLoader(data, batch_size, shuffle=True, pin_memory=device.type == "cuda")
 
     def bare():
         optimizer.zero_grad()
         network(image).backward(gradient)
         optimizer.step()
 
-    def step():
-        update(network, optimizer, images, points, device)
-
     def load():
         for cached, *_ in loader:
             to_input(cached, device)
 
-    measure = partial(step_measure, images=batch_size, device=device)
+    measure = partial(repeated, batch_size=batch_size, device=device)
     return [
         measure("bare training step", bare),
-        measure("training step", step),
+        measure("training step", lambda: update(network, optimizer, images, points, device)),
         measure("encoding", lambda: encode(landmarks, image.shape[-2:])),
         Measure("loading, cached", load, len(data), len(loader)),
     ]
 
 
-def attack_steps(model, data, device, precision, batch_size, compiled):
-    """A step of the iterative attacks, and the attacks of one step from image to maps: two lists."""
-    model = freeze(place(copy.deepcopy(model), device, precision))
-    image = to_input(data.images[:batch_size], device)
-    network = compile_network(model, image) if compiled else model
+def attack_goal(network, image):
+    """Half of the landmarks are sent to their neighbours' places."""
     with torch.no_grad():
-        clean = network(image)
+        clean = network(image).clone()
     landmarks = decode(clean)
-    targeted = torch.arange(len(LANDMARKS), device=device).expand(batch_size, -1) < len(LANDMARKS) // 2
-    goal = goal_maps(clean, landmarks.roll(1, dims=1), targeted)
-    gradient = torch.rand_like(clean)
+    targeted = torch.arange(len(LANDMARKS), device=image.device).expand(len(image), -1) < len(LANDMARKS) // 2
+    return partial(goal_maps, clean, landmarks.roll(1, dims=1), targeted)
+
+
+def attack_step(model, data, device, precision, batch_size, compiled):
+    image = to_input(data.images[:batch_size], device)
+    network = frozen(model, image, device, precision, compiled)
+    make_goal = attack_goal(network, image)
+    goal, gradient = make_goal(), None
+
+    def forward():
+        adversarial = image.detach().requires_grad_()
+        return [network(adversarial)]
+
+    def bare(maps):  # backward, then forward, in the order of an attack's loop
+        nonlocal gradient
+        gradient = torch.rand_like(maps[0]) if gradient is None else gradient
+        maps[0].backward(gradient)
+        maps[:] = forward()
+
+    def begun(attack):
+        loop = attack(network, image, goal, steps=10**9)
+        next(loop)
+        return loop
+
+    measure = partial(repeated, batch_size=batch_size, device=device)
+    return [
+        measure("bare forward, backward to the image", bare, prepare=forward),
+        measure("I-FGSM, a step", next, prepare=partial(begun, i_fgsm)),
+        measure("ATI-FGSM, a step", next, prepare=partial(begun, ati_fgsm)),
+        measure("goal maps", make_goal),
+    ]
+
+
+def one_step_attack(model, data, device, precision, batch_size, compiled):
+    image = to_input(data.images[:batch_size], device)
+    network = frozen(model, image, device, precision, compiled)
+    goal = attack_goal(network, image)()
+    gradient = torch.rand_like(goal.heatmap)[:, None].expand(-1, 3, -1, -1, -1).contiguous()
 
     def bare():
         adversarial = image.detach().requires_grad_()
         network(adversarial).backward(gradient)
+        with torch.no_grad():
+            network(image)
 
-    @torch.no_grad()
-    def bare_and_forward():
-        with torch.enable_grad():
-            bare()
-        network(image)
+    def whole(attack):
+        for _ in attack(network, image, goal):
+            pass
 
-    measure = partial(step_measure, images=batch_size, device=device)
-
-    def step_of(attack):
-        loop = attack(network, image, goal, steps=10**9)
-        return lambda: next(loop)
-
-    def once(attack):
-        return lambda: list(attack(network, image, goal))
-
-    iterative = [
-        measure("bare forward, backward to the image", bare),
-        measure("I-FGSM, a step", step_of(i_fgsm)),
-        measure("ATI-FGSM, a step", step_of(ati_fgsm)),
-        measure("goal maps", lambda: goal_maps(clean, landmarks, targeted)),
+    measure = partial(repeated, batch_size=batch_size, device=device)
+    return [
+        measure("bare forward, backward, forward", bare),
+        measure("FGSM, from image to maps", partial(whole, fgsm)),
+        measure("untargeted-FGSM, from image to maps", partial(whole, untargeted_fgsm)),
     ]
-    one_step = [
-        measure("bare forward, backward, forward", bare_and_forward),
-        measure("FGSM, from image to maps", once(fgsm)),
-        measure("untargeted-FGSM, from image to maps", once(untargeted_fgsm)),
-    ]
-    return iterative, one_step
 
 
 def test_batch(model, data, device, precision, batch_size, compiled):
-    model = freeze(place(copy.deepcopy(model), device, precision))
     batch = data.images[:batch_size]
     image = to_input(batch, device)
-    network = compile_network(model, image) if compiled else model
+    network = frozen(model, image, device, precision, compiled)
     maps = torch.randn(batch_size, 3, len(LANDMARKS), *image.shape[-2:], device=device)
     maps[:, 0] += 10 * encode(data.landmarks[:batch_size].to(device), image.shape[-2:]).heatmap
 
@@ -344,9 +392,9 @@ def test_batch(model, data, device, precision, batch_size, compiled):
 
     @torch.inference_mode()
     def whole():
-        decode(network(to_input(batch, device))).cpu()
+        decode(network(to_input(batch, device)))
 
-    measure = partial(step_measure, images=batch_size, device=device)
+    measure = partial(repeated, batch_size=batch_size, device=device)
     return [
         measure("bare forward", bare),
         measure("voting", lambda: decode(maps)),
@@ -356,9 +404,8 @@ def test_batch(model, data, device, precision, batch_size, compiled):
 
 def test_split(model, data, device, precision, batch_size, compiled, root):
     """All images with tables and pictures as test.py writes them, against a forward pass of each."""
-    model = freeze(place(copy.deepcopy(model), device, precision))
     image = to_input(data.images[:batch_size], device)
-    network = compile_network(model, image) if compiled else model
+    network = frozen(model, image, device, precision, compiled)
     options = SimpleNamespace(batch_size=batch_size, pictures=4)
     (root / "pictures").mkdir(exist_ok=True)
 
@@ -380,19 +427,18 @@ def test_split(model, data, device, precision, batch_size, compiled, root):
 # --- a whole attack, and the plain way to do it ----------------------------------------------------------------------
 
 
-def whole_attack(model, data, device):
-    """Rows of the table: some images attacked by ATI-FGSM one by one as by test.py under bf16, and the plain way.
+def whole_attack(model, data, device, precisions):
+    """Rows of the table: some images attacked by ATI-FGSM, one by one, as test.py does, against the plain way.
 
-    Targets are displacements from the truth.
+    Targets are displacements from the truth. Each is done once for the times, after once to warm up.
     """
     aims_px0 = choose_targets("shift", data, 0, SHIFT_COUNT, SHIFT_MM)
     aims = rescale(aims_px0, data.sizes[:, None], data.images.shape[-2:]).float()
     images = range(min(WHOLE_ATTACKS, len(data)))
-    fast = freeze(place(copy.deepcopy(model), device, "bf16"))
     plain = copy.deepcopy(model).to(device).eval()
     reached = {}
 
-    def attack_all(name, attack):
+    def measure(name, attack):
         def call():
             errors = []
             for i in images:
@@ -404,23 +450,27 @@ def whole_attack(model, data, device):
 
         return Measure(name, call, len(images), len(images))
 
-    def as_test_does(image, targets, targeted):
+    def as_test_does(network, image, targets, targeted):
         with torch.no_grad():
-            goal = goal_maps(fast(image), targets, targeted.to(device))
-        *_, (_, _, maps) = ati_fgsm(fast, image, goal, EPSILON, STEPS)
+            goal = goal_maps(network(image), targets, targeted.to(device))
+        for _, _, maps in ati_fgsm(network, image, goal, EPSILON, STEPS):
+            pass
         return maps
 
     def plainly(image, targets, targeted):
         return plain_attack(plain, image.contiguous(), targets, targeted)
 
-    measures = [
-        attack_all(f"ATI-FGSM, {STEPS} steps, the plain way", plainly),
-        attack_all(f"ATI-FGSM, {STEPS} steps", as_test_does),
-    ]
-    rows = report(measures, device, 1, "bf16 1")
+    name = f"ATI-FGSM, {STEPS} steps, the plain way"
+    measures, labels = [measure(name, plainly)], {name: "fp32, 1"}
+    for precision in precisions:
+        network = freeze(place(copy.deepcopy(model), device, precision))
+        name = f"ATI-FGSM, {STEPS} steps, {precision}"
+        measures.append(measure(name, partial(as_test_does, network)))
+        labels[name] = f"{precision}, 1"
+    rows = report(measures, device, 1)
     for row in rows:
-        row["targeted MRE (mm)"] = reached[row["measure"]]
-        print(f"{row['measure']}: targeted MRE {reached[row['measure']]:.2f} mm")
+        row |= {"precision, batch": labels[row["measure"]], "targeted MRE (mm)": reached[row["measure"]]}
+        print(f"{row['measure']}: targeted MRE {row['targeted MRE (mm)']:.2f} mm")
     return rows
 
 

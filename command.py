@@ -42,10 +42,12 @@ def run(main):
         return
     except (InputError, OSError) as error:  # an OSError names its file: a full disk, a folder that can't be read
         status, message = 2, f"error: {' '.join(str(error).split())}"
-    except RuntimeError as error:
-        if not isinstance(error, torch.cuda.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        told = "out of memory", "can't allocate memory", "ALLOC_FAILED"  # by CUDA, PyTorch, cuBLAS and cuDNN
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in told):
             raise
-        status, message = 2, f"error: out of memory; use a smaller --batch-size ({str(error).splitlines()[0]})"
+        reason = str(error).partition("\n")[0]
+        status, message = 2, f"error: out of memory; use a smaller --batch-size ({reason})"
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
     print(f"{name}: {message}", file=sys.stderr)  # only here, where the error's progress bars are gone
@@ -97,16 +99,19 @@ def add_compute_arguments(parser):
 
 
 def find_device(name):
-    """The torch.device of a ``--device`` argument.
+    """The torch.device of a ``--device`` argument; a GPU becomes the current one, and cuDNN tries its algorithms.
 
     Raises:
         InputError: no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     kind = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
     if kind is None:
         raise InputError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N")
     if name != "cpu" and int(kind[1] or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: CUDA finds {torch.cuda.device_count()} devices here; use --device cpu")
+    if name.startswith("cuda"):
+        torch.cuda.set_device(name)
+        torch.backends.cudnn.benchmark = True
     return torch.device(name)

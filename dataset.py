@@ -104,6 +104,8 @@ class Cephalograms(torch.utils.data.Dataset):
 
 def to_input(images, device):
     """8-bit grey (B, H, W) to the network's input (B, 3, H, W) float32 in [-1, 1], on ``device``."""
+    if torch.device(device).type == "cuda":
+        images = images.pin_memory()  # so that the copy waits for nothing
     grey = images.to(device, non_blocking=True).float() / 127.5 - 1
     return torch.stack([grey, grey, grey], dim=-1).movedim(-1, 1)  # channels last in memory
 

@@ -158,25 +158,31 @@ def freeze(model):
 def compile_network(model, image):
     """``torch.compile`` a placed ``UNet``, with CUDA graphs on a GPU; where that fails, the model as it is.
 
+    With CUDA graphs, the maps of a call are overwritten by the next.
+
     Args:
         image: (B, 3, H, W), what the model will be called with; other shapes are compiled when they come.
 
     Returns:
-        a callable like ``model``, already tried on ``image``, forward and backward.
+        a callable like ``model``, tried on ``image`` forward and backward: to the weights or, if frozen, to the image.
     """
     mode = "reduce-overhead" if image.device.type == "cuda" else "default"
     compiled = torch.compile(model, mode=mode, dynamic=False)
-    training = model.training
-    model.eval()  # a trial must not touch the running statistics of batch norm
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    image = image.detach().requires_grad_(not weights)
+    statistics = [buffer.clone() for buffer in model.buffers()]
     try:
         with torch.enable_grad():
-            image = image.detach().requires_grad_()
-            torch.autograd.grad(compiled(image).sum(), image)
+            torch.autograd.grad(compiled(image).sum(), weights or image)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception as error:  # no compiler, no triton, an operation it doesn't know: a dozen types
         reason = " ".join(str(error).split())[:200]
         warnings.warn(f"--compile: going on without ({type(error).__name__}: {reason})", stacklevel=2)
-        compiled = model
-    model.train(training)
+        return model
+    finally:
+        for buffer, before in zip(model.buffers(), statistics, strict=True):
+            buffer.copy_(before)
     return compiled
 
 
@@ -322,8 +328,8 @@ def decode(maps):
     y = (voters // width + radius * offset_y.gather(-1, voters)).round()
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     outside = height * width  # a place behind the last pixel
-    ballot = torch.where(inside, y * width + x, outside).long()
-    ballot = torch.cat([peak, ballot], dim=-1).sort(-1).values  # equal votes side by side
+    ballot = torch.where(inside, y * width + x, outside).int()
+    ballot = torch.cat([peak.int(), ballot], dim=-1).sort(-1).values  # equal votes side by side
     votes = (torch.searchsorted(ballot, ballot, right=True) - torch.searchsorted(ballot, ballot)).float()
     votes -= 0.5 * (ballot == peak)  # the peak's own ballot is half a vote: it decides between equals only
     winner = ballot.gather(-1, votes.masked_fill(ballot == outside, 0).argmax(-1, keepdim=True))[..., 0]

@@ -95,11 +95,11 @@ def main():
     save_config(folder / "config.json", config, device)
     save_log(folder, rows, chart=True)  # a stop may have come between the last state and its log
 
+    model.train()
     network = compile_network(model, to_input(data.images[: args.batch_size], device)) if args.compile else model
     bar = tqdm(total=args.epochs * len(data), initial=first * len(data), desc="training", unit="image")
     for epoch in range(first, args.epochs):
         start = time.perf_counter()
-        model.train()
         total = torch.zeros(3, device=device)
         for step, (images, points, _, _) in enumerate(loader):
             for group in optimizer.param_groups:
@@ -146,9 +146,9 @@ def update(model, optimizer, images, points, device):
     Returns:
         (3,) terms of the loss, as ``model.loss_terms``, mean over images and landmarks.
     """
+    optimizer.zero_grad()
     goal = encode(points.to(device, non_blocking=True), images.shape[-2:])
     terms = loss_terms(model(to_input(images, device)), goal).mean((1, 2))
-    optimizer.zero_grad()
     (LAMBDA * terms[0] + terms[1] + terms[2]).backward()
     optimizer.step()
     return terms.detach()

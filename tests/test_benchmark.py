@@ -17,7 +17,7 @@ def test_benchmark_writes_its_table(tmp_path, monkeypatch, run):
     assert status == 0, err
     table = pd.read_csv(tmp_path / "runs" / "benchmark" / "table.csv")
     assert (table["ms"] > 0).all() and table["images/s"].gt(0).all()
-    assert table["precision, batch"].dropna().unique().tolist() == ["bf16 1", "bf16 2"]
+    assert table["precision, batch"].dropna().unique().tolist() == ["bf16, 1", "bf16, 2"]
     for _, rows in table.groupby(["precision, batch", "measure"], dropna=False):
         assert len(rows) == 1
     limits = table[table["measure"].str.startswith("bare")]
@@ -32,10 +32,18 @@ def test_benchmark_writes_its_table(tmp_path, monkeypatch, run):
     assert "ATI-FGSM, a step" in out
 
 
-def test_benchmark_refuses_too_small_a_size(tmp_path, monkeypatch, run):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", 31, 64], "--size: at least 32 32"),
+        (["--images", 3, "--batch-size", 1, 4], "--images 3: a batch needs 4"),
+        (["--weights", "nowhere.pth"], "nowhere.pth: no such file"),
+    ],
+)
+def test_benchmark_refuses(arguments, message, tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
-    status, _, err = run("benchmark.py", "--size", 31, 64)
-    assert status == 2 and "--size: at least 32 32" in err and not list(tmp_path.iterdir())
+    status, _, err = run("benchmark.py", *arguments)
+    assert status == 2 and message in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("steps", [1, 6])

@@ -136,6 +136,15 @@ def test_a_failing_compiler_costs_a_warning_only(trained, monkeypatch):
     assert network is trained and trained.training
 
 
+def test_trying_a_compiled_network_leaves_it_as_it_was(trained, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **_: lambda image: model(image))
+    before = copy.deepcopy(trained.state_dict())
+    compile_network(trained.train(), torch.rand(2, 3, 32, 32))
+    after = trained.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert all(weight.grad is None for weight in trained.parameters())
+
+
 def test_vgg19_state_dict_is_loaded_without_its_classifier(tmp_path):
     vgg = torchvision.models.vgg19(weights=None, init_weights=False).features
     state = {f"features.{key}": value for key, value in vgg.state_dict().items()}
