@@ -47,7 +47,7 @@ from runs import make_folder, save_config, write, write_text
 from test import test
 from train import update
 
-PARTS = ("loading", "training", "attack", "test", "whole-attack")
+PARTS = ("loading", "training", "attack", "test", "whole-test", "whole-attack")
 PHANTOMS = 8  # different ones; the images are copies of them
 EPSILON, STEPS, SHIFT_COUNT, SHIFT_MM = 16, 50, 5, 8.0  # of the whole attack
 WHOLE_ATTACKS = 4  # images that are attacked, one by one
@@ -112,7 +112,8 @@ def main():
                 add(report(one_step_attack(*setting), device, args.repeats, label))
             if "test" in args.only:
                 add(report(test_batch(*setting), device, args.repeats, label, peak))
-                add(report(test_split(*setting, root), device, few, label))
+            if "whole-test" in args.only:
+                add(report(whole_test(*setting, root), device, few, label))
         if "whole-attack" in args.only:
             add(whole_attack(model, data, device, args.precision))
     print(f"written to {out}/")
@@ -402,7 +403,7 @@ def test_batch(model, data, device, precision, batch_size, compiled):
     ]
 
 
-def test_split(model, data, device, precision, batch_size, compiled, root):
+def whole_test(model, data, device, precision, batch_size, compiled, root):
     """All images with tables and pictures as test.py writes them, against a forward pass of each."""
     image = to_input(data.images[:batch_size], device)
     network = frozen(model, image, device, precision, compiled)

@@ -12,7 +12,7 @@ from attack import ati_fgsm, goal_maps
 def test_benchmark_writes_its_table(tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     arguments = ["--size", 32, 32, "--batch-size", 1, 2, "--precision", "bf16", "--repeats", 1, "--images", 3]
-    only = ["--only", "loading", "training", "attack", "test"]
+    only = ["--only", "loading", "training", "attack", "test", "whole-test"]
     status, out, err = run("benchmark.py", *arguments, *only, "--device", "cpu")
     assert status == 0, err
     table = pd.read_csv(tmp_path / "runs" / "benchmark" / "table.csv")
