@@ -83,17 +83,24 @@ class Cephalograms(torch.utils.data.Dataset):
     def __init__(self, root, split, size, limit=None):
         entries = index(root, split)[:limit]
         self.ids = [entry.id for entry in entries]
+        self.images = torch.empty(len(entries), *size, dtype=torch.uint8)
+
+        def load(i):
+            self.images.numpy()[i], size0 = read_image(entries[i].image, size)
+            return size0
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside the interpreter's lock
-            loaded = pool.map(lambda entry: read_image(entry.image, size), entries)
+            loaded = pool.map(load, range(len(entries)))
             with tqdm(loaded, f"loading {split}", len(entries), unit="image", leave=False, disable=None) as bar:
-                images, sizes = zip(*bar, strict=True)
-        self.images = torch.from_numpy(np.stack(images))
+                sizes = list(bar)
         self.sizes = torch.tensor(sizes)
         points = [read_landmarks(entry, size0) for entry, size0 in zip(entries, sizes, strict=True)]
         self.landmarks_px0 = torch.from_numpy(np.stack(points))
         self.landmarks = rescale(self.landmarks_px0, self.sizes[:, None], size).float()
-        content = repr(self.ids).encode(), self.images.numpy(), self.landmarks_px0.numpy(), self.sizes.numpy()
-        self.sha256 = hashlib.sha256(b"".join(map(bytes, content))).hexdigest()
+        digest = hashlib.sha256(repr(self.ids).encode())
+        for content in (self.images, self.landmarks_px0, self.sizes):
+            digest.update(content.numpy())
+        self.sha256 = digest.hexdigest()
 
     def __len__(self):
         return len(self.ids)
