@@ -6,7 +6,8 @@
 
 The limit is the same network, made ready in the same way, at the same size, batch and precision, with nothing around
 it: forward, backward and, in training, the optimizer; no images to load, no maps to make, no loss, no attacker's step,
-no votes. A measure and its limit take turns, after a call of each that is not timed. Images are phantoms, drawn on the
+no votes. A measure and its limit take turns, after a call of
+each that is not timed. Images are phantoms, drawn on the
 spot; weights are random unless --weights names some.
 
 Writes into --out: table.csv, table.md, config.json.
@@ -48,6 +49,7 @@ from test import test
 from train import update
 
 PARTS = ("loading", "training", "attack", "test", "whole-test", "whole-attack")
+PAPER = {"training step": 230 * 150, "I-FGSM, a step": 250 * 300, "ATI-FGSM, a step": 250 * 300}  # images x steps
 PHANTOMS = 8  # different ones; the images are copies of them
 EPSILON, STEPS, SHIFT_COUNT, SHIFT_MM = 16, 50, 5, 8.0  # of the whole attack
 WHOLE_ATTACKS = 4  # images that are attacked, one by one
@@ -149,19 +151,20 @@ def report(measures, device, repeats, label="", peak=None):
 
     Returns:
         rows (dicts). Times are medians and quartiles in ms; ratios are the medians of those of neighbouring calls.
+        Hours are what the paper's whole training or attack would take at this pace.
     """
     seconds, memory = {measure.name: [] for measure in measures}, {}
-    with tqdm(total=(repeats + 1) * len(measures), desc=label, leave=False) as bar:
-        for repeat in range(repeats + 1):
+    warm_up = repeats > 1  # what is done once is long
+    with tqdm(total=(warm_up + repeats) * len(measures), desc=label, leave=False) as bar:
+        for repeat in range(warm_up + repeats):
             for measure in measures:
                 bar.set_postfix_str(measure.name)
-                if repeat == 0:  # to warm up, and for the memory
-                    measure.ready()()
-                    reset_peak_memory(device)
-                    measure.ready()()
-                    memory[measure.name] = peak_memory(device)
-                else:
-                    seconds[measure.name].append(clock(measure.ready(), device) / measure.steps)
+                call = measure.ready()
+                reset_peak_memory(device)
+                passed = clock(call, device) / measure.steps
+                memory[measure.name] = peak_memory(device)
+                if repeat >= warm_up:
+                    seconds[measure.name].append(passed)
                 bar.update()
     rows, limit = [], measures[0].name
     for measure in measures:
@@ -176,6 +179,8 @@ def report(measures, device, repeats, label="", peak=None):
                 measure.ready()()
             row["TFLOP/s"] = counter.get_total_flops() / measure.steps / median / 1e9
             row["% of matrix peak"] = 1e14 * row["TFLOP/s"] / peak
+        if measure.name in PAPER:
+            row["the paper's, extrapolated (h)"] = PAPER[measure.name] / row["images/s"] / 3600
         rows.append(row)
         ratio = f"{row['ratio']:.3f} of {limit}" if "ratio" in row else ""
         print(f"{label:8} {measure.name:44} {median:9.1f} ms ({low:.1f} .. {high:.1f})  {ratio}")
@@ -263,12 +268,6 @@ def first_pass(root, size):
     ]
 
 
-def placed(model, image, device, precision, compiled):
-    """A copy of the model on the device, as train.py uses it: (the model, its weights' owner; the callable)."""
-    model = place(copy.deepcopy(model), device, precision).train()
-    return model, compile_anew(model, image) if compiled else model
-
-
 def frozen(model, image, device, precision, compiled):
     """A copy of the model on the device, as test.py uses it."""
     model = freeze(place(copy.deepcopy(model), device, precision))
@@ -295,7 +294,8 @@ def training_step(model, data, device, precision, batch_size, compiled):
     loader = DataLoader(data, batch_size, shuffle=True, pin_memory=device.type == "cuda")
     images, points, *_ = next(iter(loader))
     image, landmarks = to_input(images, device), points.to(device)
-    model, network = placed(model, image, device, precision, compiled)
+    model = place(copy.deepcopy(model), device, precision).train()
+    network = compile_anew(model, image) if compiled else model
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)  # random gradients must not spoil the weights
     gradient = torch.rand_like(network(image).detach()) / image.numel()
 
@@ -431,7 +431,7 @@ def whole_test(model, data, device, precision, batch_size, compiled, root):
 def whole_attack(model, data, device, precisions):
     """Rows of the table: some images attacked by ATI-FGSM, one by one, as test.py does, against the plain way.
 
-    Targets are displacements from the truth. Each is done once for the times, after once to warm up.
+    Targets are displacements from the truth.
     """
     aims_px0 = choose_targets("shift", data, 0, SHIFT_COUNT, SHIFT_MM)
     aims = rescale(aims_px0, data.sizes[:, None], data.images.shape[-2:]).float()

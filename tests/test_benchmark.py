@@ -25,6 +25,8 @@ def test_benchmark_writes_its_table(tmp_path, monkeypatch, run):
     assert table.drop(limits.index)["ratio"].gt(0).all()
     steps = limits[limits["measure"].str.contains("step|backward to|forward$") & limits["TFLOP/s"].notna()]
     assert len(steps) == 2 * 3 and steps["% of matrix peak"].between(0, 120).all()
+    attack = table[table["measure"] == "ATI-FGSM, a step"].iloc[0]
+    assert attack["the paper's, extrapolated (h)"] == pytest.approx(250 * 300 / attack["images/s"] / 3600, rel=1e-2)
     lines = (tmp_path / "runs" / "benchmark" / "table.md").read_text().splitlines()
     assert len(lines) == len(table) + 2 and {line.count("|") for line in lines} == {len(table.columns) + 1}
     config = json.loads((tmp_path / "runs" / "benchmark" / "config.json").read_text())
