@@ -6,8 +6,7 @@
 
 The limit is the same network, made ready in the same way, at the same size, batch and precision, with nothing around
 it: forward, backward and, in training, the optimizer; no images to load, no maps to make, no loss, no attacker's step,
-no votes. A measure and its limit take turns, after a call of
-each that is not timed. Images are phantoms, drawn on the
+no votes. A measure and its limit take turns, after a call of each that is not timed. Images are phantoms, drawn on the
 spot; weights are random unless --weights names some.
 
 Writes into --out: table.csv, table.md, config.json.
@@ -154,7 +153,7 @@ def report(measures, device, repeats, label="", peak=None):
         Hours are what the paper's whole training or attack would take at this pace.
     """
     seconds, memory = {measure.name: [] for measure in measures}, {}
-    warm_up = repeats > 1  # what is done once is long
+    warm_up = repeats > 1 or device.type == "cuda"  # on a CPU, what is done only once is long
     with tqdm(total=(warm_up + repeats) * len(measures), desc=label, leave=False) as bar:
         for repeat in range(warm_up + repeats):
             for measure in measures:
