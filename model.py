@@ -177,7 +177,7 @@ def compile_network(model, image):
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # no compiler, no triton, an operation it doesn't know: a dozen types
-        reason = " ".join(str(error).split())[:200]
+        reason = str(error).strip().partition("\n")[0][:200]
         warnings.warn(f"--compile: going on without ({type(error).__name__}: {reason})", stacklevel=2)
         return model
     finally:
