@@ -112,6 +112,6 @@ def find_device(name):
     if name != "cpu" and int(kind[1] or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: CUDA finds {torch.cuda.device_count()} devices here; use --device cpu")
     if name.startswith("cuda"):
-        torch.cuda.set_device(name)
+        torch.cuda.set_device(int(kind[1] or 0))
         torch.backends.cudnn.benchmark = True
     return torch.device(name)

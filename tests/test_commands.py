@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, K, write_kaggle
 from PIL import Image
 
+from command import find_device
 from eval import summarize, summarize_attack
 from model import UNet
 
@@ -526,3 +527,14 @@ def test_a_damaged_resume_state(official, tmp_path, monkeypatch, run):
     assert run(*arguments)[0] == 0
     cut(tmp_path / "runs" / "small" / "resume.pth", 1000)
     assert_refused(run(*arguments, "--resume"), "resume.pth: not a state to go on from")
+
+
+def test_a_gpu_is_chosen_by_its_number(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert [find_device(name) for name in ("cuda:1", "auto", "cpu")] == [
+        torch.device(d) for d in ("cuda:1", "cuda", "cpu")
+    ]
+    assert chosen == [1, 0]  # set_device takes no "cuda" without a number
