@@ -96,6 +96,11 @@ def adaptive_weights(losses):
     return losses / losses.mean(-1, keepdim=True)
 
 
+def grey_model(model):
+    """The model as one of grey images (B, 1, H, W): its attacks give all three channels the same noise."""
+    return lambda grey: model(grey.expand(-1, 3, -1, -1))
+
+
 ATTACKS = {"I-FGSM": i_fgsm, "ATI-FGSM": ati_fgsm, "FGSM": fgsm, "untargeted-FGSM": untargeted_fgsm}
 ONE_STEP = ("FGSM", "untargeted-FGSM")
 UNTARGETED = "untargeted-FGSM"

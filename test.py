@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import command
-from attack import ATTACKS, ONE_STEP, UNTARGETED, choose_targets, goal_maps
+from attack import ATTACKS, ONE_STEP, UNTARGETED, choose_targets, goal_maps, grey_model
 from command import InputError, natural_int, positive_float, positive_int
 from dataset import LANDMARKS, SPLITS, Cephalograms, rescale, to_input
 from eval import (
@@ -88,6 +88,7 @@ def parse_arguments():
         "--epsilon", type=positive_float, default=8.0, help="bound of the noise in half grey levels (8: 4 of 255)"
     )
     parser.add_argument("--steps", type=positive_int, default=300, help="iterations of I-FGSM and ATI-FGSM")
+    parser.add_argument("--grey", action="store_true", help="the same noise in all three channels")
     parser.add_argument("--batch-size", type=positive_int, default=4, help="images at once")
     parser.add_argument("--pictures", type=natural_int, default=4, metavar="N", help="draw the first N images")
     command.add_compute_arguments(parser)
@@ -185,6 +186,8 @@ def attack(args, model, data, targets_px0, device, out):
     targets = rescale(targets_px0, data.sizes[:, None], size).float()
     methods = list(dict.fromkeys(args.attack))
     steps = {method: 1 if method in ONE_STEP else args.steps for method in methods}
+    if args.grey:
+        model = grey_model(model)
 
     def record_file(method, i):
         return out / "records" / f"{method}_{data.ids[i]}.csv"
@@ -202,6 +205,8 @@ def attack(args, model, data, targets_px0, device, out):
         ids = [data.ids[i] for i in batch]
         bar.set_description(f"{method} on {', '.join(ids)}" if len(ids) < 5 else f"{method} on {ids[0]} .. {ids[-1]}")
         image = to_input(data.images[batch], device)
+        if args.grey:
+            image = image[:, :1]
         with torch.no_grad():
             clean = model(image)
         if method == UNTARGETED:
@@ -229,7 +234,8 @@ def attack(args, model, data, targets_px0, device, out):
         for b, i in enumerate(batch):
             if i < args.pictures:
                 title = f"{ids[b]}, {method}, epsilon {args.epsilon:g}, iteration {iteration}"
-                parts = [image[b], data.landmarks[i], found[0][b], adversarial[b], found[iteration][b]]
+                clean_image, attacked_image = image[b].expand(3, -1, -1), adversarial[b].expand(3, -1, -1)
+                parts = [clean_image, data.landmarks[i], found[0][b], attacked_image, found[iteration][b]]
                 parts += [] if method == UNTARGETED else [targets[i]]
                 parts = [part.cpu().numpy() for part in parts]
                 write(picture_file(method, i), lambda path: draw(path, title, *parts))

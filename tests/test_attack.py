@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from attack import (
     fgsm,
     generator,
     goal_maps,
+    grey_model,
     i_fgsm,
     random_targets,
     shift_targets,
@@ -138,6 +141,21 @@ def test_a_batch_is_its_images_one_by_one(unet, image, name):
         own = goal_of(unet, image, slice(b, b + 1))
         *_, (_, alone, _) = ATTACKS[name](unet, image[b : b + 1], own, 8, **options)
         assert torch.allclose(alone[0], together[b])
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_grey_noise_follows_the_sum_of_the_channels_gradients(small, image, name):
+    grey = image[:, :1]
+    goal = goal_of(small, grey.expand(-1, 3, -1, -1))
+    (_, clean, _), (_, attacked, maps) = itertools.islice(ATTACKS[name](grey_model(small), grey, goal), 2)
+    assert attacked.shape == grey.shape and torch.equal(clean, grey)
+    assert torch.allclose(maps, small(attacked.expand(-1, 3, -1, -1)))
+    x = grey.expand(-1, 3, -1, -1).clone().requires_grad_()
+    losses = landmark_loss(small(x), goal)
+    weights = adaptive_weights(losses.detach()) if name == "ATI-FGSM" else torch.ones_like(losses)
+    (gradient,) = torch.autograd.grad((weights * losses).sum(), x)
+    length = (0.05 if "I-FGSM" in name else 1) * 8 / 256 * (-1 if name.startswith("untargeted") else 1)
+    assert torch.allclose(attacked, (grey - length * gradient.sum(1, keepdim=True).sign()).clamp(-1, 1))
 
 
 def test_results_carry_no_gradient_and_the_callers_mode_does_not_matter(small, image):

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, K, write_kaggle
 from PIL import Image
 
+import eval
 from command import find_device
 from eval import summarize, summarize_attack
 from model import UNet
@@ -95,6 +96,23 @@ def test_an_attack(here, official, run):
     assert table["iteration"].unique().tolist() == [0, 1, 3]
     assert len(table) == 2 * 3 * K
     assert json.loads((here / "runs" / "small" / "temp" / "config.json").read_text())["iteration"] == 2  # the newest
+
+
+def test_a_grey_attack(here, official, run, monkeypatch):
+    noise = []
+
+    def draw(path, title, image, truth, predicted, adversarial, *_):
+        noise.append(adversarial - image)
+        path.write_bytes(b"")
+
+    monkeypatch.setattr(eval, "draw", draw)
+    arguments = ["--tag", "small", "--data", official, "--attack", 1, "--steps", 3, "--limit", 2, "--rand", "grey"]
+    assert run("test.py", *arguments, "--grey")[0] == 0
+    assert len(noise) == 2
+    for channels in noise:
+        assert channels.shape == (3, 64, 48) and np.abs(channels).max() > 0
+        assert np.array_equal(channels[0], channels[1]) and np.array_equal(channels[0], channels[2])
+    assert_refused(run("test.py", *arguments), "grey was True, now it is False")
 
 
 def test_attacks_compared_on_the_same_targets_go_on_after_a_stop(here, official, tmp_path, run):
