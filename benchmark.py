@@ -174,8 +174,9 @@ def report(measures, device, repeats, label="", peak=None):
         if measure.name != limit:
             row["ratio"] = (times / pd.Series(seconds[limit])).median()
         elif peak:
+            call = measure.ready()
             with FlopCounterMode(display=False) as counter:
-                measure.ready()()
+                call()
             row["TFLOP/s"] = counter.get_total_flops() / measure.steps / median / 1e9
             row["% of matrix peak"] = 1e14 * row["TFLOP/s"] / peak
         if measure.name in PAPER:
