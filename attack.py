@@ -16,7 +16,7 @@ import torch
 
 from command import InputError
 from dataset import MM_PER_PX0, read_csv, rescale
-from model import Goal, encode, highest, landmark_loss, radius_of, share
+from model import Goal, encode, highest, landmark_loss, offsets_at, radius_of, share
 
 ETA = 0.05  # step length as a share of epsilon
 RANDOM_SIZE = (800, 640)  # (H, W) px of the image on which the paper draws its random targets,
@@ -123,7 +123,7 @@ def goal_maps(clean, targets, targeted):
     values, pixels = highest(heatmap.flatten(-2), max(1, int(count)))
     places = torch.stack([pixels % size[1], pixels // size[1]], dim=1)
     towards = (targets.movedim(-1, 1)[..., None] - places) / radius_of(size)
-    own = clean[:, 1:].flatten(-2).gather(-1, pixels[:, None].expand(-1, 2, -1, -1))
+    own = offsets_at(pixels, clean[:, 1:].flatten(-2))
     return Goal(heatmap, pixels, torch.where(targeted[:, None, :, None], towards, own), share(values > 0.5))
 
 

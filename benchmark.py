@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import command
-from attack import ati_fgsm, choose_targets, fgsm, goal_maps, i_fgsm, untargeted_fgsm
+from attack import ETA, ati_fgsm, choose_targets, fgsm, goal_maps, i_fgsm, untargeted_fgsm
 from command import positive_int
 from dataset import LANDMARKS, MM_PER_PX0, Cephalograms, rescale, to_input
 from eval import to_px0
@@ -61,8 +61,7 @@ def parse_arguments():
     )
     parser.add_argument("--batch-size", type=positive_int, nargs="+", default=[1], help="images at once, one or more")
     parser.add_argument("--precision", choices=["fp32", "bf16"], nargs="+", default=["fp32"], help="one or both")
-    parser.add_argument("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network, with CUDA graphs on a GPU")
+    command.add_device_arguments(parser)
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="what to measure")
     parser.add_argument("--repeats", type=positive_int, default=15, help="timed calls; of the longest a fifth")
     parser.add_argument("--images", type=positive_int, default=150, metavar="N", help="how many to load and to test")
@@ -268,6 +267,10 @@ def first_pass(root, size):
     ]
 
 
+def map_shape(image):
+    return len(image), 3, len(LANDMARKS), *image.shape[-2:]
+
+
 def frozen(model, image, device, precision, compiled):
     """A copy of the model on the device, as test.py uses it."""
     model = freeze(place(copy.deepcopy(model), device, precision))
@@ -297,7 +300,7 @@ def training_step(model, data, device, precision, batch_size, compiled):
     model = place(copy.deepcopy(model), device, precision).train()
     network = compile_anew(model, image) if compiled else model
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)  # random gradients must not spoil the weights
-    gradient = torch.rand_like(network(image).detach()) / image.numel()
+    gradient = torch.rand(map_shape(image), device=device) / image.numel()
 
     def bare():
         optimizer.zero_grad()
@@ -330,15 +333,13 @@ def attack_step(model, data, device, precision, batch_size, compiled):
     image = to_input(data.images[:batch_size], device)
     network = frozen(model, image, device, precision, compiled)
     make_goal = attack_goal(network, image)
-    goal, gradient = make_goal(), None
+    goal, gradient = make_goal(), torch.rand(map_shape(image), device=device)
 
     def forward():
         adversarial = image.detach().requires_grad_()
         return [network(adversarial)]
 
     def bare(maps):  # backward, then forward, in the order of an attack's loop
-        nonlocal gradient
-        gradient = torch.rand_like(maps[0]) if gradient is None else gradient
         maps[0].backward(gradient)
         maps[:] = forward()
 
@@ -360,7 +361,7 @@ def one_step_attack(model, data, device, precision, batch_size, compiled):
     image = to_input(data.images[:batch_size], device)
     network = frozen(model, image, device, precision, compiled)
     goal = attack_goal(network, image)()
-    gradient = torch.rand_like(goal.heatmap)[:, None].expand(-1, 3, -1, -1, -1).contiguous()
+    gradient = torch.rand(map_shape(image), device=device)
 
     def bare():
         adversarial = image.detach().requires_grad_()
@@ -384,7 +385,7 @@ def test_batch(model, data, device, precision, batch_size, compiled):
     batch = data.images[:batch_size]
     image = to_input(batch, device)
     network = frozen(model, image, device, precision, compiled)
-    maps = torch.randn(batch_size, 3, len(LANDMARKS), *image.shape[-2:], device=device)
+    maps = torch.randn(map_shape(image), device=device)
     maps[:, 0] += 10 * encode(data.landmarks[:batch_size].to(device), image.shape[-2:]).heatmap
 
     @torch.inference_mode()
@@ -461,16 +462,13 @@ def whole_attack(model, data, device, precisions):
     def plainly(image, targets, targeted):
         return plain_attack(plain, image.contiguous(), targets, targeted)
 
-    name = f"ATI-FGSM, {STEPS} steps, the plain way"
-    measures, labels = [measure(name, plainly)], {name: "fp32, 1"}
+    measures = [measure(f"ATI-FGSM, {STEPS} steps, the plain way", plainly)]
     for precision in precisions:
         network = freeze(place(copy.deepcopy(model), device, precision))
-        name = f"ATI-FGSM, {STEPS} steps, {precision}"
-        measures.append(measure(name, partial(as_test_does, network)))
-        labels[name] = f"{precision}, 1"
+        measures.append(measure(f"ATI-FGSM, {STEPS} steps, {precision}", partial(as_test_does, network)))
     rows = report(measures, device, 1)
-    for row in rows:
-        row |= {"precision, batch": labels[row["measure"]], "targeted MRE (mm)": reached[row["measure"]]}
+    for row, precision in zip(rows, ["fp32", *precisions], strict=True):
+        row |= {"precision, batch": f"{precision}, 1", "targeted MRE (mm)": reached[row["measure"]]}
         print(f"{row['measure']}: targeted MRE {row['targeted MRE (mm)']:.2f} mm")
     return rows
 
@@ -513,7 +511,7 @@ def plain_attack(model, image, targets, targeted):
         mean = sum(loss.item() for loss in losses) / len(losses)
         model.zero_grad()
         sum(loss.item() / mean * loss for loss in losses).backward()
-        noise = (noise + 0.05 * epsilon * adversarial.grad.sign()).clamp(-epsilon, epsilon)
+        noise = (noise + ETA * epsilon * adversarial.grad.sign()).clamp(-epsilon, epsilon)
     with torch.no_grad():
         return model((image - noise).clamp(-1, 1))
 

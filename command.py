@@ -90,11 +90,16 @@ def subfolder(text):
     return text
 
 
-def add_compute_arguments(parser):
-    """--device, --precision, --compile and --seed, alike in every command that runs the network."""
+def add_device_arguments(parser):
+    """--device and --compile, alike in every command that runs the network."""
     parser.add_argument("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast of the network")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network, with CUDA graphs on a GPU")
+
+
+def add_compute_arguments(parser):
+    """Those of ``add_device_arguments``, --precision and --seed, alike in training and testing."""
+    add_device_arguments(parser)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast of the network")
     parser.add_argument("--seed", type=natural_int, default=0, help="seed of everything random")
 
 

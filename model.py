@@ -301,6 +301,11 @@ def encode(points, size):
     return Goal(heatmap.unflatten(-1, (height, width)), pixels, offset, share(mask))
 
 
+def offsets_at(pixels, offset):
+    """Of offset maps (B, 2, K, H * W) the values (B, 2, K, P) at pixels (B, K, P)."""
+    return offset.gather(-1, pixels[:, None].expand(-1, 2, -1, -1))
+
+
 def share(mask):
     """(B, K, P) bool to weights whose sum is 1 over each mask, 0 for an empty one."""
     return mask / mask.sum(-1, keepdim=True).clamp(min=1)
@@ -378,7 +383,7 @@ def loss_terms(maps, goal):
     heatmap, offset = maps.flatten(-2).split([1, 2], dim=1)
     wanted = goal.heatmap[:, None].flatten(-2)
     cross_entropy = F.binary_cross_entropy_with_logits(heatmap, wanted, reduction="none").mean(-1)
-    difference = offset.gather(-1, goal.pixels[:, None].expand_as(goal.offset)) - goal.offset
+    difference = offsets_at(goal.pixels, offset) - goal.offset
     l1 = (difference.abs() * goal.weight[:, None]).sum(-1)
     return torch.cat([cross_entropy, l1], dim=1).transpose(0, 1)
 

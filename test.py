@@ -225,9 +225,8 @@ def attack(args, model, data, targets_px0, device, out):
                 found[iteration] = decode(maps)
 
         truth_px0, tables = data.landmarks_px0[batch].numpy(), []
-        found = {iteration: points.cpu() for iteration, points in found.items()}
         for iteration, points in found.items():
-            points_px0 = to_px0(points, data, batch).numpy()
+            points_px0 = to_px0(points.cpu(), data, batch).numpy()
             tables.append(record_attack(ids, points_px0, truth_px0, aims_px0, method, iteration))
         moved = tables[-1][tables[-1]["role"] != "stationary"]
         bar.set_postfix({f"{moved['role'].iloc[0]} MRE": f"{moved['radial_error_mm'].mean():.1f} mm"})
