@@ -32,20 +32,19 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import command
 from attack import ETA, ati_fgsm, choose_targets, fgsm, goal_maps, i_fgsm, untargeted_fgsm
 from command import positive_int
-from dataset import LANDMARKS, MM_PER_PX0, Cephalograms, rescale, to_input
+from dataset import LANDMARKS, MM_PER_PX0, Cephalograms, in_batches, rescale, to_input
 from eval import to_px0
 from model import LAMBDA, MIN_SIZE, UNet, compile_network, decode, encode, freeze, load_weights, place, radius_of
 from phantom import draw_patient, image_file
 from runs import make_folder, save_config, write, write_text
 from test import test
-from train import update
+from train import image_order, update
 
 PARTS = ("loading", "training", "attack", "test", "whole-test", "whole-attack")
 PAPER = {"training step": 230 * 150, "I-FGSM, a step": 250 * 300, "ATI-FGSM, a step": 250 * 300}  # images x steps
@@ -294,8 +293,8 @@ def repeated(name, call, batch_size, device, prepare=None):
 
 
 def training_step(model, data, device, precision, batch_size, compiled):
-    loader = DataLoader(data, batch_size, shuffle=True, pin_memory=device.type == "cuda")
-    images, points, *_ = next(iter(loader))
+    batches = in_batches(image_order(0, 0, len(data)), batch_size)
+    images, points = data.images[batches[0]], data.landmarks[batches[0]]
     image, landmarks = to_input(images, device), points.to(device)
     model = place(copy.deepcopy(model), device, precision).train()
     network = compile_anew(model, image) if compiled else model
@@ -308,15 +307,15 @@ def training_step(model, data, device, precision, batch_size, compiled):
         optimizer.step()
 
     def load():
-        for cached, *_ in loader:
-            to_input(cached, device)
+        for batch in batches:
+            to_input(data.images[batch], device)
 
     measure = partial(repeated, batch_size=batch_size, device=device)
     return [
         measure("bare training step", bare),
-        measure("training step", lambda: update(network, optimizer, images, points, device)),
+        measure("training step", lambda: update(network, optimizer, images, points, len(images), device)),
         measure("encoding", lambda: encode(landmarks, image.shape[-2:])),
-        Measure("loading, cached", load, len(data), len(loader)),
+        Measure("loading, cached", load, len(data), len(batches)),
     ]
 
 
@@ -409,7 +408,7 @@ def whole_test(model, data, device, precision, batch_size, compiled, root):
     image = to_input(data.images[:batch_size], device)
     network = frozen(model, image, device, precision, compiled)
     options = SimpleNamespace(batch_size=batch_size, pictures=4)
-    (root / "pictures").mkdir(exist_ok=True)
+    out = root / "out"
 
     @torch.inference_mode()
     def bare():
@@ -417,8 +416,9 @@ def whole_test(model, data, device, precision, batch_size, compiled, root):
             network(image[: len(batch)])
 
     def whole():
+        shutil.rmtree(out, ignore_errors=True)  # what is there is not done again
         with contextlib.redirect_stdout(io.StringIO()):
-            test(options, network, data, device, root)
+            test(options, network, data, device, out)
 
     return [
         Measure(f"bare forward of {len(data)} images", bare, len(data)),

@@ -1,18 +1,50 @@
-"""How the commands talk to their user: arguments, and wrong input as one line with exit status 2."""
+"""How the commands talk to their user: arguments, progress, and wrong input as one line with exit status 2."""
 
 import argparse
 import math
 import os
 import re
+import signal
 import sys
 import warnings
 from pathlib import Path
 
 import torch
+from torch.distributed import DistError
+from tqdm import tqdm
+
+STOPPED = 128 + signal.SIGTERM  # exit status
+TRY_AGAIN = 75  # exit status EX_TEMPFAIL of sysexits.h
 
 
 class InputError(Exception):
     """Wrong input. The message is one line: what is wrong, where, and what to do."""
+
+
+class Stopped(BaseException):
+    """SIGTERM. No Exception, so that nothing takes it for an error of its own."""
+
+
+def rank():
+    """The number of this process among those that torchrun has started; 0 of a process alone."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    """How many processes torchrun has started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main():
+    """Whether this process is the first, which alone shows progress and writes what all have found."""
+    return rank() == 0
+
+
+def progress(*args, **options):
+    """A tqdm bar, shown by the first process."""
+    if not is_main():
+        options["disable"] = True
+    return tqdm(*args, **options)
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,31 +59,52 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*names, **options)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all arguments)\n")
+        line = f"{self.prog}: error: {message} (--help lists all arguments)\n"
+        self.exit(2, line if is_main() else None)
 
 
 def run(main):
-    """Run a command's ``main()``; wrong input becomes one line on standard error and exit status 2."""
+    """Run a command's ``main()``; what goes wrong becomes one line on standard error and an exit status.
+
+    2: wrong input, or something else that a person must see to, a full disk say; 75: another process was lost;
+    130: Ctrl-C; 143: SIGTERM.
+    """
     name = Path(sys.argv[0]).name
     warnings.filterwarnings("ignore", module="PIL")  # of damaged images, which are refused by name
-    warnings.showwarning = lambda message, *_: print(f"{name}: warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: is_main() and print(f"{name}: warning: {message}", file=sys.stderr)
     # PyTorch then asks Linux for huge pages: on CPUs, the first touch of big tensors costs a tenth of all time without
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+    def stop(*_):
+        raise Stopped("stopped by SIGTERM; the same command goes on")
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         main()
         return
     except (InputError, OSError) as error:  # an OSError names its file: a full disk, a folder that can't be read
         status, message = 2, f"error: {' '.join(str(error).split())}"
     except (RuntimeError, MemoryError) as error:
-        told = "out of memory", "can't allocate memory", "ALLOC_FAILED"  # by CUDA, PyTorch, cuBLAS and cuDNN
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in told):
-            raise
-        reason = str(error).partition("\n")[0]
-        status, message = 2, f"error: out of memory; use a smaller --batch-size ({reason})"
+        status, message = explain(error)
+    except Stopped as stopped:
+        status, message = STOPPED, str(stopped)
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(f"{name}: {message}", file=sys.stderr)  # only here, where the error's progress bars are gone
     sys.exit(status)
+
+
+def explain(error):
+    """Exit status and line for an error of PyTorch's that is not a fault of the program; raises any other again."""
+    if isinstance(error, DistError) or "gloo" in str(error):
+        return TRY_AGAIN, f"process {rank()}: another process of this run has ended; once that is seen to, run it again"
+    told = "out of memory", "can't allocate memory", "ALLOC_FAILED"  # by CUDA, PyTorch, cuBLAS and cuDNN
+    if isinstance(error, MemoryError) or any(words in str(error) for words in told):
+        reason = str(error).partition("\n")[0]
+        return 2, f"error: out of memory; use a smaller --batch-size ({reason})"
+    raise error
 
 
 def positive_int(text):
@@ -106,6 +159,8 @@ def add_compute_arguments(parser):
 def find_device(name):
     """The torch.device of a ``--device`` argument; a GPU becomes the current one, and cuDNN tries its algorithms.
 
+    Of several processes on a machine, each takes the GPU of its own number.
+
     Raises:
         InputError: no such device here.
     """
@@ -114,9 +169,18 @@ def find_device(name):
     kind = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
     if kind is None:
         raise InputError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N")
-    if name != "cpu" and int(kind[1] or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: CUDA finds {torch.cuda.device_count()} devices here; use --device cpu")
-    if name.startswith("cuda"):
-        torch.cuda.set_device(int(kind[1] or 0))
-        torch.backends.cudnn.benchmark = True
+    if name == "cpu":
+        return torch.device(name)
+    index = int(kind[1] or 0)
+    if world_size() > 1:
+        if kind[1]:
+            raise InputError(f"--device {name}: several processes can't share a GPU; use --device cuda")
+        index = int(os.environ["LOCAL_RANK"])
+        name = f"cuda:{index}"
+    if index >= torch.cuda.device_count():
+        raise InputError(
+            f"--device {name}: CUDA finds {torch.cuda.device_count()} devices here; use --device cpu or fewer processes"
+        )
+    torch.cuda.set_device(index)
+    torch.backends.cudnn.benchmark = True
     return torch.device(name)

@@ -17,9 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-from command import InputError
+from command import InputError, progress
 
 MM_PER_PX0 = 0.1
 LANDMARKS = (
@@ -57,7 +56,7 @@ class Entry(NamedTuple):
     annotations: tuple
 
 
-class Cephalograms(torch.utils.data.Dataset):
+class Cephalograms:
     """A split in memory: every image is decoded and resized once and kept as 8-bit grey.
 
     Args:
@@ -68,13 +67,12 @@ class Cephalograms(torch.utils.data.Dataset):
 
     Attributes:
         ids: N file names without suffix.
+        files: N paths of the images.
         images: (N, H, W) uint8.
         landmarks: (N, K, 2) float32 x, y in px, mean of the doctors.
         landmarks_px0: (N, K, 2) float64 x, y in px0, mean of the doctors.
         sizes: (N, 2) int (H0, W0) of the original images.
-        sha256: of all these.
-
-    Item i is (image (H, W) uint8, landmarks (K, 2) px, landmarks (K, 2) px0, id).
+        sha256: of all these but the paths.
 
     Raises:
         InputError: data missing, incomplete or damaged; the message names the file.
@@ -83,16 +81,8 @@ class Cephalograms(torch.utils.data.Dataset):
     def __init__(self, root, split, size, limit=None):
         entries = index(root, split)[:limit]
         self.ids = [entry.id for entry in entries]
-        self.images = torch.empty(len(entries), *size, dtype=torch.uint8)
-
-        def load(i):
-            self.images.numpy()[i], size0 = read_image(entries[i].image, size)
-            return size0
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside the interpreter's lock
-            loaded = pool.map(load, range(len(entries)))
-            with tqdm(loaded, f"loading {split}", len(entries), unit="image", leave=False, disable=None) as bar:
-                sizes = list(bar)
+        self.files = [entry.image for entry in entries]
+        self.images, sizes = read_images(self.files, size, "L", f"loading {split}")
         self.sizes = torch.tensor(sizes)
         points = [read_landmarks(entry, size0) for entry, size0 in zip(entries, sizes, strict=True)]
         self.landmarks_px0 = torch.from_numpy(np.stack(points))
@@ -105,16 +95,27 @@ class Cephalograms(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.ids)
 
-    def __getitem__(self, i):
-        return self.images[i], self.landmarks[i], self.landmarks_px0[i], self.ids[i]
-
 
 def to_input(images, device):
-    """8-bit grey (B, H, W) to the network's input (B, 3, H, W) float32 in [-1, 1], on ``device``."""
+    """8-bit images to the network's input.
+
+    Args:
+        images: (B, H, W) uint8 grey, or (B, H, W, 3) uint8 in colour.
+
+    Returns:
+        (B, 3, H, W) float32 in [-1, 1] on ``device``, channels last in memory.
+    """
     if torch.device(device).type == "cuda":
         images = images.pin_memory()  # so that the copy waits for nothing
-    grey = images.to(device, non_blocking=True).float() / 127.5 - 1
-    return torch.stack([grey, grey, grey], dim=-1).movedim(-1, 1)  # channels last in memory
+    values = images.to(device, non_blocking=True).float() / 127.5 - 1
+    if values.dim() == 3:
+        values = torch.stack([values, values, values], dim=-1)
+    return values.movedim(-1, 1)
+
+
+def in_batches(items, size):
+    """A sequence in pieces of ``size``; the last may be shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def rescale(points, size, new_size):
@@ -270,14 +271,40 @@ def read_csv(path, header, shown):
 # --- reading them ----------------------------------------------------------------------------------------------------
 
 
-def read_image(path, size):
-    """Decode, resize (bilinear) and return (image (H, W) uint8, (H0, W0) px0)."""
+def read_images(files, size, mode, description):
+    """Read images on all cores, see ``read_image``: (N, H, W) or (N, H, W, 3) uint8, and a list of (H0, W0)."""
+    images = torch.empty(len(files), *size, *((3,) if mode == "RGB" else ()), dtype=torch.uint8)
+
+    def load(i):
+        images.numpy()[i], size0 = read_image(files[i], size, mode)
+        return size0
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside the interpreter's lock
+        loaded = pool.map(load, range(len(files)))
+        return images, list(progress(loaded, description, len(files), unit="image", leave=False, disable=None))
+
+
+def read_image(path, size, mode="L"):
+    """Decode an image and resize it, bilinearly.
+
+    Args:
+        path: file.
+        size: (H, W) px, or None: as it is.
+        mode: "L": as grey, "RGB": in colour.
+
+    Returns:
+        (H, W) or (H, W, 3) uint8, and (H0, W0) px0.
+
+    Raises:
+        InputError: unreadable, or of more than 8 bits.
+    """
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits a pixel; convert it to 8 bits")
-            grey = image.convert("L")
-        return np.asarray(grey.resize(size[::-1], Image.Resampling.BILINEAR)), (grey.height, grey.width)
+            image = image.convert(mode)
+        resized = image if size is None else image.resize(size[::-1], Image.Resampling.BILINEAR)
+        return np.asarray(resized), (image.height, image.width)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that Pillow raises
         raise InputError(f"{path}: not a readable image, or a truncated one ({error})") from None
 

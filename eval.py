@@ -8,9 +8,10 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from tqdm import tqdm
 
-from dataset import LANDMARKS, MM_PER_PX0, rescale, to_input
+import distributed
+from command import InputError, progress
+from dataset import LANDMARKS, MM_PER_PX0, in_batches, rescale, to_input
 from model import decode
 
 SDR_MM = (2, 2.5, 3, 4)
@@ -21,10 +22,21 @@ ROLES = ("targeted", "stationary", "untargeted")  # of a landmark in an attack
 
 
 @torch.inference_mode()
-def predict(model, data, batch_size, device):
-    """Landmarks that a network (see ``model.freeze``) finds on a whole split: (N, K, 2) float32 px, on the CPU."""
-    batches = tqdm(data.images.split(batch_size), desc="testing", unit="batch", leave=False)
-    return torch.cat([decode(model(to_input(images, device))) for images in batches]).cpu()
+def predict(model, images, batch_size, device):
+    """Landmarks that a network (see ``model.freeze``) finds on images, the batches shared out among all processes.
+
+    Args:
+        images: (N, H, W) or (N, H, W, 3) uint8.
+
+    Returns:
+        (N, K, 2) float32 px, on the CPU, in every process.
+    """
+    points = torch.zeros(len(images), len(LANDMARKS), 2, device=device)
+    batches = distributed.share(in_batches(range(len(images)), batch_size))
+    for batch in progress(batches, desc="testing", unit="batch", leave=False):
+        rows = slice(batch.start, batch.stop)
+        points[rows] = decode(model(to_input(images[rows], device)))
+    return distributed.add(points.cpu())
 
 
 def to_px0(points, data, images=slice(None)):
@@ -102,17 +114,18 @@ def plot_attack(summary, column, label, path):
 # --- records of predictions ------------------------------------------------------------------------------------------
 
 
-def record(ids, points_px0, truth_px0, **columns):
+def record(ids, points_px0, truth_px0, reference_px0=None, **columns):
     """A tidy table, a row for each prediction.
 
     Args:
         ids: B image ids.
         points_px0: (B, K, 2) predictions, x, y in px0.
         truth_px0: (B, K, 2) ground truth.
+        reference_px0: (B, K, 2) places from which radial errors are measured, if not the ground truth.
         columns: further columns; scalars, or arrays that broadcast to (B, K).
 
     Returns:
-        DataFrame: image, landmark (1..K), name, the further columns, positions in px0.
+        DataFrame: image, landmark (1..K), name, the further columns, positions in px0, radial error in mm.
     """
     shape = points_px0.shape[:2]
     landmarks = np.broadcast_to(np.arange(shape[1]), shape)
@@ -124,15 +137,17 @@ def record(ids, points_px0, truth_px0, **columns):
     table |= {name: np.broadcast_to(np.asarray(values), shape).ravel() for name, values in columns.items()}
     table |= {"x_px0": points_px0[..., 0].ravel(), "y_px0": points_px0[..., 1].ravel()}
     table |= {"true_x_px0": truth_px0[..., 0].ravel(), "true_y_px0": truth_px0[..., 1].ravel()}
+    reference_px0 = truth_px0 if reference_px0 is None else reference_px0
+    table["radial_error_mm"] = np.linalg.norm(points_px0 - reference_px0, axis=-1).ravel() * MM_PER_PX0
     return pd.DataFrame(table)
 
 
-def record_attack(ids, points_px0, truth_px0, targets_px0, method, iteration):
+def record_attack(ids, points_px0, truth_px0, targets_px0, method, iteration, largest_change):
     """The predictions of an attack at one iteration as ``record``.
 
     ``targets_px0`` (B, K, 2) is nan for stationary landmarks, None for an untargeted attack. The column role says
     targeted, stationary or untargeted; the radial error of a targeted landmark is its distance from its target, that
-    of any other its distance from the ground truth.
+    of any other its distance from the ground truth. ``largest_change`` (B,) is that of each image, in grey levels.
     """
     if targets_px0 is None:
         role, reference = "untargeted", truth_px0
@@ -141,18 +156,43 @@ def record_attack(ids, points_px0, truth_px0, targets_px0, method, iteration):
         targeted = ~np.isnan(targets_px0).any(-1)
         role = np.where(targeted, "targeted", "stationary")
         reference = np.where(targeted[..., None], targets_px0, truth_px0)
-    table = record(ids, points_px0, truth_px0, method=method, iteration=iteration, role=role)
+    table = record(ids, points_px0, truth_px0, reference, method=method, iteration=iteration, role=role)
     table["target_x_px0"], table["target_y_px0"] = targets_px0.reshape(-1, 2).T
-    table["radial_error_mm"] = np.linalg.norm(points_px0 - reference, axis=-1).ravel() * MM_PER_PX0
+    table["largest_change"] = np.repeat(largest_change, points_px0.shape[1])
     return table
 
 
-def summarize_attack(records):
-    """Mean and median radial error and the share within 4 mm by role, method and iteration, over all landmarks."""
+def read_records(files):
+    """Records from CSV files, one below the other, each image's landmarks complete and in order.
+
+    Raises:
+        InputError: one is missing or damaged.
+    """
+    tables = []
+    for file in files:
+        try:
+            table = pd.read_csv(file, dtype={"image": str}, encoding="utf-8")
+            places = table[["x_px0", "y_px0", "radial_error_mm"]].to_numpy()
+            whole = table["landmark"].tolist() == [*range(1, len(LANDMARKS) + 1)] * (len(table) // len(LANDMARKS))
+            if not len(table) or not whole or not np.isfinite(places.astype(float)).all():
+                raise ValueError("rows are missing or damaged")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"{file}: not a readable record ({reason}); remove it and repeat the attack") from None
+        tables.append(table)
+    return pd.concat(tables)
+
+
+def summarize_attack(records, by="iteration"):
+    """Over all landmarks: mean and median radial error, the share within 4 mm, and the largest change in grey levels.
+
+    A row for each role, method and value of the column ``by``.
+    """
     records = records.sort_values("role", key=lambda role: role.map(ROLES.index), kind="stable")
-    groups = records.groupby(["role", "method", "iteration"], sort=False)["radial_error_mm"]
-    table = groups.agg(landmarks="size", mre_mm="mean", median_mm="median")
-    table["within_4mm_%"] = groups.agg(lambda errors: 100 * (errors <= 4).mean())
+    groups = records.groupby(["role", "method", by], sort=False)
+    table = groups["radial_error_mm"].agg(landmarks="size", mre_mm="mean", median_mm="median")
+    table["within_4mm_%"] = groups["radial_error_mm"].agg(lambda errors: 100 * (errors <= 4).mean())
+    table["largest_change"] = groups["largest_change"].max()
     return table.reset_index()
 
 

@@ -19,10 +19,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-from tqdm import tqdm
 
 import command
-from command import InputError, natural_int
+from command import InputError, natural_int, progress
 from dataset import FOLDERS, IDS
 from runs import check_same_config, make_folder, write, write_json, write_text
 
@@ -423,7 +422,7 @@ def main():
     if tasks:
         try:
             with ProcessPoolExecutor(min(os.cpu_count(), len(tasks))) as pool:
-                for _ in tqdm(pool.map(draw_patient, tasks), "drawing", len(tasks), unit="image"):
+                for _ in progress(pool.map(draw_patient, tasks), "drawing", len(tasks), unit="image"):
                     pass
         except BrokenProcessPool:
             raise InputError(f"--out {root}: a process that draws was killed; repeat the command to go on") from None

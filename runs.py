@@ -16,7 +16,9 @@ RUNS = Path("runs")
 
 
 def write(path, save):
-    """Write a file by ``save(temporary path)``, then give it its name: no reader ever sees half of it.
+    """Write a file by ``save(temporary path)``, then give it its name: no reader, and no crash, ever sees half of it.
+
+    Its folder is made. A kill may leave the temporary file, which the next attempt overwrites.
 
     Raises:
         InputError: it can't be written.
@@ -24,7 +26,10 @@ def write(path, save):
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.part{path.suffix}")  # the suffix tells some writers the format
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # on the disk, before its name is
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
         raise InputError(f"{path}: can't be written ({error})") from None

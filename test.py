@@ -3,27 +3,31 @@
     python test.py --tag baseline --iteration 229                                    # accuracy
     python test.py --tag baseline --iteration 229 --attack 1 --rand temp             # ATI-FGSM
     python test.py --tag baseline --attack 0 1 --targets shift --epsilon 8           # compared, on displacements
+    python test.py --tag baseline --attack 1 --rand temp --save-adversarial          # attacked images as 8-bit PNG,
+    python test.py --tag baseline --adversarial runs/baseline/temp/adversarial       # read back
+    torchrun --nproc-per-node 4 test.py --tag baseline --attack 1 --rand temp        # on four GPUs, the same results
 
-Writes into runs/<tag>/<rand>/: config.json, predictions.csv, summary.csv, pictures/, for an attack also charts and
-records/, from which the same command goes on after a stop.
+Writes into runs/<tag>/<rand>/: config.json, predictions.csv, summary.csv, pictures/, and records/, from which the same
+command goes on after a stop; for an attack also charts and adversarial/.
 """
 
 import argparse
 import hashlib
+from pathlib import Path
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 import command
+import distributed
+from adversarial import SIZES, read_back, save_adversarial, stored_file
 from attack import ATTACKS, ONE_STEP, UNTARGETED, choose_targets, goal_maps, grey_model
-from command import InputError, natural_int, positive_float, positive_int
-from dataset import LANDMARKS, SPLITS, Cephalograms, rescale, to_input
+from command import InputError, is_main, natural_int, positive_float, positive_int, progress
+from dataset import LANDMARKS, SPLITS, Cephalograms, in_batches, rescale, to_input
 from eval import (
     draw,
     plot_attack,
-    predict,
-    radial_errors,
+    read_records,
     record,
     record_attack,
     summarize,
@@ -89,48 +93,64 @@ def parse_arguments():
     )
     parser.add_argument("--steps", type=positive_int, default=300, help="iterations of I-FGSM and ATI-FGSM")
     parser.add_argument("--grey", action="store_true", help="the same noise in all three channels")
-    parser.add_argument("--batch-size", type=positive_int, default=4, help="images at once")
+    parser.add_argument(
+        "--save-adversarial", action="store_true", help="also write the attacked images, as 8-bit PNG at both sizes"
+    )
+    parser.add_argument("--adversarial", metavar="DIR", help="test the attacked images that such a folder holds")
+    parser.add_argument("--batch-size", type=positive_int, default=4, help="images at once, in each process")
     parser.add_argument("--pictures", type=natural_int, default=4, metavar="N", help="draw the first N images")
     command.add_compute_arguments(parser)
     args = parser.parse_args()
     if args.shift_count > len(LANDMARKS):
         parser.error(f"--shift-count: there are {len(LANDMARKS)} landmarks")
+    if args.attack and args.adversarial:
+        parser.error("--adversarial: reads attacked images; leave --attack out")
+    if args.save_adversarial and not args.attack:
+        parser.error("--save-adversarial: needs an --attack")
     return args
 
 
 def main():
     args = parse_arguments()
-    device = command.find_device(args.device)
-    run = run_folder(args.tag)
-    epoch, checkpoint = find_checkpoint(run, args.iteration)
-    size = read_size(run / "config.json")
-    model = UNet(len(LANDMARKS))
-    load_weights(model, checkpoint)
-    freeze(place(model, device, args.precision))
-    data = Cephalograms(args.data, args.split, size, args.limit)
+    distributed.start()
+    with distributed.together():
+        device = command.find_device(args.device)
+        run = run_folder(args.tag)
+        epoch, checkpoint = find_checkpoint(run, args.iteration)
+        size = read_size(run / "config.json")
+        model = UNet(len(LANDMARKS))
+        load_weights(model, checkpoint)
+        freeze(place(model, device, args.precision))
+        data = Cephalograms(args.data, args.split, size, args.limit)
 
-    what = "attack" if args.attack else "test"
-    out = run / (args.rand or f"{what}_{args.split}_{epoch}")
-    config = vars(args) | {"iteration": epoch, "size": size}
-    config |= {"checkpoint_sha256": sha256(checkpoint), "data_sha256": data.sha256}
-    if args.attack:
-        targets = choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm)
-        config["targets_sha256"] = hashlib.sha256(targets.numpy().tobytes()).hexdigest()
-    if (out / "config.json").exists():
-        same_results = ["device", "data", "batch_size", "rand", "pictures", "compile"]
-        check_same_config(out / "config.json", config, same_results, "--rand")
-    make_folder(out / "pictures")
-    if args.attack:
-        make_folder(out / "records")
-    save_config(out / "config.json", config, device)
+        what = "attack" if args.attack else "read_back" if args.adversarial else "test"
+        out = run / (args.rand or f"{what}_{args.split}_{epoch}")
+        config = vars(args) | {"iteration": epoch, "size": size}
+        config |= {"checkpoint_sha256": sha256(checkpoint), "data_sha256": data.sha256}
+        if args.attack:
+            targets = choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm)
+            config["targets_sha256"] = hashlib.sha256(targets.numpy().tobytes()).hexdigest()
+        if args.adversarial:
+            config["adversarial_sha256"] = sha256(Path(args.adversarial) / "in_memory.csv")
+        if (out / "config.json").exists():
+            same_results = ["device", "data", "batch_size", "rand", "pictures", "compile"]
+            same_results += ["save_adversarial", "adversarial"]
+            check_same_config(out / "config.json", config, same_results, "--rand")
+    with distributed.together():  # before this, nothing has been written
+        if is_main():
+            make_folder(out)
+            save_config(out / "config.json", config, device)
 
     if args.compile:
         model = compile_network(model, to_input(data.images[: args.batch_size], device))
     if args.attack:
         attack(args, model, data, targets, device, out)
+    elif args.adversarial:
+        report_read_back(args, Path(args.adversarial), model, data, device, out)
     else:
         test(args, model, data, device, out)
-    print(f"written to {out}/")
+    if is_main():
+        print(f"written to {out}/")
 
 
 def find_checkpoint(run, epoch):
@@ -159,35 +179,83 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def unfinished(out, methods, count, batch_size, files_of):
+    """The batches in which something is not done, shared out among the processes.
+
+    Batches are the same after a stop as before, since a result may depend on its company in the last bits.
+
+    Args:
+        count: number of images.
+        files_of: function of method and image index to the files that are there when it is done.
+
+    Returns:
+        list of (method, batch of image indices, those of the batch that are not done).
+    """
+    there = set(out.rglob("*"))
+    jobs = [
+        (method, batch, [i for i in batch if not there.issuperset(files_of(method, i))])
+        for method in methods
+        for batch in in_batches(list(range(count)), batch_size)
+    ]
+    return distributed.share(distributed.agree([job for job in jobs if job[-1]]))
+
+
 def test(args, model, data, device, out):
-    """Accuracy on a split: predictions.csv, summary.csv, pictures."""
-    points = predict(model, data, args.batch_size, device)
-    errors = radial_errors(points, data)
-    table = record(data.ids, to_px0(points, data).numpy(), data.landmarks_px0.numpy())
-    table["radial_error_mm"] = errors.numpy().ravel()
-    write(out / "predictions.csv", lambda path: table.to_csv(path, index=False, float_format="%.3f"))
-    for i in range(min(args.pictures, len(data))):
-        image = to_input(data.images[i : i + 1], "cpu")[0].numpy()
-        title = f"{data.ids[i]}, MRE {errors[i].mean():.2f} mm"
-        picture = out / "pictures" / f"{data.ids[i]}.png"
-        write(picture, lambda path: draw(path, title, image, data.landmarks[i].numpy(), points[i].numpy()))
-    summary = summarize(errors.numpy()).rename_axis("landmark")
-    summary.insert(0, "name", [*LANDMARKS, "all landmarks"])
-    write(out / "summary.csv", lambda path: summary.to_csv(path, float_format="%.3f"))
-    print(summary.to_string(float_format="%.2f"))
+    """Accuracy on a split: a record of each image, from which a stopped test goes on, then tables; pictures."""
+
+    def record_file(i):
+        return out / "records" / f"{data.ids[i]}.csv"
+
+    def picture_file(i):
+        return out / "pictures" / f"{data.ids[i]}.png"
+
+    def files_of(_, i):
+        return [record_file(i), picture_file(i)] if i < args.pictures else [record_file(i)]
+
+    todo = unfinished(out, ["test"], len(data), args.batch_size, files_of)
+    with distributed.together():
+        for _, batch, missing in progress(todo, "testing", unit="batch", leave=False):
+            with torch.inference_mode():
+                points = decode(model(to_input(data.images[batch], device))).cpu()
+            table = record(
+                [data.ids[i] for i in batch], to_px0(points, data, batch).numpy(), data.landmarks_px0[batch].numpy()
+            )
+            for i, found, (_, rows) in zip(batch, points, table.groupby("image", sort=False), strict=True):
+                if i in missing and i < args.pictures:
+                    title = f"{data.ids[i]}, MRE {rows['radial_error_mm'].mean():.2f} mm"
+                    image = to_input(data.images[[i]], "cpu")[0].numpy()
+                    parts = image, data.landmarks[i].numpy(), found.numpy()
+                    write(picture_file(i), lambda path: draw(path, title, *parts))
+                if i in missing:
+                    write_table(record_file(i), rows)
+    with distributed.together():
+        if is_main():
+            report_test(out, [record_file(i) for i in range(len(data))])
+
+
+def report_test(out, files):
+    """Gather the records of a test: predictions.csv, summary.csv."""
+    table = read_records(files)
+    write_table(out / "predictions.csv", table)
+    errors = table["radial_error_mm"].to_numpy().reshape(len(files), len(LANDMARKS))
+    summary = summarize(errors).rename_axis("landmark").reset_index()
+    summary.insert(1, "name", [*LANDMARKS, "all landmarks"])
+    write_table(out / "summary.csv", summary)
+    print(summary.to_string(index=False, float_format="%.2f"))
 
 
 def attack(args, model, data, targets_px0, device, out):
     """Attack every image by every method on the same targets (N, K, 2) px0, nan for stationary landmarks.
 
-    The record of an image is written as soon as its batch is done, and what has a record is not attacked again.
+    The files of an image are written as soon as its batch is done, its record last; what has them all is not attacked
+    again.
     """
     size = data.images.shape[-2:]
     targets = rescale(targets_px0, data.sizes[:, None], size).float()
     methods = list(dict.fromkeys(args.attack))
     steps = {method: 1 if method in ONE_STEP else args.steps for method in methods}
-    if args.grey:
-        model = grey_model(model)
+    victim = grey_model(model) if args.grey else model
+    stored = out / "adversarial"
 
     def record_file(method, i):
         return out / "records" / f"{method}_{data.ids[i]}.csv"
@@ -195,65 +263,77 @@ def attack(args, model, data, targets_px0, device, out):
     def picture_file(method, i):
         return out / "pictures" / f"{data.ids[i]}_{method}.png"
 
-    def is_done(method, i):
-        return record_file(method, i).exists() and (i >= args.pictures or picture_file(method, i).exists())
+    def files_of(method, i):
+        files = [stored_file(stored, method, size, data.ids[i]) for size in SIZES] if args.save_adversarial else []
+        return [*files, record_file(method, i), *([picture_file(method, i)] if i < args.pictures else [])]
 
-    todo = {method: [i for i in range(len(data)) if not is_done(method, i)] for method in methods}
-    batches = [(method, batch) for method in methods for batch in in_batches(todo[method], args.batch_size)]
-    bar = tqdm(total=sum(steps[method] * len(batch) for method, batch in batches), desc="attacking", unit="step")
-    for method, batch in batches:
-        ids = [data.ids[i] for i in batch]
-        bar.set_description(f"{method} on {', '.join(ids)}" if len(ids) < 5 else f"{method} on {ids[0]} .. {ids[-1]}")
-        image = to_input(data.images[batch], device)
-        if args.grey:
-            image = image[:, :1]
-        with torch.no_grad():
-            clean = model(image)
-        if method == UNTARGETED:
-            aims_px0 = None
-            goal = encode(decode(clean), size)
-        else:
-            aims_px0 = targets_px0[batch].numpy()
-            aims = targets[batch].to(device)
-            goal = goal_maps(clean, aims.nan_to_num(), ~aims.isnan().any(-1))
-        options = {} if method in ONE_STEP else {"steps": args.steps}
+    todo = unfinished(out, methods, len(data), args.batch_size, files_of)
+    bar = progress(total=sum(steps[method] * len(batch) for method, batch, _ in todo), desc="attacking", unit="step")
+    with distributed.together():
+        for method, batch, missing in todo:
+            ids = [data.ids[i] for i in batch]
+            names = ", ".join(ids) if len(ids) < 5 else f"{ids[0]} .. {ids[-1]}"
+            bar.set_description(f"{method} on {names}")
+            image = to_input(data.images[batch], device)
+            if args.grey:
+                image = image[:, :1]
+            with torch.no_grad():
+                clean = victim(image)
+            if method == UNTARGETED:
+                aims_px0 = None
+                goal = encode(decode(clean), size)
+            else:
+                aims_px0 = targets_px0[batch].numpy()
+                aims = targets[batch].to(device)
+                goal = goal_maps(clean, aims.nan_to_num(), ~aims.isnan().any(-1))
+            options = {} if method in ONE_STEP else {"steps": args.steps}
 
-        found = {}  # landmarks at each recorded iteration, left on the device: nothing in this loop waits for it
-        for iteration, adversarial, maps in ATTACKS[method](model, image, goal, args.epsilon, **options):
-            bar.update(len(batch) if iteration else 0)
-            if iteration in RECORDED or iteration == steps[method]:
-                found[iteration] = decode(maps)
+            # landmarks and greatest noise of each recorded iteration stay on the device: nothing in this loop waits
+            found, noise = {}, {}
+            for iteration, adversarial, maps in ATTACKS[method](victim, image, goal, args.epsilon, **options):
+                bar.update(len(batch) if iteration else 0)
+                if iteration in RECORDED or iteration == steps[method]:
+                    found[iteration] = decode(maps)
+                    noise[iteration] = (adversarial - image).abs().amax((1, 2, 3))
 
-        truth_px0, tables = data.landmarks_px0[batch].numpy(), []
-        for iteration, points in found.items():
-            points_px0 = to_px0(points.cpu(), data, batch).numpy()
-            tables.append(record_attack(ids, points_px0, truth_px0, aims_px0, method, iteration))
-        moved = tables[-1][tables[-1]["role"] != "stationary"]
-        bar.set_postfix({f"{moved['role'].iloc[0]} MRE": f"{moved['radial_error_mm'].mean():.1f} mm"})
-        for b, i in enumerate(batch):
-            if i < args.pictures:
-                title = f"{ids[b]}, {method}, epsilon {args.epsilon:g}, iteration {iteration}"
-                clean_image, attacked_image = image[b].expand(3, -1, -1), adversarial[b].expand(3, -1, -1)
-                parts = [clean_image, data.landmarks[i], found[0][b], attacked_image, found[iteration][b]]
-                parts += [] if method == UNTARGETED else [targets[i]]
-                parts = [part.cpu().numpy() for part in parts]
-                write(picture_file(method, i), lambda path: draw(path, title, *parts))
-        for i, (_, rows) in zip(batch, pd.concat(tables).groupby("image", sort=False), strict=True):
-            write(record_file(method, i), lambda path: rows.to_csv(path, index=False, float_format="%.4f"))
+            truth_px0, tables = data.landmarks_px0[batch].numpy(), []
+            for iteration, points in found.items():
+                points_px0, change = to_px0(points.cpu(), data, batch).numpy(), noise[iteration].cpu().numpy() * 127.5
+                tables.append(record_attack(ids, points_px0, truth_px0, aims_px0, method, iteration, change))
+            moved = tables[-1][tables[-1]["role"] != "stationary"]
+            bar.set_postfix({f"{moved['role'].iloc[0]} MRE": f"{moved['radial_error_mm'].mean():.1f} mm"})
+            for b, (i, (_, rows)) in enumerate(zip(batch, pd.concat(tables).groupby("image", sort=False), strict=True)):
+                if i not in missing:
+                    continue
+                if i < args.pictures:
+                    title = f"{ids[b]}, {method}, epsilon {args.epsilon:g}, iteration {iteration}"
+                    clean_image, attacked_image = image[b].expand(3, -1, -1), adversarial[b].expand(3, -1, -1)
+                    parts = [clean_image, data.landmarks[i], found[0][b], attacked_image, found[iteration][b]]
+                    parts += [] if method == UNTARGETED else [targets[i]]
+                    parts = [part.cpu().numpy() for part in parts]
+                    write(picture_file(method, i), lambda path: draw(path, title, *parts))
+                if args.save_adversarial:
+                    save_adversarial(stored, method, data, i, adversarial[b])
+                write_table(record_file(method, i), rows)
     bar.close()
-    report_attack(out, [record_file(method, i) for method in methods for i in range(len(data))])
-
-
-def in_batches(items, size):
-    return [items[start : start + size] for start in range(0, len(items), size)]
+    with distributed.together():
+        if is_main():
+            report_attack(out, [record_file(method, i) for method in methods for i in range(len(data))])
+    if args.save_adversarial:
+        with distributed.together():
+            if is_main():
+                table = read_records([out / "predictions.csv"])
+                last = table["iteration"] == table["method"].map(steps)
+                write_table(stored / "in_memory.csv", table[last])
+        report_read_back(args, stored, model, data, device, out)
 
 
 def report_attack(out, files):
     """Gather the records of an attack: predictions.csv, summary.csv, charts."""
-    table = pd.concat([pd.read_csv(file, dtype={"image": str}) for file in files])
-    write(out / "predictions.csv", lambda path: table.to_csv(path, index=False, float_format="%.4f"))
+    table = read_records(files)
+    write_table(out / "predictions.csv", table)
     summary = summarize_attack(table)
-    write(out / "summary.csv", lambda path: summary.to_csv(path, index=False, float_format="%.3f"))
+    write_table(out / "summary.csv", summary)
     for name, column, label in [
         ("mre", "mre_mm", "MRE (mm)"),
         ("median", "median_mm", "median radial error (mm)"),
@@ -261,6 +341,21 @@ def report_attack(out, files):
     ]:
         write(out / f"{name}.png", lambda path: plot_attack(summary, column, label, path))
     print(summary.to_string(index=False, float_format="%.2f"))
+
+
+def report_read_back(args, stored, model, data, device, out):
+    """What stored images do when they are read back, beside what they did in memory: read_back.csv and its summary."""
+    table = read_back(stored, model, data, args.batch_size, device)
+    with distributed.together():
+        if is_main():
+            write_table(out / "read_back.csv", table)
+            summary = summarize_attack(table, by="stored")
+            write_table(out / "read_back_summary.csv", summary)
+            print(summary.to_string(index=False, float_format="%.2f"))
+
+
+def write_table(path, table):
+    write(path, lambda path: table.to_csv(path, index=False, float_format="%.4f"))
 
 
 if __name__ == "__main__":

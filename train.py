@@ -3,22 +3,28 @@
     python train.py --tag baseline                              # the paper's: 800 x 640, 230 epochs, ImageNet encoder
     python train.py --tag small --size 200 160 --encoder-weights none --epochs 60 --batch-size 4 --schedule cosine
     python train.py --tag baseline --resume                     # with the same arguments: go on after a stop
+    torchrun --nproc-per-node 4 train.py --tag baseline         # on four GPUs, the same training
+
+Any end may be followed by --resume. Nothing is random but the first weights and each epoch's order of images, both of
+--seed. After SIGTERM the step is finished and saved, and the exit status is 143.
 
 Writes into runs/<tag>/: config.json, model_epoch_<e>.pth (weights), resume.pth, train_log.csv, train_log.png.
 """
 
 import copy
 import math
+import signal
+import threading
 import time
 
+import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import command
-from command import InputError, positive_float, positive_int
-from dataset import LANDMARKS, Cephalograms, available_splits, to_input
+import distributed
+from command import InputError, Stopped, is_main, positive_float, positive_int, progress, world_size
+from dataset import LANDMARKS, Cephalograms, available_splits, in_batches, to_input
 from eval import plot_training, predict, radial_errors, summarize
 from model import LAMBDA, MIN_SIZE, UNet, compile_network, encode, freeze, load_weights, loss_terms, place
 from runs import RUNS, check_same_config, checkpoint_path, make_folder, save_config, write
@@ -34,7 +40,7 @@ def parse_arguments():
         "--size", type=positive_int, nargs=2, metavar=("H", "W"), default=[800, 640], help="px of the network input"
     )
     parser.add_argument("--epochs", type=positive_int, default=230, help="passes over the training images")
-    parser.add_argument("--batch-size", type=positive_int, default=8, help="images a step")
+    parser.add_argument("--batch-size", type=positive_int, default=8, help="images a step, of all processes together")
     parser.add_argument("--lr", type=positive_float, default=1e-3, help="learning rate of Adam")
     parser.add_argument(
         "--schedule", choices=["step", "cosine"], default="step", help="step: lr x 0.1 every 150 epochs, as the paper"
@@ -51,6 +57,10 @@ def parse_arguments():
     args = parser.parse_args()
     if min(args.size) < MIN_SIZE:
         parser.error(f"--size: at least {MIN_SIZE} {MIN_SIZE}")
+    if args.batch_size < world_size():
+        parser.error(f"--batch-size {args.batch_size}: fewer images than the {world_size()} processes")
+    if args.compile and world_size() > 1:
+        parser.error("--compile: not with several processes")
     if args.init:
         args.encoder_weights = "none"
     return args
@@ -66,47 +76,72 @@ def learning_rate(epoch, lr, epochs, schedule):
     return lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
 
 
+def image_order(seed, epoch, count):
+    """The order of images in an epoch, the same in every process and after any stop: (count,) int64."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
 def main():
     args = parse_arguments()
-    device = command.find_device(args.device)
-    folder = RUNS / args.tag
-    if folder.is_dir() and any(folder.iterdir()) and not args.resume:
-        raise InputError(f"{folder}: this --tag has been used; add --resume to go on, or choose another")
+    distributed.start()
+    with distributed.together():
+        device = command.find_device(args.device)
+        folder = RUNS / args.tag
+        if folder.is_dir() and any(folder.iterdir()) and not args.resume:
+            raise InputError(f"{folder}: this --tag has been used; add --resume to go on, or choose another")
+        resume = folder / "resume.pth"
+        from_scratch = not resume.exists()
+        torch.manual_seed(args.seed)
+        model = UNet(len(LANDMARKS), args.encoder_weights if from_scratch else "none")
+        if args.init and from_scratch:
+            load_weights(model, args.init)
 
-    torch.manual_seed(args.seed)
-    data = Cephalograms(args.data, "train", args.size)
-    monitored = next((split for split in available_splits(args.data) if split != "train"), None)
-    monitor = Cephalograms(args.data, monitored, args.size) if monitored else None
-    config = {name: value for name, value in vars(args).items() if name != "resume"} | {"data_sha256": data.sha256}
-    if (folder / "config.json").exists():
-        check_same_config(folder / "config.json", config, ["device", "data", "compile"], "--tag")
+        data = Cephalograms(args.data, "train", args.size)
+        monitored = next((split for split in available_splits(args.data) if split != "train"), None)
+        monitor = Cephalograms(args.data, monitored, args.size) if monitored else None
+        config = {name: value for name, value in vars(args).items() if name != "resume"} | {"data_sha256": data.sha256}
+        if (folder / "config.json").exists():
+            check_same_config(folder / "config.json", config, ["device", "data", "compile"], "--tag")
 
-    resume = folder / "resume.pth"
-    from_scratch = not resume.exists()
-    model = UNet(len(LANDMARKS), args.encoder_weights if from_scratch else "none")
-    if args.init and from_scratch:
-        load_weights(model, args.init)
-    place(model, device, args.precision)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=1e-4, fused=True)
-    shuffle = torch.Generator().manual_seed(args.seed)
-    loader = DataLoader(data, args.batch_size, shuffle=True, generator=shuffle, pin_memory=device.type == "cuda")
-    first, rows = (0, []) if from_scratch else load_resume(resume, model, optimizer, shuffle)
-    make_folder(folder)
-    save_config(folder / "config.json", config, device)
-    save_log(folder, rows, chart=True)  # a stop may have come between the last state and its log
+        place(model, device, args.precision)
+        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=1e-4, fused=True)
+        state = {"epoch": 0, "step": 0, "terms": torch.zeros(3), "rows": []}
+        if not from_scratch:
+            state = load_resume(resume, model, optimizer)
+    with distributed.together():  # before this, nothing has been written
+        if is_main():
+            make_folder(folder)
+            save_config(folder / "config.json", config, device)
+            save_log(folder, state["rows"], chart=True)  # a stop may have come between the last state and its log
 
     model.train()
-    network = compile_network(model, to_input(data.images[: args.batch_size], device)) if args.compile else model
-    bar = tqdm(total=args.epochs * len(data), initial=first * len(data), desc="training", unit="image")
+    network = distributed.share_training(model, device)
+    if args.compile:
+        network = compile_network(model, to_input(data.images[: args.batch_size], device))
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    rows, first, step = state["rows"], state["epoch"], state["step"]
+    terms = state["terms"].to(device) * is_main()  # of the loss, summed over the epoch's images in this process
+    done = first * len(data) + step * args.batch_size
+    bar = progress(total=args.epochs * len(data), initial=done, desc="training", unit="image")
     for epoch in range(first, args.epochs):
         start = time.perf_counter()
-        total = torch.zeros(3, device=device)
-        for step, (images, points, _, _) in enumerate(loader):
+        batches = in_batches(image_order(args.seed, epoch, len(data)), args.batch_size)
+        while step < len(batches):
+            batch = batches[step]
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(epoch + (step + 0.5) / len(loader), args.lr, args.epochs, args.schedule)
-            total += update(network, optimizer, images, points, device) * len(images)
-            bar.update(len(images))
-        cross_entropy, l1_x, l1_y = (total / len(data)).tolist()
+                group["lr"] = learning_rate(epoch + (step + 0.5) / len(batches), args.lr, args.epochs, args.schedule)
+            mine = distributed.share(batch)
+            terms += update(network, optimizer, data.images[mine], data.landmarks[mine], len(batch), device)
+            step += 1
+            bar.update(len(batch))
+            if distributed.any_of(stop.is_set()):
+                state = {"epoch": epoch, "step": step, "terms": distributed.add(terms).cpu(), "rows": rows}
+                with distributed.together():
+                    check_finite(model, state["terms"].sum(), epoch, folder)
+                    save_resume(resume, state, model, optimizer)
+                raise Stopped(f"stopped by SIGTERM in epoch {epoch}, step {step}; go on with --resume")
+        cross_entropy, l1_x, l1_y = (distributed.add(terms) / len(data)).tolist()
         row = {
             "epoch": epoch,
             "loss": LAMBDA * cross_entropy + l1_x + l1_y,
@@ -117,41 +152,55 @@ def main():
             "seconds": round(time.perf_counter() - start, 2),
         }
         bar.set_postfix(epoch=epoch, loss=f"{row['loss']:.3f}")
-        if not math.isfinite(row["loss"]):
-            raise InputError(
-                f"{folder}: the loss of epoch {epoch} is {row['loss']}; train under another --tag with a smaller --lr"
-            )
 
         is_checkpoint = (epoch + 1) % args.checkpoint_every == 0 or epoch == args.epochs - 1
-        if is_checkpoint:
-            write(checkpoint_path(folder, epoch), lambda path: torch.save(model.state_dict(), path))
-            if monitor:
-                points = predict(freeze(copy.deepcopy(model)), monitor, args.batch_size, device)
-                metrics = summarize(radial_errors(points, monitor).numpy()).loc["all"]
-                row |= {"monitored_split": monitored} | metrics.to_dict()
+        with distributed.together():
+            check_finite(model, row["loss"], epoch, folder)
+            if is_checkpoint and is_main():
+                write(checkpoint_path(folder, epoch), lambda path: torch.save(model.state_dict(), path))
+        if is_checkpoint and monitor:
+            points = predict(freeze(copy.deepcopy(model)), monitor.images, args.batch_size, device)
+            metrics = summarize(radial_errors(points, monitor).numpy()).loc["all"]
+            row |= {"monitored_split": monitored} | metrics.to_dict()
         rows.append(row)
-        write(resume, lambda path: save_resume(path, epoch + 1, rows, model, optimizer, shuffle))
-        save_log(folder, rows, chart=is_checkpoint)
+        step = 0
+        terms.zero_()
+        with distributed.together():
+            save_resume(resume, {"epoch": epoch + 1, "step": 0, "terms": terms.cpu(), "rows": rows}, model, optimizer)
+            if is_main():
+                save_log(folder, rows, chart=is_checkpoint)
     bar.close()
-    print(f"written to {folder}/")
+    if is_main():
+        print(f"written to {folder}/")
 
 
-def update(model, optimizer, images, points, device):
+def update(model, optimizer, images, points, batch_size, device):
     """One step of training on a batch.
 
     Args:
-        images: (B, H, W) uint8.
+        images: (B, H, W) uint8, this process's part of the batch.
         points: (B, K, 2) float32 x, y in px.
+        batch_size: images of the whole batch.
 
     Returns:
-        (3,) terms of the loss, as ``model.loss_terms``, mean over images and landmarks.
+        (3,) terms of the loss, as ``model.loss_terms``, mean over landmarks, sum over these images.
     """
     optimizer.zero_grad()
     goal = encode(points.to(device, non_blocking=True), images.shape[-2:])
-    terms = loss_terms(model(to_input(images, device)), goal).mean((1, 2))
-    (LAMBDA * terms[0] + terms[1] + terms[2]).backward()
+    terms = loss_terms(model(to_input(images, device)), goal).mean(2).sum(1)
+    loss = (LAMBDA * terms[0] + terms[1] + terms[2]) / batch_size
+    (world_size() * loss).backward()  # of the processes' gradients the mean is taken
     optimizer.step()
     return terms.detach()
+
+
+def check_finite(model, loss, epoch, folder):
+    """Refuse to go on from, or to save, a training that has failed."""
+    if not math.isfinite(loss) or not all(weight.isfinite().all() for weight in model.parameters()):
+        raise InputError(
+            f"{folder}: the loss of epoch {epoch} is {loss:g}, and weights of that epoch are no use; what was saved "
+            "before is kept; train under another --tag with a smaller --lr"
+        )
 
 
 def save_log(folder, rows, chart):
@@ -163,21 +212,21 @@ def save_log(folder, rows, chart):
             write(folder / "train_log.png", lambda path: plot_training(log, path))
 
 
-def save_resume(path, epoch, rows, model, optimizer, shuffle):
-    """All that the next epoch depends on."""
-    state = {"epoch": epoch, "rows": rows, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save(state | {"shuffle": shuffle.get_state(), "random": torch.get_rng_state()}, path)
+def save_resume(path, state, model, optimizer):
+    """All that the next step depends on: ``state`` (epoch, step, the epoch's terms so far, rows of the log), weights,
+    optimizer. The schedule and the order of images follow from epoch and step."""
+    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    if is_main():
+        write(path, lambda path: torch.save(state, path))
 
 
-def load_resume(path, model, optimizer, shuffle):
-    """Put the saved state back; return the epoch to go on with and the log's rows so far."""
+def load_resume(path, model, optimizer):
+    """Put the saved weights and optimizer back; return the rest of the state."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        shuffle.set_state(state["shuffle"])
-        torch.set_rng_state(state["random"])
-        return state["epoch"], state["rows"]
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+        return {name: state[name] for name in ("epoch", "step", "terms", "rows")}
     except Exception as error:  # torch.load raises a dozen types on damaged files
         raise InputError(f"{path}: not a state to go on from ({type(error).__name__}); use another --tag") from None
 
