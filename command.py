@@ -67,7 +67,7 @@ def run(main):
     """Run a command's ``main()``; what goes wrong becomes one line on standard error and an exit status.
 
     2: wrong input, or something else that a person must see to, a full disk say; 75: another process was lost;
-    130: Ctrl-C; 143: SIGTERM.
+    130: Ctrl-C; 143: SIGTERM. Of what all processes know, the first tells.
     """
     name = Path(sys.argv[0]).name
     warnings.filterwarnings("ignore", module="PIL")  # of damaged images, which are refused by name
@@ -80,20 +80,29 @@ def run(main):
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        main()
-        return
-    except (InputError, OSError) as error:  # an OSError names its file: a full disk, a folder that can't be read
-        status, message = 2, f"error: {' '.join(str(error).split())}"
-    except (RuntimeError, MemoryError) as error:
-        status, message = explain(error)
-    except Stopped as stopped:
-        status, message = STOPPED, str(stopped)
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted"
+        status, message = outcome(main)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, if another process has ended for the same reason
+        if message:
+            print(f"{name}: {message}", file=sys.stderr)  # only here, where the error's progress bars are gone
+        if status:
+            sys.exit(status)
     finally:
         signal.signal(signal.SIGTERM, before)
-    print(f"{name}: {message}", file=sys.stderr)  # only here, where the error's progress bars are gone
-    sys.exit(status)
+
+
+def outcome(main):
+    """Call ``main()``; return its exit status and what to say."""
+    try:
+        main()
+        return 0, None
+    except (InputError, OSError) as error:  # an OSError names its file: a full disk, a folder that can't be read
+        return 2, f"error: {' '.join(str(error).split())}"
+    except (RuntimeError, MemoryError) as error:
+        return explain(error)
+    except Stopped as stopped:
+        return STOPPED, str(stopped) if is_main() else None
+    except KeyboardInterrupt:
+        return 130, "interrupted" if is_main() else None
 
 
 def explain(error):

@@ -163,7 +163,7 @@ def record_attack(ids, points_px0, truth_px0, targets_px0, method, iteration, la
 
 
 def read_records(files):
-    """Records from CSV files, one below the other, each image's landmarks complete and in order.
+    """Records from CSV files, one below the other, each with all landmarks of its images in order.
 
     Raises:
         InputError: one is missing or damaged.
@@ -172,13 +172,20 @@ def read_records(files):
     for file in files:
         try:
             table = pd.read_csv(file, dtype={"image": str}, encoding="utf-8")
-            places = table[["x_px0", "y_px0", "radial_error_mm"]].to_numpy()
+            numbers = ["x_px0", "y_px0", "true_x_px0", "true_y_px0", "radial_error_mm"]
+            if "role" in table:
+                numbers += ["iteration", "largest_change"]
             whole = table["landmark"].tolist() == [*range(1, len(LANDMARKS) + 1)] * (len(table) // len(LANDMARKS))
-            if not len(table) or not whole or not np.isfinite(places.astype(float)).all():
+            values = table[numbers].select_dtypes("number")
+            if not len(table) or not whole or list(values) != numbers or not np.isfinite(values).all(axis=None):
                 raise ValueError("rows are missing or damaged")
+            if "role" in table and not table["role"].isin(ROLES).all():
+                raise ValueError("there is no such role")
+            if tables and list(table) != list(tables[0]):
+                raise ValueError("other columns than in the first record")
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = str(error).partition("\n")[0]
-            raise InputError(f"{file}: not a readable record ({reason}); remove it and repeat the attack") from None
+            raise InputError(f"{file}: not a readable record ({reason}); remove it and repeat the command") from None
         tables.append(table)
     return pd.concat(tables)
 

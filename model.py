@@ -210,18 +210,23 @@ def load_encoder(encoder, source):
     encoder.load_state_dict(state)
 
 
+def load_file(path):
+    """``torch.load`` on the CPU, never running code that the file may hold; raises a dozen types on damaged files."""
+    with warnings.catch_warnings(action="ignore"):  # of old pickle protocols, before they are refused
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load_tensors(path):
-    """Read a state dict (name to tensor), never running code that the file may hold.
+    """Read a state dict (name to tensor).
 
     Raises:
         InputError: no such file, not a readable one, or one that holds more than tensors.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # of old pickle protocols, before they are refused
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_file(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except Exception as error:  # torch.load raises a dozen types on damaged or foreign files
+    except Exception as error:
         reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
         raise InputError(
             f"{path}: not a readable file of weights: truncated, or more than weights ({reason})"
@@ -238,7 +243,7 @@ def load_weights(model, path):
     """Load the weights of a ``UNet`` checkpoint into the model.
 
     Raises:
-        InputError: unreadable, of another network, or for another number of landmarks.
+        InputError: unreadable, of another network or for another number of landmarks, or not finite.
     """
     state = load_tensors(path)
     wanted = model.state_dict()
@@ -250,6 +255,8 @@ def load_weights(model, path):
         )
     if wrong := [key for key in wanted if wanted[key].shape != state[key].shape]:
         raise InputError(f"{path}: weights of another network: {wrong[0]} is of shape {tuple(state[wrong[0]].shape)}")
+    if damaged := [key for key in wanted if not state[key].isfinite().all()]:
+        raise InputError(f"{path}: weights that are no numbers (nan or inf): {damaged[0]}")
     model.load_state_dict(state)
 
 

@@ -268,7 +268,8 @@ def attack(args, model, data, targets_px0, device, out):
         return [*files, record_file(method, i), *([picture_file(method, i)] if i < args.pictures else [])]
 
     todo = unfinished(out, methods, len(data), args.batch_size, files_of)
-    bar = progress(total=sum(steps[method] * len(batch) for method, batch, _ in todo), desc="attacking", unit="step")
+    total = sum(steps[method] * len(batch) for method, batch, _ in todo)
+    bar = progress(total=total, desc="attacking", unit="step", disable=not todo)
     with distributed.together():
         for method, batch, missing in todo:
             ids = [data.ids[i] for i in batch]

@@ -26,7 +26,7 @@ import distributed
 from command import InputError, Stopped, is_main, positive_float, positive_int, progress, world_size
 from dataset import LANDMARKS, Cephalograms, available_splits, in_batches, to_input
 from eval import plot_training, predict, radial_errors, summarize
-from model import LAMBDA, MIN_SIZE, UNet, compile_network, encode, freeze, load_weights, loss_terms, place
+from model import LAMBDA, MIN_SIZE, UNet, compile_network, encode, freeze, load_file, load_weights, loss_terms, place
 from runs import RUNS, check_same_config, checkpoint_path, make_folder, save_config, write
 
 WARMUP = 0.05  # share of a cosine schedule in which the learning rate rises
@@ -223,11 +223,11 @@ def save_resume(path, state, model, optimizer):
 def load_resume(path, model, optimizer):
     """Put the saved weights and optimizer back; return the rest of the state."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state.pop("model"))
-        optimizer.load_state_dict(state.pop("optimizer"))
+        state = load_file(path)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
         return {name: state[name] for name in ("epoch", "step", "terms", "rows")}
-    except Exception as error:  # torch.load raises a dozen types on damaged files
+    except Exception as error:  # of any type, see load_file
         raise InputError(f"{path}: not a state to go on from ({type(error).__name__}); use another --tag") from None
 
 

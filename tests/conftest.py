@@ -1,8 +1,10 @@
 """Small data that the tests draw themselves, in all three layouts, and a way to run the commands."""
 
 import csv
+import os
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +20,8 @@ REAL = ROOT.parent / "shared" / "isbi2015"
 SIZE0 = (300, 240)  # H0, W0
 IDS = {"train": ("001", "002", "003", "004"), "test1": ("151", "152", "153"), "test2": ("301",)}
 K = 19
+
+TRAIN = ["train.py", "--tag", "small", "--size", 64, 48, "--encoder-weights", "none", "--batch-size", 2, "--lr", 3e-4]
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -40,6 +44,41 @@ def draw_image(rng, landmarks, size0=SIZE0):
 def write_points(path, points):
     lines = [f"{x:.0f},{y:.0f}" for x, y in points] + ["1", "2", "3"]  # clinical classes follow the landmarks
     path.write_text("\n".join(lines) + "\n")
+
+
+def damage(rng, content):
+    """Bytes with one to three faults: cut off, changed, lost, repeated, or with something odd put in."""
+    odd = [
+        b"nan",
+        b"inf",
+        b"-1",
+        b"1e999",
+        b"9" * 400,
+        b"\0",
+        b"\xff\xfe",
+        b",",
+        b"\n",
+        b'"',
+        b" ",
+        b"1_0",
+        b"{",
+        b"null",
+    ]
+    content = bytearray(content)
+    for _ in range(rng.integers(1, 4)):
+        place, other = rng.integers(len(content) + 1, size=2)
+        kind = rng.integers(5)
+        if kind == 0:
+            del content[place:]
+        elif kind == 1:
+            content[place : place + 1] = rng.bytes(1)
+        elif kind == 2:
+            del content[place : place + 20]
+        elif kind == 3:
+            content[place:place] = content[other : other + 50]
+        else:
+            content[place:place] = odd[rng.integers(len(odd))]
+    return bytes(content)
 
 
 def spread(goal):
@@ -102,10 +141,31 @@ def kaggle(drawn, tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, official):
+    """A working folder with a run that train.py made, in a process of its own as a user would."""
+    folder = tmp_path_factory.mktemp("work")
+    command = [*TRAIN, "--data", official, "--epochs", 3, "--checkpoint-every", 2]
+    command = [sys.executable, ROOT / command[0], *map(str, command[1:])]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as many as here: then weights are equal bit for bit
+    done = subprocess.run(command, cwd=folder, env=os.environ | threads, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    return folder
+
+
 @pytest.fixture
 def data(official, tmp_path):
     """A copy of the official layout for a test to spoil."""
     return Path(shutil.copytree(official, tmp_path / "data"))
+
+
+def assert_refused(result, message, *untouched):
+    """Status 2, one line that says why, and no traceback."""
+    status, _, err = result
+    assert status == 2, err
+    assert err.count("\n") == 1 and err.endswith("\n"), err
+    assert message in err and "Traceback" not in err
+    assert not any(path.exists() for path in untouched)
 
 
 @pytest.fixture

@@ -13,25 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, K, write_kaggle
+from conftest import ROOT, TRAIN, K, assert_refused, write_kaggle
 from PIL import Image
 
 import eval
 from command import find_device
 from eval import summarize, summarize_attack
 from model import UNet
-
-TRAIN = ["train.py", "--tag", "small", "--size", 64, 48, "--encoder-weights", "none", "--batch-size", 2, "--lr", 3e-4]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, official):
-    """A working folder with a run that train.py made, in a process of its own as a user would."""
-    folder = tmp_path_factory.mktemp("work")
-    command = [*TRAIN, "--data", official, "--epochs", 3, "--checkpoint-every", 2]
-    done = subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:])], cwd=folder, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
-    return folder
 
 
 @pytest.fixture
@@ -290,15 +278,6 @@ BAD_DATA = {
 def test_help(command, run):
     status, out, _ = run(command, "--help")
     assert status == 0 and "--precision" in out and "(default: fp32)" in out
-
-
-def assert_refused(result, message, *untouched):
-    """Status 2, one line that says why, and no traceback."""
-    status, _, err = result
-    assert status == 2
-    assert err.count("\n") == 1 and err.endswith("\n"), err
-    assert message in err and "Traceback" not in err
-    assert not any(path.exists() for path in untouched)
 
 
 @pytest.mark.parametrize("case", BAD_DATA)

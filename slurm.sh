@@ -1,0 +1,34 @@
+#!/bin/bash
+# Train on two machines of four GPUs each, however often the scheduler ends the job:
+#
+#     sbatch slurm.sh --tag baseline --data DATA
+#
+# The arguments are train.py's. Two minutes before the time limit, or when another job takes the machines, SLURM signals
+# this script. It passes SIGTERM on, train.py finishes its step and saves, and the job goes back into the queue. A
+# machine that fails brings the job back by itself; a process that dies is started again by torchrun, up to three times.
+
+#SBATCH --job-name=landmarks
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=16
+#SBATCH --time=04:00:00
+#SBATCH --signal=B:TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x.log
+
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+stopped=
+trap 'stopped=yes; kill -TERM "$step"' TERM
+
+srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" --max-restarts 3 \
+    --rdzv-backend c10d --rdzv-endpoint "$first:29500" --rdzv-id "$SLURM_JOB_ID" train.py --resume "$@" &
+step=$!
+wait "$step"
+status=$?
+if [ "$stopped" ]; then
+    wait "$step" # the signal has broken off the first one
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

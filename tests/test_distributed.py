@@ -1,0 +1,116 @@
+"""Two processes under torchrun against one."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+
+from distributed import together
+
+TRAIN = ["train.py", "--size", 64, 48, "--encoder-weights", "none", "--lr", 1e-3, "--epochs", 3]
+# In float64: in float32, Adam makes much of what differs by rounding, as it does between one thread and two
+FLOAT64 = """
+import runpy, sys, torch
+torch.set_default_dtype(torch.float64)
+torch.Tensor.float = torch.Tensor.double
+sys.path.insert(0, {root!r})
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def torchrun(processes, *command, folder, script=None):
+    """Run a command in so many processes of one thread each: (status, stdout, stderr)."""
+    command = [ROOT / command[0], *command[1:]]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", processes, *([script] if script else []), *command]
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, official):
+    """Runs of one process and of two, with a batch of which the second process has fewer images, or none."""
+    folder = tmp_path_factory.mktemp("work")
+    script = folder / "float64.py"
+    script.write_text(FLOAT64.format(root=str(ROOT)))
+    for processes in (1, 2):
+        command = [*TRAIN, "--tag", f"of_{processes}", "--data", official, "--batch-size", 3]
+        status, _, err = torchrun(processes, *command, folder=folder, script=script)
+        assert status == 0, err
+    return folder
+
+
+def test_two_processes_train_as_one_does(trained):
+    one, two = (trained / "runs" / name for name in ("of_1", "of_2"))
+    assert sorted(file.name for file in one.iterdir()) == sorted(file.name for file in two.iterdir())
+    weights = [torch.load(run / "model_epoch_2.pth", weights_only=True) for run in (one, two)]
+    for name, expected in weights[0].items():
+        assert expected.dtype in (torch.float64, torch.int64)
+        assert (weights[1][name] - expected).double().norm() <= 1e-8 * expected.double().norm(), name
+    logs = [pd.read_csv(run / "train_log.csv").drop(columns="seconds") for run in (one, two)]
+    pd.testing.assert_frame_equal(*logs, rtol=1e-9)
+
+
+@pytest.mark.parametrize("attack", [[], ["--attack", 0, 1, "--steps", 3, "--targets", "shift", "--save-adversarial"]])
+def test_two_processes_find_what_one_does(attack, trained, official):
+    outputs = []
+    for processes in (1, 2):
+        out = f"{'attack' if attack else 'test'}_{processes}"
+        command = ["--tag", "of_1", "--data", official, "--batch-size", 1, "--pictures", 1, "--rand", out, *attack]
+        status, _, err = torchrun(processes, "test.py", *command, folder=trained)
+        assert status == 0, err
+        out = trained / "runs" / "of_1" / out
+        outputs.append({str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*.*")})
+        del outputs[-1]["config.json"]  # has the folder's name
+    assert outputs[0].keys() == outputs[1].keys() and len(outputs[0]) > 6
+    assert [name for name in outputs[0] if outputs[0][name] != outputs[1][name]] == []
+
+
+def test_wrong_input_is_told_once_and_by_the_first(official, tmp_path):
+    status, _, err = torchrun(2, *TRAIN, "--tag", "bad", "--data", "nowhere", folder=tmp_path)
+    assert status != 0 and err.count("train.py: error:") == 1
+    assert err.startswith("train.py: error: nowhere: no such folder")  # what follows is torchrun's own
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_several_processes_cannot_do(monkeypatch, official, tmp_path, run):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for wrong, message in [
+        (["--batch-size", 3], "--batch-size 3: fewer images than the 4 processes"),
+        (["--compile"], "--compile: not with several processes"),
+    ]:
+        status, _, err = run(*TRAIN, "--tag", "bad", "--data", official, *wrong)
+        assert status == 2 and message in err and err.count("\n") == 1
+
+
+def test_alone_an_error_passes_as_it_is():
+    error = OSError("as it is")
+    with pytest.raises(OSError) as raised, together():
+        raise error
+    assert raised.value is error
+
+
+def test_a_lost_process_is_told_in_a_line_and_a_status_of_its_own(monkeypatch, official, tmp_path, run):
+    def lose(*_):
+        raise RuntimeError("[pair.cc:534] [gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:1234")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.optim.Adam, "step", lose)
+    handler = signal.getsignal(signal.SIGTERM)
+    status, _, err = run(*TRAIN, "--tag", "lost", "--data", official)
+    assert status == 75 and err.splitlines()[-1].startswith(
+        "train.py: process 0: another process of this run has ended"
+    )
+    assert signal.getsignal(signal.SIGTERM) == handler

@@ -1,0 +1,300 @@
+"""What may happen to a long run: signals, a full disk, lost data, damaged files. See also tests/faults.py."""
+
+import os
+import pickle
+import resource
+import shutil
+import signal
+from contextlib import contextmanager
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import TRAIN, K, assert_refused, damage, write_kaggle
+from PIL import Image
+
+import eval
+import model
+from dataset import FOLDERS
+from model import UNet
+
+EPOCHS = ["--epochs", 3, "--checkpoint-every", 2]
+
+
+def assert_same_training(run, unbroken):
+    expected, found = (torch.load(r / "model_epoch_2.pth", weights_only=True) for r in (unbroken, run))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    logs = [pd.read_csv(r / "train_log.csv").drop(columns="seconds") for r in (unbroken, run)]
+    pd.testing.assert_frame_equal(*logs)
+    names = [sorted(file.name for file in r.glob("*.*")) for r in (unbroken, run)]
+    assert names[0] == names[1]
+
+
+# --- stops
+
+
+@contextmanager
+def sigterm_at_step(step, monkeypatch):
+    """SIGTERM in the middle of the step of this number, from 1."""
+    steps = []
+
+    def encode(points, size):
+        steps.append(1)
+        if len(steps) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(points, size)
+
+    original = model.encode
+    with monkeypatch.context() as context:
+        context.setattr(model, "encode", encode)
+        yield
+
+
+@pytest.mark.parametrize("step", [2, 3])  # of two an epoch: at the end of one, in the middle of one
+def test_sigterm_saves_the_step_and_resuming_ends_the_same(step, trained, official, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    epoch, steps = (step - 1) // 2, (step - 1) % 2 + 1
+    with sigterm_at_step(step, monkeypatch):
+        status, _, err = run(*TRAIN, "--data", official, *EPOCHS)
+    assert status == 143
+    assert err.splitlines()[-1] == f"train.py: stopped by SIGTERM in epoch {epoch}, step {steps}; go on with --resume"
+    folder = tmp_path / "runs" / "small"
+    state = torch.load(folder / "resume.pth", weights_only=True)
+    assert (state["epoch"], state["step"]) == (epoch, steps)
+    status, _, err = run(*TRAIN, "--data", official, *EPOCHS, "--resume")
+    assert status == 0, err
+    assert_same_training(folder, trained / "runs" / "small")
+
+
+def test_sigterm_ends_an_attack_in_a_line(trained, official, monkeypatch, run):
+    def terminate(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.chdir(trained)
+    with monkeypatch.context() as context:
+        context.setattr(eval, "draw", terminate)
+        arguments = [
+            "test.py",
+            "--tag",
+            "small",
+            "--data",
+            official,
+            "--attack",
+            0,
+            "--steps",
+            2,
+            "--rand",
+            "terminated",
+        ]
+        status, _, err = run(*arguments)
+    assert status == 143 and err.splitlines()[-1] == "test.py: stopped by SIGTERM; the same command goes on"
+    assert run(*arguments)[0] == 0
+    assert not list(trained.rglob("*.part*"))
+
+
+def test_a_stopped_test_goes_on_and_ends_the_same(trained, official, monkeypatch, run):
+    monkeypatch.chdir(trained)
+    arguments = ["test.py", "--tag", "small", "--data", official, "--batch-size", 2, "--rand", "tested"]
+    assert run(*arguments)[0] == 0
+    out = trained / "runs" / "small" / "tested"
+    before = {file: file.read_bytes() for file in out.rglob("*.*")}
+    kept, lost = out / "records" / "151.csv", out / "records" / "152.csv"
+    stamp = kept.stat().st_mtime_ns
+    lost.unlink()
+    (out / "pictures" / "301.png").unlink()
+    (out / "summary.csv").unlink()
+    assert run(*arguments)[0] == 0
+    assert {file: file.read_bytes() for file in out.rglob("*.*")} == before
+    assert kept.stat().st_mtime_ns == stamp
+
+
+# --- the disk, the data, the numbers
+
+
+@contextmanager
+def files_up_to(size):
+    """No file may become longer: for the one who writes, like a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_last_state_to_go_on_from(trained, official, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "small"
+    with files_up_to(200 << 20):  # enough for a checkpoint, not for resume.pth
+        status, _, err = run(*TRAIN, "--data", official, "--epochs", 3, "--checkpoint-every", 1)
+    assert status == 2 and err.splitlines()[-1].startswith("train.py: error: runs/small/resume.pth: can't be written (")
+    assert "Traceback" not in err
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model_epoch_0.pth"]
+    assert run("test.py", "--tag", "small", "--data", official, "--limit", 1)[0] == 0
+
+    shutil.rmtree(folder)
+    with sigterm_at_step(2, monkeypatch):
+        assert run(*TRAIN, "--data", official, *EPOCHS)[0] == 143
+    saved = (folder / "resume.pth").read_bytes()
+    with files_up_to(50 << 20):
+        assert run(*TRAIN, "--data", official, *EPOCHS, "--resume")[0] == 2
+    assert (folder / "resume.pth").read_bytes() == saved and not list(folder.glob(".*"))
+    assert run(*TRAIN, "--data", official, *EPOCHS, "--resume")[0] == 0
+    assert_same_training(folder, trained / "runs" / "small")
+
+
+def test_a_full_disk_in_an_attack(trained, official, monkeypatch, run):
+    monkeypatch.chdir(trained)
+    arguments = ["test.py", "--tag", "small", "--data", official, "--attack", 0, "--steps", 2, "--rand", "full"]
+    with files_up_to(2000):
+        status, _, err = run(*arguments)
+    assert status == 2 and "/full/" in err.splitlines()[-1] and "can't be written" in err and "Traceback" not in err
+    assert not list(trained.rglob("*.part*"))
+    assert run(*arguments)[0] == 0
+
+
+def test_originals_lost_during_an_attack(data, trained, monkeypatch, run):
+    class Bar:
+        def __init__(self, *_, **__):
+            shutil.rmtree(data / "RawImage")  # after loading, before the first step
+
+        def __getattr__(self, _):
+            return lambda *_, **__: None
+
+    monkeypatch.chdir(trained)
+    monkeypatch.setattr("command.progress", lambda *a, **o: Bar() if o.get("unit") == "step" else a[0])
+    arguments = ["--attack", 0, "--steps", 2, "--rand", "lost", "--split", "test1", "--save-adversarial"]
+    result = run("test.py", "--tag", "small", "--data", data, *arguments)
+    assert_refused(result, "151.bmp: not a readable image", trained / "runs" / "small" / "lost" / "records")
+
+
+def test_a_loss_that_is_no_number_spoils_nothing(official, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    arguments = [*TRAIN[:-1], 1e30, "--data", official, "--epochs", 2, "--checkpoint-every", 1]
+    status, _, err = run(*arguments)
+    folder = tmp_path / "runs" / "small"
+    assert status == 2 and "weights of that epoch are no use" in err.splitlines()[-1] and "Traceback" not in err
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json"]
+
+
+def test_weights_that_are_no_numbers(official, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "small"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"size": [64, 48]}')
+    torch.save(UNet(K).state_dict() | {"head.bias": torch.full((3 * K,), torch.nan)}, folder / "model_epoch_0.pth")
+    result = run("test.py", "--tag", "small", "--data", official)
+    assert_refused(
+        result, "model_epoch_0.pth: weights that are no numbers (nan or inf): head.bias", folder / "test_test_0"
+    )
+
+
+# --- damaged files: generated
+
+
+def assert_accepted_or_refused(result, out):
+    """What a damaged file may lead to: nothing, or one line; never a traceback."""
+    if result[0] != 0:
+        assert_refused(result, "error:", out)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("kind", ["annotation", "image", "kaggle", "targets"])
+def test_damaged_data(kind, seed, drawn, data, trained, tmp_path, monkeypatch, run):
+    rng = np.random.default_rng([seed, len(kind)])
+    monkeypatch.chdir(trained)
+    extra = []
+    if kind == "annotation":
+        file = data / "AnnotationsByMD" / "400_junior" / "152.txt"
+    elif kind == "image":
+        original = data / "RawImage" / FOLDERS["test1"] / "152.bmp"
+        file = original.with_suffix(("", ".bmp", ".png", ".jpg", ".tif")[seed % 4 + 1])
+        image = Image.open(original)
+        image.load()
+        original.unlink()
+        image.save(file)
+    elif kind == "kaggle":
+        data = tmp_path / "kaggle"
+        write_kaggle(data, drawn)
+        file = data / "test1_senior.csv"
+    else:
+        file = tmp_path / "targets.csv"
+        file.write_text("landmark,x,y\n3,100,200\n8,130,190\n")
+        extra = ["--attack", 0, "--steps", 1, "--targets", file]
+    file.write_bytes(damage(rng, file.read_bytes()))
+    out = f"damaged_{kind}_{seed}"
+    arguments = ["--data", data, "--split", "test1", "--rand", out, "--pictures", 0, *extra]
+    result = run("test.py", "--tag", "small", *arguments)
+    assert_accepted_or_refused(result, trained / "runs" / "small" / out)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_damaged_records(seed, trained, official, monkeypatch, run):
+    monkeypatch.chdir(trained)
+    out = trained / "runs" / "small" / "damaged_records"
+    arguments = ["test.py", "--tag", "small", "--data", official, "--rand", out.name, "--pictures", 0, "--limit", 2]
+    arguments += ["--attack", 0, "--steps", 1]
+    if not out.exists():
+        assert run(*arguments)[0] == 0
+    file = sorted(out.glob("records/*"))[seed % 2]
+    whole = file.read_bytes()
+    summary = (out / "summary.csv").read_bytes()
+    file.write_bytes(damage(np.random.default_rng(seed), whole))
+    result = run(*arguments)
+    if result[0] != 0:
+        assert_refused(result, f"{file.name}: not a readable record")
+        assert (out / "summary.csv").read_bytes() == summary
+    file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("name", ["config.json", "model_epoch_2.pth"])
+def test_damaged_run(name, seed, trained, official, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "small"
+    folder.mkdir(parents=True)
+    for file in ("config.json", "model_epoch_2.pth"):
+        (folder / file).symlink_to(trained / "runs" / "small" / file)
+    whole = (folder / name).read_bytes()
+    (folder / name).unlink()
+    rng = np.random.default_rng([seed, len(name)])
+    if name == "config.json":
+        (folder / name).write_bytes(damage(rng, whole))
+    else:  # a few of its bytes, in what names and places its tensors or in one of them
+        place = rng.choice([rng.integers(2000), rng.integers(len(whole)), len(whole) - 1 - rng.integers(2000)])
+        (folder / name).write_bytes(whole[:place] + rng.bytes(8) + whole[place + 8 :])
+    result = run("test.py", "--tag", "small", "--data", official, "--pictures", 0, "--rand", "out", "--limit", 1)
+    assert_accepted_or_refused(result, folder / "out")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_damaged_phantoms(seed, tmp_path, run):
+    """Annotations and images are only looked at by their names; what has been drawn with is checked."""
+    (tmp_path / "phantoms").mkdir()
+    config = b'{"train": 1, "test1": 0, "test2": 0, "seed": 0, "program_sha256": "0"}'
+    (tmp_path / "phantoms" / "phantom.json").write_bytes(damage(np.random.default_rng(seed), config))
+    counts = ["--train", 1, "--test1", 0, "--test2", 0]
+    result = run("phantom.py", "--out", tmp_path / "phantoms", *counts)
+    assert_refused(result, "phantom", tmp_path / "phantoms" / "RawImage")
+
+
+# --- files that carry code
+
+
+class Code:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_a_resume_state_that_carries_code(save, official, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "small"
+    folder.mkdir(parents=True)
+    save({"epoch": Code(tmp_path / "trap")}, folder / "resume.pth")
+    result = run(*TRAIN, "--data", official, "--resume")
+    assert_refused(result, "resume.pth: not a state to go on from", tmp_path / "trap", folder / "config.json")
