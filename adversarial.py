@@ -7,13 +7,17 @@
 Images are 8-bit PNG, in colour, or grey where the noise is.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pandas as pd
 import torch.nn.functional as F
 from PIL import Image
 
+import distributed
 from command import InputError
-from dataset import LANDMARKS, read_image, read_images
+from dataset import read_image, read_images
 from eval import predict, read_records, record_attack, to_px0
 from runs import write
 
@@ -49,6 +53,28 @@ def save_adversarial(folder, method, data, i, attacked):
         write(stored_file(folder, method, size, data.ids[i]), lambda path: picture.save(path, compress_level=1))
 
 
+def load_stored(folder, data):
+    """The attacks of a folder adversarial/, each as its record in memory (DataFrame), the indices of its images in
+    ``data``, and for each of SIZES the images (N, H, W, 3) uint8 resized to the input and their largest changes (N,).
+
+    Raises:
+        InputError: a file is missing, damaged, or of another image.
+    """
+    for method, rows in read_records([folder / "in_memory.csv"]).groupby("method", sort=False):
+        ids = list(rows["image"].unique())
+        if strangers := set(ids) - set(data.ids):
+            raise InputError(f"{folder}: image {min(strangers)} is not of this --data, --split, --limit; name those")
+        chosen = [data.ids.index(id) for id in ids]
+        clean = {"input": data.images[chosen].numpy(), "original": [data.files[i] for i in chosen]}
+        images, changes = {}, {}
+        for size in SIZES:
+            files = [stored_file(folder, method, size, id) for id in ids]
+            images[size], _ = read_images(files, data.images.shape[-2:], "RGB", f"loading {method}, {size}")
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                changes[size] = np.array(list(pool.map(largest_change, clean[size], files)))
+        yield rows, chosen, images, changes
+
+
 def read_back(folder, model, data, batch_size, device):
     """What a detector finds on stored images.
 
@@ -64,41 +90,26 @@ def read_back(folder, model, data, batch_size, device):
     Raises:
         InputError: a file is missing, damaged, or of another image.
     """
-    in_memory = read_records([folder / "in_memory.csv"])
+    with distributed.together():
+        attacks = list(load_stored(folder, data))
     tables = []
-    for method, rows in in_memory.groupby("method", sort=False):
+    for rows, chosen, images, changes in attacks:
         tables.append(rows.assign(stored="in memory"))
-        ids = list(rows["image"].unique())
-        if strangers := set(ids) - set(data.ids):
-            raise InputError(f"{folder}: image {min(strangers)} is not of this --data, --split, --limit; name those")
-        chosen = [data.ids.index(id) for id in ids]
+        ids, method, iteration = rows["image"].unique(), rows["method"].iloc[0], rows["iteration"].iloc[0]
         truth = data.landmarks_px0[chosen].numpy()
-        targets = rows[["target_x_px0", "target_y_px0"]].to_numpy().reshape(len(ids), len(LANDMARKS), 2)
+        targets = rows[["target_x_px0", "target_y_px0"]].to_numpy().reshape(truth.shape)
         targets = None if (rows["role"] == "untargeted").all() else targets
-        iteration = rows["iteration"].iloc[0]
         for size in SIZES:
-            files = [stored_file(folder, method, size, id) for id in ids]
-            images, _ = read_images(files, data.images.shape[-2:], "RGB", f"loading {method}, {size}")
-            points = to_px0(predict(model, images, batch_size, device), data, chosen).numpy()
-            if size == "input":
-                clean = data.images[chosen].numpy()
-                changes = [largest_change(*pair) for pair in zip(clean, images.numpy(), strict=True)]
-            else:
-                changes = [original_change(data.files[i], file) for i, file in zip(chosen, files, strict=True)]
-            table = record_attack(ids, points, truth, targets, method, iteration, np.array(changes))
+            points = to_px0(predict(model, images[size], batch_size, device), data, chosen).numpy()
+            table = record_attack(ids, points, truth, targets, method, iteration, changes[size])
             tables.append(table.assign(stored=f"8-bit {size}"))
     return pd.concat(tables)
 
 
-def largest_change(clean, attacked):
-    """In grey levels, between (H, W) and (H, W, 3) uint8."""
+def largest_change(clean, file):
+    """In grey levels, of a stored image from a clean one, (H, W) uint8 or its file."""
+    clean = clean if isinstance(clean, np.ndarray) else read_image(clean, None)[0]
+    attacked, _ = read_image(file, None, "RGB")
+    if attacked.shape[:2] != clean.shape:
+        raise InputError(f"{file}: of {attacked.shape[:2]} px (H, W), but the clean image is of {clean.shape}")
     return np.abs(attacked.astype(np.int16) - clean[..., None]).max()
-
-
-def original_change(clean, attacked):
-    """``largest_change`` between two files."""
-    before, size0 = read_image(clean, None)
-    after, size = read_image(attacked, None, "RGB")
-    if size != size0:
-        raise InputError(f"{attacked}: of {size[1]} x {size[0]} px, but {clean} of {size0[1]} x {size0[0]} px")
-    return largest_change(before, after)

@@ -34,7 +34,7 @@ def stages():
     processor = getattr(torch.cpu, "get_capabilities", dict)()
     fast_bf16 = torch.cuda.is_available() or processor.get("avx512_bf16", False)
     run = f"--data {PHANTOMS} --precision {'bf16' if fast_bf16 else 'fp32'}"
-    train = "train.py model.py container.py dataset.py"
+    train = "train.py model.py container.py dataset.py distributed.py"
     return [
         Stage(
             "draw radiographs",
@@ -60,7 +60,7 @@ def stages():
         Stage(
             "attack",
             FINE / "attack",
-            "test.py eval.py attack.py",
+            "test.py eval.py attack.py adversarial.py",
             f"test.py --tag {FINE.name} {run} --split test1 --rand attack --attack I-FGSM ATI-FGSM --targets shift "
             f"--shift-count {SHIFT_COUNT} --shift-mm {SHIFT_MM} --epsilon {EPSILON} --steps {STEPS} --limit {ATTACKED}",
         ),

@@ -136,17 +136,19 @@ def main():
             same_results = ["device", "data", "batch_size", "rand", "pictures", "compile"]
             same_results += ["save_adversarial", "adversarial"]
             check_same_config(out / "config.json", config, same_results, "--rand")
+    if args.compile:
+        model = compile_network(model, to_input(data.images[: args.batch_size], device))
+    if args.adversarial:
+        table = read_back(Path(args.adversarial), model, data, args.batch_size, device)
     with distributed.together():  # before this, nothing has been written
         if is_main():
             make_folder(out)
             save_config(out / "config.json", config, device)
 
-    if args.compile:
-        model = compile_network(model, to_input(data.images[: args.batch_size], device))
     if args.attack:
         attack(args, model, data, targets, device, out)
     elif args.adversarial:
-        report_read_back(args, Path(args.adversarial), model, data, device, out)
+        report_read_back(out, table)
     else:
         test(args, model, data, device, out)
     if is_main():
@@ -326,7 +328,7 @@ def attack(args, model, data, targets_px0, device, out):
                 table = read_records([out / "predictions.csv"])
                 last = table["iteration"] == table["method"].map(steps)
                 write_table(stored / "in_memory.csv", table[last])
-        report_read_back(args, stored, model, data, device, out)
+        report_read_back(out, read_back(stored, model, data, args.batch_size, device))
 
 
 def report_attack(out, files):
@@ -344,9 +346,8 @@ def report_attack(out, files):
     print(summary.to_string(index=False, float_format="%.2f"))
 
 
-def report_read_back(args, stored, model, data, device, out):
+def report_read_back(out, table):
     """What stored images do when they are read back, beside what they did in memory: read_back.csv and its summary."""
-    table = read_back(stored, model, data, args.batch_size, device)
     with distributed.together():
         if is_main():
             write_table(out / "read_back.csv", table)
