@@ -7,7 +7,6 @@
 Images are 8-bit PNG, in colour, or grey where the noise is.
 """
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,8 +15,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 import distributed
-from command import InputError
-from dataset import read_image, read_images
+from attack import ATTACKS, UNTARGETED
+from command import InputError, cores
+from dataset import LANDMARKS, read_image, read_images
 from eval import predict, read_records, record_attack, to_px0
 from runs import write
 
@@ -53,26 +53,8 @@ def save_adversarial(folder, method, data, i, attacked):
         write(stored_file(folder, method, size, data.ids[i]), lambda path: picture.save(path, compress_level=1))
 
 
-def load_stored(folder, data):
-    """The attacks of a folder adversarial/, each as its record in memory (DataFrame), the indices of its images in
-    ``data``, and for each of SIZES the images (N, H, W, 3) uint8 resized to the input and their largest changes (N,).
-
-    Raises:
-        InputError: a file is missing, damaged, or of another image.
-    """
-    for method, rows in read_records([folder / "in_memory.csv"]).groupby("method", sort=False):
-        ids = list(rows["image"].unique())
-        if strangers := set(ids) - set(data.ids):
-            raise InputError(f"{folder}: image {min(strangers)} is not of this --data, --split, --limit; name those")
-        chosen = [data.ids.index(id) for id in ids]
-        clean = {"input": data.images[chosen].numpy(), "original": [data.files[i] for i in chosen]}
-        images, changes = {}, {}
-        for size in SIZES:
-            files = [stored_file(folder, method, size, id) for id in ids]
-            images[size], _ = read_images(files, data.images.shape[-2:], "RGB", f"loading {method}, {size}")
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                changes[size] = np.array(list(pool.map(largest_change, clean[size], files)))
-        yield rows, chosen, images, changes
+def in_memory_file(folder):
+    return folder / "in_memory.csv"
 
 
 def read_back(folder, model, data, batch_size, device):
@@ -80,7 +62,7 @@ def read_back(folder, model, data, batch_size, device):
 
     Args:
         folder: a folder adversarial/.
-        model: as for ``eval.predict``; it may be another than the attacked one.
+        model: as for ``eval.predict``; it may be another than the attacked one, of the same input size.
         data: dataset.Cephalograms with the same images, not attacked.
 
     Returns:
@@ -91,19 +73,48 @@ def read_back(folder, model, data, batch_size, device):
         InputError: a file is missing, damaged, or of another image.
     """
     with distributed.together():
-        attacks = list(load_stored(folder, data))
+        attacks = read_in_memory(in_memory_file(folder), data)
     tables = []
-    for rows, chosen, images, changes in attacks:
+    for method, rows, chosen, targets in attacks:
         tables.append(rows.assign(stored="in memory"))
-        ids, method, iteration = rows["image"].unique(), rows["method"].iloc[0], rows["iteration"].iloc[0]
-        truth = data.landmarks_px0[chosen].numpy()
-        targets = rows[["target_x_px0", "target_y_px0"]].to_numpy().reshape(truth.shape)
-        targets = None if (rows["role"] == "untargeted").all() else targets
+        ids, truth = [data.ids[i] for i in chosen], data.landmarks_px0[chosen].numpy()
+        clean = {"input": data.images[chosen].numpy(), "original": [data.files[i] for i in chosen]}
         for size in SIZES:
-            points = to_px0(predict(model, images[size], batch_size, device), data, chosen).numpy()
-            table = record_attack(ids, points, truth, targets, method, iteration, changes[size])
+            with distributed.together():
+                files = [stored_file(folder, method, size, id) for id in ids]
+                images, _ = read_images(files, data.images.shape[-2:], "RGB", f"loading {method}, {size}")
+                with ThreadPoolExecutor(cores()) as pool:
+                    changes = list(pool.map(largest_change, clean[size], files))
+            points = to_px0(predict(model, images, batch_size, device), data, chosen).numpy()
+            table = record_attack(ids, points, truth, targets, method, rows["iteration"].iloc[0], changes)
             tables.append(table.assign(stored=f"8-bit {size}"))
     return pd.concat(tables)
+
+
+def read_in_memory(file, data):
+    """The last state of each attack before it was stored.
+
+    Returns:
+        list of (method, record, indices of its images in ``data``, targets (N, K, 2) px0 or None if untargeted).
+
+    Raises:
+        InputError: missing, damaged, or of other images.
+    """
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; --adversarial names the folder adversarial/ of --save-adversarial")
+    table, attacks = read_records([file]), []
+    if not {"method", "role", "target_x_px0", "target_y_px0"} <= set(table):
+        raise InputError(f"{file}: not the record of an attack; make it again by --save-adversarial")
+    for method, rows in table.groupby("method", sort=False, dropna=False):
+        ids = list(rows["image"].unique())
+        targets = rows[["target_x_px0", "target_y_px0"]].apply(pd.to_numeric, errors="coerce").to_numpy()
+        if method not in ATTACKS or len(rows) != len(ids) * len(LANDMARKS) or rows["iteration"].nunique() != 1:
+            raise InputError(f"{file}: not one record of each image; make it again by --save-adversarial")
+        if strangers := set(ids) - set(data.ids):
+            raise InputError(f"{file}: image {min(strangers)} is not of this --data, --split, --limit; name those")
+        targets = None if method == UNTARGETED else targets.reshape(len(ids), len(LANDMARKS), 2)
+        attacks.append((method, rows, [data.ids.index(id) for id in ids], targets))
+    return attacks
 
 
 def largest_change(clean, file):
@@ -111,5 +122,8 @@ def largest_change(clean, file):
     clean = clean if isinstance(clean, np.ndarray) else read_image(clean, None)[0]
     attacked, _ = read_image(file, None, "RGB")
     if attacked.shape[:2] != clean.shape:
-        raise InputError(f"{file}: of {attacked.shape[:2]} px (H, W), but the clean image is of {clean.shape}")
+        raise InputError(
+            f"{file}: of {attacked.shape[:2]} px (H, W), the clean image of {clean.shape}; use a detector of the same "
+            "--size and the same data"
+        )
     return np.abs(attacked.astype(np.int16) - clean[..., None]).max()

@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch.distributed import DistError
+import torch.distributed as dist
 from tqdm import tqdm
 
 STOPPED = 128 + signal.SIGTERM  # exit status
@@ -27,12 +27,18 @@ class Stopped(BaseException):
 
 def rank():
     """The number of this process among those that torchrun has started; 0 of a process alone."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
 
 
 def world_size():
     """How many processes torchrun has started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+
+
+def cores():
+    """How many of this machine's cores are this process's own."""
+    here = int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+    return max(1, os.cpu_count() // here)
 
 
 def is_main():
@@ -76,42 +82,38 @@ def run(main):
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
     def stop(*_):
-        raise Stopped("stopped by SIGTERM; the same command goes on")
+        raise Stopped("stopped by SIGTERM; what was finished is kept")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        status, message = outcome(main)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, if another process has ended for the same reason
+        try:
+            main()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            return
+        except BaseException as error:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, if others have ended for the same reason
+            status, message = explain(error)
         if message:
             print(f"{name}: {message}", file=sys.stderr)  # only here, where the error's progress bars are gone
-        if status:
-            sys.exit(status)
+        sys.exit(status)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def outcome(main):
-    """Call ``main()``; return its exit status and what to say."""
-    try:
-        main()
-        return 0, None
-    except (InputError, OSError) as error:  # an OSError names its file: a full disk, a folder that can't be read
-        return 2, f"error: {' '.join(str(error).split())}"
-    except (RuntimeError, MemoryError) as error:
-        return explain(error)
-    except Stopped as stopped:
-        return STOPPED, str(stopped) if is_main() else None
-    except KeyboardInterrupt:
-        return 130, "interrupted" if is_main() else None
-
-
 def explain(error):
-    """Exit status and line for an error of PyTorch's that is not a fault of the program; raises any other again."""
-    if isinstance(error, DistError) or "gloo" in str(error):
-        return TRY_AGAIN, f"process {rank()}: another process of this run has ended; once that is seen to, run it again"
+    """Exit status and line for an error that is not a fault of the program; raises any other again."""
+    if isinstance(error, (InputError, OSError)):  # an OSError names its file: a full disk, a folder that can't be read
+        return 2, f"error: {' '.join(str(error).split())}"
+    if isinstance(error, Stopped):
+        return STOPPED, str(error) if is_main() else None
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted" if is_main() else None
+    reason = str(error).partition("\n")[0]
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in reason):
+        return TRY_AGAIN, f"process {rank()}: lost another process of this run, run it again ({reason})"
     told = "out of memory", "can't allocate memory", "ALLOC_FAILED"  # by CUDA, PyTorch, cuBLAS and cuDNN
-    if isinstance(error, MemoryError) or any(words in str(error) for words in told):
-        reason = str(error).partition("\n")[0]
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in told)):
         return 2, f"error: out of memory; use a smaller --batch-size ({reason})"
     raise error
 

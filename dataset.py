@@ -9,7 +9,6 @@ px0 are pixels of the original image (1935 x 2400, 0.1 mm each), px those of the
 
 import csv
 import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from command import InputError, progress
+from command import InputError, cores, progress
 
 MM_PER_PX0 = 0.1
 LANDMARKS = (
@@ -279,7 +278,7 @@ def read_images(files, size, mode, description):
         images.numpy()[i], size0 = read_image(files[i], size, mode)
         return size0
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside the interpreter's lock
+    with ThreadPoolExecutor(cores()) as pool:  # Pillow decodes and resizes outside the interpreter's lock
         loaded = pool.map(load, range(len(files)))
         return images, list(progress(loaded, description, len(files), unit="image", leave=False, disable=None))
 

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 import command
-from command import InputError
+from command import InputError, Stopped
 from runs import RUNS, read_config, write_json
 
 PHANTOMS, COARSE, FINE = (RUNS / name for name in ("demo-phantoms", "demo-coarse", "demo"))
@@ -109,6 +109,10 @@ def run_command(code, line):
         status = process.wait()
     except KeyboardInterrupt:
         process.wait()  # it has been interrupted too, and cleans up
+        raise
+    except Stopped:
+        process.terminate()
+        process.wait()
         raise
     if status < 0:
         raise InputError(f"{program}: killed by signal {-status}; was there enough memory?")

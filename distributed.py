@@ -21,7 +21,7 @@ def start():
     """Meet the other processes."""
     if world_size() > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        # nobody waits in vain: torchrun ends all processes when one of them dies
+        # the first to be ready may wait for hours; when one dies, torchrun ends all
         dist.init_process_group(backend, timeout=timedelta(days=1))
 
 
@@ -37,6 +37,16 @@ def agree(value):
         dist.broadcast_object_list(values)
         (value,) = values
     return value
+
+
+def check_same(**values):
+    """Raise InputError unless all processes have the same values; inside ``together``, as its first statement."""
+    for name, expected in agree(values).items():
+        if values[name] != expected:
+            raise InputError(
+                f"process {rank()} of {world_size()} finds another {name.replace('_', ' ')} than the first, "
+                f"{values[name]} instead of {expected}; all need to see the same files"
+            )
 
 
 def add(tensor):
@@ -80,32 +90,31 @@ def together():
 def share_training(model, device):
     """A placed model whose processes train it together, each on its part of a batch.
 
-    Batch norm takes its mean and variance over the whole batch, as a single process does, and the gradient is the mean
-    of the processes' gradients. Parts may be of different sizes, or empty.
+    They begin with the first one's weights. Batch norm takes its mean and variance over the whole batch, as a single
+    process does, and the gradient is the mean of the processes' gradients. Parts may differ in size, or be empty.
 
     Returns:
         a callable like the model.
     """
     if world_size() == 1:
         return model
-    if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    else:
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.__class__ = GlobalBatchNorm2d  # the same parameters and buffers, another forward
-    devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = GlobalBatchNorm2d  # the same parameters and buffers, another forward
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the images of all processes: ``nn.SyncBatchNorm``, which knows GPUs only, for CPUs."""
+    """Batch norm over the images of all processes.
+
+    ``nn.SyncBatchNorm`` does not know CPUs, nor, in bfloat16, processes without an image.
+    """
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
         features = x.to(torch.promote_types(x.dtype, torch.float32))
-        count = add(torch.tensor(float(x.numel() // x.shape[1])))
+        count = add(torch.full((), x.numel() // x.shape[1], dtype=torch.float64, device=x.device)).to(features.dtype)
         mean = Add.apply(features.sum((0, 2, 3))) / count
         centred = features - mean[:, None, None]
         variance = Add.apply(centred.square().sum((0, 2, 3))) / count

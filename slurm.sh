@@ -3,9 +3,9 @@
 #
 #     sbatch slurm.sh --tag baseline --data DATA
 #
-# The arguments are train.py's. Two minutes before the time limit, or when another job takes the machines, SLURM signals
-# this script. It passes SIGTERM on, train.py finishes its step and saves, and the job goes back into the queue. A
-# machine that fails brings the job back by itself; a process that dies is started again by torchrun, up to three times.
+# The arguments are train.py's. Two minutes before the time limit SLURM signals this script. It has SIGTERM sent to every
+# process, train.py finishes its step and saves, and the job goes back into the queue. A machine that fails brings the
+# job back by itself; a process that dies is started again by torchrun, up to three times.
 
 #SBATCH --job-name=landmarks
 #SBATCH --nodes=2
@@ -20,15 +20,16 @@
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 stopped=
-trap 'stopped=yes; kill -TERM "$step"' TERM
+# scancel signals the job's steps; srun itself must not get SIGTERM, it would kill them
+trap 'stopped=yes; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 
-srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" --max-restarts 3 \
+srun --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" torchrun \
+    --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" --max-restarts 3 \
     --rdzv-backend c10d --rdzv-endpoint "$first:29500" --rdzv-id "$SLURM_JOB_ID" train.py --resume "$@" &
 step=$!
-wait "$step"
-status=$?
-if [ "$stopped" ]; then
-    wait "$step" # the signal has broken off the first one
-    scontrol requeue "$SLURM_JOB_ID"
-fi
+while kill -0 "$step" 2>/dev/null; do # the signal breaks off a wait
+    wait "$step"
+    status=$?
+done
+[ -z "$stopped" ] || scontrol requeue "$SLURM_JOB_ID"
 exit "$status"

@@ -20,7 +20,7 @@ import torch
 
 import command
 import distributed
-from adversarial import SIZES, read_back, save_adversarial, stored_file
+from adversarial import SIZES, in_memory_file, read_back, save_adversarial, stored_file
 from attack import ATTACKS, ONE_STEP, UNTARGETED, choose_targets, goal_maps, grey_model
 from command import InputError, is_main, natural_int, positive_float, positive_int, progress
 from dataset import LANDMARKS, SPLITS, Cephalograms, in_batches, rescale, to_input
@@ -96,7 +96,7 @@ def parse_arguments():
     parser.add_argument(
         "--save-adversarial", action="store_true", help="also write the attacked images, as 8-bit PNG at both sizes"
     )
-    parser.add_argument("--adversarial", metavar="DIR", help="test the attacked images that such a folder holds")
+    parser.add_argument("--adversarial", metavar="DIR", help="test the attacked images of a folder adversarial/")
     parser.add_argument("--batch-size", type=positive_int, default=4, help="images at once, in each process")
     parser.add_argument("--pictures", type=natural_int, default=4, metavar="N", help="draw the first N images")
     command.add_compute_arguments(parser)
@@ -131,11 +131,13 @@ def main():
             targets = choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm)
             config["targets_sha256"] = hashlib.sha256(targets.numpy().tobytes()).hexdigest()
         if args.adversarial:
-            config["adversarial_sha256"] = sha256(Path(args.adversarial) / "in_memory.csv")
+            config["adversarial_sha256"] = sha256(in_memory_file(Path(args.adversarial)))
         if (out / "config.json").exists():
             same_results = ["device", "data", "batch_size", "rand", "pictures", "compile"]
             same_results += ["save_adversarial", "adversarial"]
             check_same_config(out / "config.json", config, same_results, "--rand")
+    with distributed.together():
+        distributed.check_same(configuration=config)
     if args.compile:
         model = compile_network(model, to_input(data.images[: args.batch_size], device))
     if args.adversarial:
@@ -215,21 +217,20 @@ def test(args, model, data, device, out):
         return [record_file(i), picture_file(i)] if i < args.pictures else [record_file(i)]
 
     todo = unfinished(out, ["test"], len(data), args.batch_size, files_of)
-    with distributed.together():
-        for _, batch, missing in progress(todo, "testing", unit="batch", leave=False):
-            with torch.inference_mode():
-                points = decode(model(to_input(data.images[batch], device))).cpu()
-            table = record(
-                [data.ids[i] for i in batch], to_px0(points, data, batch).numpy(), data.landmarks_px0[batch].numpy()
-            )
-            for i, found, (_, rows) in zip(batch, points, table.groupby("image", sort=False), strict=True):
-                if i in missing and i < args.pictures:
-                    title = f"{data.ids[i]}, MRE {rows['radial_error_mm'].mean():.2f} mm"
-                    image = to_input(data.images[[i]], "cpu")[0].numpy()
-                    parts = image, data.landmarks[i].numpy(), found.numpy()
-                    write(picture_file(i), lambda path: draw(path, title, *parts))
-                if i in missing:
-                    write_table(record_file(i), rows)
+    for _, batch, missing in progress(todo, "testing", unit="batch", leave=False):
+        with torch.inference_mode():
+            points = decode(model(to_input(data.images[batch], device))).cpu()
+        table = record(
+            [data.ids[i] for i in batch], to_px0(points, data, batch).numpy(), data.landmarks_px0[batch].numpy()
+        )
+        for i, found, (_, rows) in zip(batch, points, table.groupby("image", sort=False), strict=True):
+            if i in missing and i < args.pictures:
+                title = f"{data.ids[i]}, MRE {rows['radial_error_mm'].mean():.2f} mm"
+                image = to_input(data.images[[i]], "cpu")[0].numpy()
+                parts = image, data.landmarks[i].numpy(), found.numpy()
+                write(picture_file(i), lambda path: draw(path, title, *parts))
+            if i in missing:
+                write_table(record_file(i), rows)
     with distributed.together():
         if is_main():
             report_test(out, [record_file(i) for i in range(len(data))])
@@ -272,52 +273,51 @@ def attack(args, model, data, targets_px0, device, out):
     todo = unfinished(out, methods, len(data), args.batch_size, files_of)
     total = sum(steps[method] * len(batch) for method, batch, _ in todo)
     bar = progress(total=total, desc="attacking", unit="step", disable=not todo)
-    with distributed.together():
-        for method, batch, missing in todo:
-            ids = [data.ids[i] for i in batch]
-            names = ", ".join(ids) if len(ids) < 5 else f"{ids[0]} .. {ids[-1]}"
-            bar.set_description(f"{method} on {names}")
-            image = to_input(data.images[batch], device)
-            if args.grey:
-                image = image[:, :1]
-            with torch.no_grad():
-                clean = victim(image)
-            if method == UNTARGETED:
-                aims_px0 = None
-                goal = encode(decode(clean), size)
-            else:
-                aims_px0 = targets_px0[batch].numpy()
-                aims = targets[batch].to(device)
-                goal = goal_maps(clean, aims.nan_to_num(), ~aims.isnan().any(-1))
-            options = {} if method in ONE_STEP else {"steps": args.steps}
+    for method, batch, missing in todo:
+        ids = [data.ids[i] for i in batch]
+        names = ", ".join(ids) if len(ids) < 5 else f"{ids[0]} .. {ids[-1]}"
+        bar.set_description(f"{method} on {names}")
+        image = to_input(data.images[batch], device)
+        if args.grey:
+            image = image[:, :1]
+        with torch.no_grad():
+            clean = victim(image)
+        if method == UNTARGETED:
+            aims_px0 = None
+            goal = encode(decode(clean), size)
+        else:
+            aims_px0 = targets_px0[batch].numpy()
+            aims = targets[batch].to(device)
+            goal = goal_maps(clean, aims.nan_to_num(), ~aims.isnan().any(-1))
+        options = {} if method in ONE_STEP else {"steps": args.steps}
 
-            # landmarks and greatest noise of each recorded iteration stay on the device: nothing in this loop waits
-            found, noise = {}, {}
-            for iteration, adversarial, maps in ATTACKS[method](victim, image, goal, args.epsilon, **options):
-                bar.update(len(batch) if iteration else 0)
-                if iteration in RECORDED or iteration == steps[method]:
-                    found[iteration] = decode(maps)
-                    noise[iteration] = (adversarial - image).abs().amax((1, 2, 3))
+        # landmarks and greatest noise of each recorded iteration stay on the device: nothing in this loop waits
+        found, noise = {}, {}
+        for iteration, adversarial, maps in ATTACKS[method](victim, image, goal, args.epsilon, **options):
+            bar.update(len(batch) if iteration else 0)
+            if iteration in RECORDED or iteration == steps[method]:
+                found[iteration] = decode(maps)
+                noise[iteration] = (adversarial - image).abs().amax((1, 2, 3))
 
-            truth_px0, tables = data.landmarks_px0[batch].numpy(), []
-            for iteration, points in found.items():
-                points_px0, change = to_px0(points.cpu(), data, batch).numpy(), noise[iteration].cpu().numpy() * 127.5
-                tables.append(record_attack(ids, points_px0, truth_px0, aims_px0, method, iteration, change))
-            moved = tables[-1][tables[-1]["role"] != "stationary"]
-            bar.set_postfix({f"{moved['role'].iloc[0]} MRE": f"{moved['radial_error_mm'].mean():.1f} mm"})
-            for b, (i, (_, rows)) in enumerate(zip(batch, pd.concat(tables).groupby("image", sort=False), strict=True)):
-                if i not in missing:
-                    continue
-                if i < args.pictures:
-                    title = f"{ids[b]}, {method}, epsilon {args.epsilon:g}, iteration {iteration}"
-                    clean_image, attacked_image = image[b].expand(3, -1, -1), adversarial[b].expand(3, -1, -1)
-                    parts = [clean_image, data.landmarks[i], found[0][b], attacked_image, found[iteration][b]]
-                    parts += [] if method == UNTARGETED else [targets[i]]
-                    parts = [part.cpu().numpy() for part in parts]
-                    write(picture_file(method, i), lambda path: draw(path, title, *parts))
-                if args.save_adversarial:
-                    save_adversarial(stored, method, data, i, adversarial[b])
-                write_table(record_file(method, i), rows)
+        truth_px0, tables = data.landmarks_px0[batch].numpy(), []
+        for iteration, points in found.items():
+            points_px0, change = to_px0(points.cpu(), data, batch).numpy(), noise[iteration].cpu().numpy() * 127.5
+            tables.append(record_attack(ids, points_px0, truth_px0, aims_px0, method, iteration, change))
+        moved = tables[-1][tables[-1]["role"] != "stationary"]
+        bar.set_postfix({f"{moved['role'].iloc[0]} MRE": f"{moved['radial_error_mm'].mean():.1f} mm"})
+        for b, (i, (_, rows)) in enumerate(zip(batch, pd.concat(tables).groupby("image", sort=False), strict=True)):
+            if i not in missing:
+                continue
+            if i < args.pictures:
+                title = f"{ids[b]}, {method}, epsilon {args.epsilon:g}, iteration {iteration}"
+                clean_image, attacked_image = image[b].expand(3, -1, -1), adversarial[b].expand(3, -1, -1)
+                parts = [clean_image, data.landmarks[i], found[0][b], attacked_image, found[iteration][b]]
+                parts += [] if method == UNTARGETED else [targets[i]]
+                parts = [part.cpu().numpy() for part in parts]
+                write(picture_file(method, i), lambda path: draw(path, title, *parts))
+            if args.save_adversarial:
+                save_adversarial(stored, method, data, i, adversarial[b])
+            write_table(record_file(method, i), rows)
     bar.close()
     with distributed.together():
         if is_main():
@@ -327,7 +327,7 @@ def attack(args, model, data, targets_px0, device, out):
             if is_main():
                 table = read_records([out / "predictions.csv"])
                 last = table["iteration"] == table["method"].map(steps)
-                write_table(stored / "in_memory.csv", table[last])
+                write_table(in_memory_file(stored), table[last])
         report_read_back(out, read_back(stored, model, data, args.batch_size, device))
 
 

@@ -92,8 +92,9 @@ def main():
         resume = folder / "resume.pth"
         from_scratch = not resume.exists()
         torch.manual_seed(args.seed)
-        model = UNet(len(LANDMARKS), args.encoder_weights if from_scratch else "none")
-        if args.init and from_scratch:
+        begins = from_scratch and is_main()  # the other processes get the first one's weights
+        model = UNet(len(LANDMARKS), args.encoder_weights if begins else "none")
+        if args.init and begins:
             load_weights(model, args.init)
 
         data = Cephalograms(args.data, "train", args.size)
@@ -105,10 +106,12 @@ def main():
 
         place(model, device, args.precision)
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=1e-4, fused=True)
-        state = {"epoch": 0, "step": 0, "terms": torch.zeros(3), "rows": []}
+        state = {"epoch": 0, "step": 0, "terms": torch.zeros(3), "seconds": 0.0, "rows": []}
         if not from_scratch:
             state = load_resume(resume, model, optimizer)
     with distributed.together():  # before this, nothing has been written
+        seen = data.sha256, monitor.sha256 if monitor else None
+        distributed.check_same(data=seen, state_to_go_on_from=(state["epoch"], state["step"]))
         if is_main():
             make_folder(folder)
             save_config(folder / "config.json", config, device)
@@ -120,12 +123,21 @@ def main():
         network = compile_network(model, to_input(data.images[: args.batch_size], device))
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    rows, first, step = state["rows"], state["epoch"], state["step"]
+    first, step, seconds, rows = (state[name] for name in ("epoch", "step", "seconds", "rows"))
     terms = state["terms"].to(device) * is_main()  # of the loss, summed over the epoch's images in this process
+
+    def save(epoch, step):
+        """All that the next step depends on. Learning rate and order of images follow from epoch and step."""
+        passed = time.perf_counter() - start if step else 0.0
+        state = {"epoch": epoch, "step": step, "terms": terms.cpu(), "seconds": passed, "rows": rows}
+        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        if is_main():
+            write(resume, lambda path: torch.save(state, path))
+
     done = first * len(data) + step * args.batch_size
     bar = progress(total=args.epochs * len(data), initial=done, desc="training", unit="image")
     for epoch in range(first, args.epochs):
-        start = time.perf_counter()
+        start = time.perf_counter() - seconds
         batches = in_batches(image_order(args.seed, epoch, len(data)), args.batch_size)
         while step < len(batches):
             batch = batches[step]
@@ -136,10 +148,10 @@ def main():
             step += 1
             bar.update(len(batch))
             if distributed.any_of(stop.is_set()):
-                state = {"epoch": epoch, "step": step, "terms": distributed.add(terms).cpu(), "rows": rows}
+                distributed.add(terms)
                 with distributed.together():
-                    check_finite(model, state["terms"].sum(), epoch, folder)
-                    save_resume(resume, state, model, optimizer)
+                    check_finite(model, terms.sum(), epoch, folder)
+                    save(epoch, step)
                 raise Stopped(f"stopped by SIGTERM in epoch {epoch}, step {step}; go on with --resume")
         cross_entropy, l1_x, l1_y = (distributed.add(terms) / len(data)).tolist()
         row = {
@@ -158,15 +170,17 @@ def main():
             check_finite(model, row["loss"], epoch, folder)
             if is_checkpoint and is_main():
                 write(checkpoint_path(folder, epoch), lambda path: torch.save(model.state_dict(), path))
+            if is_checkpoint and monitor:
+                save(epoch, step)  # monitoring may take minutes
         if is_checkpoint and monitor:
             points = predict(freeze(copy.deepcopy(model)), monitor.images, args.batch_size, device)
             metrics = summarize(radial_errors(points, monitor).numpy()).loc["all"]
             row |= {"monitored_split": monitored} | metrics.to_dict()
         rows.append(row)
-        step = 0
+        step, seconds = 0, 0.0
         terms.zero_()
         with distributed.together():
-            save_resume(resume, {"epoch": epoch + 1, "step": 0, "terms": terms.cpu(), "rows": rows}, model, optimizer)
+            save(epoch + 1, step)
             if is_main():
                 save_log(folder, rows, chart=is_checkpoint)
     bar.close()
@@ -212,21 +226,13 @@ def save_log(folder, rows, chart):
             write(folder / "train_log.png", lambda path: plot_training(log, path))
 
 
-def save_resume(path, state, model, optimizer):
-    """All that the next step depends on: ``state`` (epoch, step, the epoch's terms so far, rows of the log), weights,
-    optimizer. The schedule and the order of images follow from epoch and step."""
-    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    if is_main():
-        write(path, lambda path: torch.save(state, path))
-
-
 def load_resume(path, model, optimizer):
     """Put the saved weights and optimizer back; return the rest of the state."""
     try:
         state = load_file(path)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        return {name: state[name] for name in ("epoch", "step", "terms", "rows")}
+        return {name: state[name] for name in ("epoch", "step", "terms", "seconds", "rows")}
     except Exception as error:  # of any type, see load_file
         raise InputError(f"{path}: not a state to go on from ({type(error).__name__}); use another --tag") from None
 

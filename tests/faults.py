@@ -173,7 +173,15 @@ def slurm(root):
     folder, stand_ins = root / "job", root / "bin"
     for path in (folder, stand_ins):
         path.mkdir()
-    (stand_ins / "srun").write_text('#!/bin/sh\nexec "$@"\n')
+    srun = """#!/bin/bash
+        shift 2 # --cpus-per-task N
+        setsid "$@" &
+        echo $! > step
+        trap 'kill -KILL -- -$!' TERM # as the real one does
+        wait $!
+    """
+    (stand_ins / "srun").write_text(srun)
+    (stand_ins / "scancel").write_text('#!/bin/sh\n[ "$*" = "--signal=TERM 42" ] && kill -TERM "$(cat step)"\n')
     (stand_ins / "scontrol").write_text('#!/bin/sh\n[ "$1" = show ] && echo localhost || echo "$@" >> scontrol.log\n')
     (stand_ins / "torchrun").write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n')
     for file in stand_ins.iterdir():

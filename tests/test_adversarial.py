@@ -80,15 +80,31 @@ WRONG = {
     ),
     "a picture is of another size": (
         lambda folder: Image.new("L", (99, 99)).save(folder / "I-FGSM_original" / "152.png"),
-        "152.png: of (99, 99) px (H, W), but the clean image is of (300, 240)",
+        "152.png: of (99, 99) px (H, W), the clean image of (300, 240)",
     ),
+    "a test's record": (
+        lambda folder: shutil.copy(folder.parent / "test.csv", folder / "in_memory.csv"),
+        "not the record of an attack",
+    ),
+    "all iterations": (
+        lambda folder: shutil.copy(folder.parent / "attack.csv", folder / "in_memory.csv"),
+        "not one record of each image",
+    ),
+    "no method": (lambda folder: blank(folder / "in_memory.csv", "method"), "not one record of each image"),
     "a record is damaged": (lambda folder: (folder / "in_memory.csv").write_text("image\n"), "not a readable record"),
 }
+
+
+def blank(file, column):
+    pd.read_csv(file, dtype=str).assign(**{column: ""}).to_csv(file, index=False)
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_folders(case, attacked, official, tmp_path, run):
     spoil, message = WRONG[case]
+    table = pd.read_csv(attacked / "predictions.csv", dtype=str)
+    table.to_csv(tmp_path / "attack.csv", index=False)
+    table.drop(columns=["role", "method", "target_x_px0"]).to_csv(tmp_path / "test.csv", index=False)
     folder = shutil.copytree(attacked / "adversarial", tmp_path / "adversarial")
     spoil(folder)
     arguments = ["--tag", "small", "--data", official, "--rand", f"wrong {case}", "--adversarial", folder]

@@ -86,7 +86,8 @@ def test_wrong_input_is_told_once_and_by_the_first(official, tmp_path):
 
 def test_what_several_processes_cannot_do(monkeypatch, official, tmp_path, run):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
     for wrong, message in [
         (["--batch-size", 3], "--batch-size 3: fewer images than the 4 processes"),
         (["--compile"], "--compile: not with several processes"),
@@ -110,7 +111,8 @@ def test_a_lost_process_is_told_in_a_line_and_a_status_of_its_own(monkeypatch, o
     monkeypatch.setattr(torch.optim.Adam, "step", lose)
     handler = signal.getsignal(signal.SIGTERM)
     status, _, err = run(*TRAIN, "--tag", "lost", "--data", official)
-    assert status == 75 and err.splitlines()[-1].startswith(
-        "train.py: process 0: another process of this run has ended"
+    last = err.splitlines()[-1]
+    assert (
+        status == 75 and last.startswith("train.py: process 0: lost another process of this run") and "pair.cc" in last
     )
     assert signal.getsignal(signal.SIGTERM) == handler

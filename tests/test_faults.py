@@ -88,7 +88,7 @@ def test_sigterm_ends_an_attack_in_a_line(trained, official, monkeypatch, run):
             "terminated",
         ]
         status, _, err = run(*arguments)
-    assert status == 143 and err.splitlines()[-1] == "test.py: stopped by SIGTERM; the same command goes on"
+    assert status == 143 and err.splitlines()[-1] == "test.py: stopped by SIGTERM; what was finished is kept"
     assert run(*arguments)[0] == 0
     assert not list(trained.rglob("*.part*"))
 
