@@ -1,6 +1,7 @@
 """How the commands talk to their user: arguments, progress, and wrong input as one line with exit status 2."""
 
 import argparse
+import gc
 import math
 import os
 import re
@@ -94,8 +95,9 @@ def run(main):
         except BaseException as error:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, if others have ended for the same reason
             status, message = explain(error)
+        gc.collect()  # with the error its progress bars go, each of which ends its line
         if message:
-            print(f"{name}: {message}", file=sys.stderr)  # only here, where the error's progress bars are gone
+            print(f"{name}: {message}", file=sys.stderr)
         sys.exit(status)
     finally:
         signal.signal(signal.SIGTERM, before)

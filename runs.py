@@ -31,10 +31,23 @@ def write(path, save):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # on the disk, before its name is
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
+    except (OSError, RuntimeError) as error:
         raise InputError(f"{path}: can't be written ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path, content):
+    """``torch.save``, see ``write``."""
+
+    def save(temporary):
+        with open(temporary, "wb") as file:
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # it hides its cause, that the disk is full, say
+                raise error.__context__ or error from None
+
+    write(path, save)
 
 
 def write_text(path, text):

@@ -27,7 +27,7 @@ from command import InputError, Stopped, is_main, positive_float, positive_int, 
 from dataset import LANDMARKS, Cephalograms, available_splits, in_batches, to_input
 from eval import plot_training, predict, radial_errors, summarize
 from model import LAMBDA, MIN_SIZE, UNet, compile_network, encode, freeze, load_file, load_weights, loss_terms, place
-from runs import RUNS, check_same_config, checkpoint_path, make_folder, save_config, write
+from runs import RUNS, check_same_config, checkpoint_path, make_folder, save_config, write, write_tensors
 
 WARMUP = 0.05  # share of a cosine schedule in which the learning rate rises
 
@@ -132,7 +132,7 @@ def main():
         state = {"epoch": epoch, "step": step, "terms": terms.cpu(), "seconds": passed, "rows": rows}
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         if is_main():
-            write(resume, lambda path: torch.save(state, path))
+            write_tensors(resume, state)
 
     done = first * len(data) + step * args.batch_size
     bar = progress(total=args.epochs * len(data), initial=done, desc="training", unit="image")
@@ -169,7 +169,7 @@ def main():
         with distributed.together():
             check_finite(model, row["loss"], epoch, folder)
             if is_checkpoint and is_main():
-                write(checkpoint_path(folder, epoch), lambda path: torch.save(model.state_dict(), path))
+                write_tensors(checkpoint_path(folder, epoch), model.state_dict())
             if is_checkpoint and monitor:
                 save(epoch, step)  # monitoring may take minutes
         if is_checkpoint and monitor:
