@@ -23,6 +23,8 @@ stopped=
 # scancel signals the job's steps; srun itself must not get SIGTERM, it would kill them
 trap 'stopped=yes; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 
+# without this, processes that are started again look for the dead ones (PyTorch issue 135712)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 srun --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" --max-restarts 3 \
     --rdzv-backend c10d --rdzv-endpoint "$first:29500" --rdzv-id "$SLURM_JOB_ID" train.py --resume "$@" &

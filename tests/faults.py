@@ -156,7 +156,7 @@ def workers(root):
     status, err = finish(start(TRAIN, root / "two", launcher))
     assert status == 0, err
     folder = root / "two_killed"
-    process = start(TRAIN, folder, launcher)
+    process = start(TRAIN, folder, launcher, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")  # as slurm.sh has it
     while not (folder / "runs" / "small" / "resume.pth").exists():
         time.sleep(0.1)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
