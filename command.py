@@ -97,7 +97,9 @@ def run(main):
             status, message = explain(error)
         gc.collect()  # with the error its progress bars go, each of which ends its line
         if message:
-            print(f"{name}: {message}", file=sys.stderr)
+            print(f"{name}: {message}", file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            os._exit(status)  # the threads that talked to the others may hang or abort at a usual exit
         sys.exit(status)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -107,6 +109,8 @@ def explain(error):
     """Exit status and line for an error that is not a fault of the program; raises any other again."""
     if isinstance(error, (InputError, OSError)):  # an OSError names its file: a full disk, a folder that can't be read
         return 2, f"error: {' '.join(str(error).split())}"
+    if isinstance(error, SystemExit):  # it has said what there is to say
+        return error.code or 0, None
     if isinstance(error, Stopped):
         return STOPPED, str(error) if is_main() else None
     if isinstance(error, KeyboardInterrupt):

@@ -92,7 +92,7 @@ def kills(root, times):
     for n in range(times):
         folder = root / f"training_{n}"
         moment = kill(start(TRAIN, folder), random.uniform(0.1, 1) * seconds)
-        left = [str(file) for file in folder.rglob("*.pth") if torch.load(file, weights_only=True)]  # all readable
+        left = [str(file) for file in folder.rglob("[!.]*.pth") if torch.load(file, weights_only=True)]  # all readable
         status, err = finish(start(TRAIN, folder))
         assert status == 0, err
         assert_same(contents(folder / "runs"), trained)

@@ -84,6 +84,47 @@ def test_wrong_input_is_told_once_and_by_the_first(official, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+TOGETHER = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+import command, distributed
+from command import InputError, rank
+
+def main():
+    distributed.start()
+    assert distributed.agree(10 + rank()) == 10
+    assert distributed.any_of(rank() == 1) and not distributed.any_of(False)
+    assert distributed.add(torch.tensor([1.0, rank()])).tolist() == [2, 1]
+    assert distributed.share([0, 1, 2, 3, 4]) == [[0, 2, 4], [1, 3]][rank()]
+    with distributed.together():
+        distributed.check_same(number=1)
+    with distributed.together():
+        {fault}
+    print("never here")
+
+command.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "fault, line",
+    [
+        ("if rank() == 1: raise InputError('only the second finds out')", "error: only the second finds out"),
+        (
+            "distributed.check_same(number=rank())",
+            "error: process 1 of 2 finds another number than the first, 1 instead",
+        ),
+    ],
+)
+def test_what_goes_wrong_in_one_process_ends_all_with_its_line(fault, line, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(TOGETHER.format(root=str(ROOT), fault=fault))
+    status, out, err = torchrun(2, script, folder=tmp_path)
+    assert status != 0 and "never here" not in out and "Assertion" not in err
+    assert err.startswith(f"script.py: {line}") and err.count("script.py: ") == 1
+
+
 def test_what_several_processes_cannot_do(monkeypatch, official, tmp_path, run):
     monkeypatch.chdir(tmp_path)
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
