@@ -57,6 +57,18 @@ def in_memory_file(folder):
     return folder / "in_memory.csv"
 
 
+def find_in_memory(folder):
+    """``in_memory_file`` of a folder that should have one.
+
+    Raises:
+        InputError: it has none.
+    """
+    file = in_memory_file(folder)
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; --adversarial names the folder adversarial/ of a --save-adversarial")
+    return file
+
+
 def read_back(folder, model, data, batch_size, device):
     """What a detector finds on stored images.
 
@@ -73,7 +85,7 @@ def read_back(folder, model, data, batch_size, device):
         InputError: a file is missing, damaged, or of another image.
     """
     with distributed.together():
-        attacks = read_in_memory(in_memory_file(folder), data)
+        attacks = read_in_memory(find_in_memory(folder), data)
     tables = []
     for method, rows, chosen, targets in attacks:
         tables.append(rows.assign(stored="in memory"))
@@ -98,10 +110,8 @@ def read_in_memory(file, data):
         list of (method, record, indices of its images in ``data``, targets (N, K, 2) px0 or None if untargeted).
 
     Raises:
-        InputError: missing, damaged, or of other images.
+        InputError: damaged, or of other images.
     """
-    if not file.is_file():
-        raise InputError(f"{file}: no such file; --adversarial names the folder adversarial/ of --save-adversarial")
     table, attacks = read_records([file]), []
     if not {"method", "role", "target_x_px0", "target_y_px0"} <= set(table):
         raise InputError(f"{file}: not the record of an attack; make it again by --save-adversarial")

@@ -227,9 +227,8 @@ def load_tensors(path):
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:
-        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
         raise InputError(
-            f"{path}: not a readable file of weights: truncated, or more than weights ({reason})"
+            f"{path}: not a readable file of weights: damaged, or more than weights ({type(error).__name__})"
         ) from None
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided

@@ -1,5 +1,6 @@
 """The files of a run, runs/<tag>/: configuration and checkpoints, each written whole or not at all."""
 
+import contextlib
 import json
 import os
 import platform
@@ -34,7 +35,8 @@ def write(path, save):
     except (OSError, RuntimeError) as error:
         raise InputError(f"{path}: can't be written ({error})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_tensors(path, content):

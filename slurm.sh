@@ -1,5 +1,6 @@
 #!/bin/bash
-# Train on two machines of four GPUs each, however often the scheduler ends the job:
+# Train on two machines of four GPUs each, however often the scheduler ends the job. In the folder of this file, with
+# the environment that has PyTorch activated:
 #
 #     sbatch slurm.sh --tag baseline --data DATA
 #
@@ -16,22 +17,25 @@
 #SBATCH --signal=B:TERM@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=%x.log
+#SBATCH --output=%x_%j.log
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 stopped=
 # scancel signals the job's steps; srun itself must not get SIGTERM, it would kill them
 trap 'stopped=yes; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 
 # without this, processes that are started again look for the dead ones (PyTorch issue 135712)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" --max-restarts 3 \
     --rdzv-backend c10d --rdzv-endpoint "$first:29500" --rdzv-id "$SLURM_JOB_ID" train.py --resume "$@" &
 step=$!
-while kill -0 "$step" 2>/dev/null; do # the signal breaks off a wait
-    wait "$step"
+while :; do
+    wait "$step" # which the signal breaks off
     status=$?
+    kill -0 "$step" 2>/dev/null || break
 done
-[ -z "$stopped" ] || scontrol requeue "$SLURM_JOB_ID"
+if [ "$stopped" ] && [ "$status" -ne 0 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
 exit "$status"

@@ -20,7 +20,7 @@ import torch
 
 import command
 import distributed
-from adversarial import SIZES, in_memory_file, read_back, save_adversarial, stored_file
+from adversarial import SIZES, find_in_memory, in_memory_file, read_back, save_adversarial, stored_file
 from attack import ATTACKS, ONE_STEP, UNTARGETED, choose_targets, goal_maps, grey_model
 from command import InputError, is_main, natural_int, positive_float, positive_int, progress
 from dataset import LANDMARKS, SPLITS, Cephalograms, in_batches, rescale, to_input
@@ -105,8 +105,9 @@ def parse_arguments():
         parser.error(f"--shift-count: there are {len(LANDMARKS)} landmarks")
     if args.attack and args.adversarial:
         parser.error("--adversarial: reads attacked images; leave --attack out")
-    if args.save_adversarial and not args.attack:
-        parser.error("--save-adversarial: needs an --attack")
+    for name in ("grey", "save_adversarial"):
+        if getattr(args, name) and not args.attack:
+            parser.error(f"--{name.replace('_', '-')}: needs an --attack")
     return args
 
 
@@ -131,7 +132,7 @@ def main():
             targets = choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm)
             config["targets_sha256"] = hashlib.sha256(targets.numpy().tobytes()).hexdigest()
         if args.adversarial:
-            config["adversarial_sha256"] = sha256(in_memory_file(Path(args.adversarial)))
+            config["adversarial_sha256"] = sha256(find_in_memory(Path(args.adversarial)))
         if (out / "config.json").exists():
             same_results = ["device", "data", "batch_size", "rand", "pictures", "compile"]
             same_results += ["save_adversarial", "adversarial"]

@@ -91,6 +91,7 @@ def main():
             raise InputError(f"{folder}: this --tag has been used; add --resume to go on, or choose another")
         resume = folder / "resume.pth"
         from_scratch = not resume.exists()
+        monitored = next((split for split in available_splits(args.data) if split != "train"), None)
         torch.manual_seed(args.seed)
         begins = from_scratch and is_main()  # the other processes get the first one's weights
         model = UNet(len(LANDMARKS), args.encoder_weights if begins else "none")
@@ -98,7 +99,6 @@ def main():
             load_weights(model, args.init)
 
         data = Cephalograms(args.data, "train", args.size)
-        monitored = next((split for split in available_splits(args.data) if split != "train"), None)
         monitor = Cephalograms(args.data, monitored, args.size) if monitored else None
         config = {name: value for name, value in vars(args).items() if name != "resume"} | {"data_sha256": data.sha256}
         if (folder / "config.json").exists():
@@ -183,6 +183,8 @@ def main():
             save(epoch + 1, step)
             if is_main():
                 save_log(folder, rows, chart=is_checkpoint)
+        if epoch + 1 < args.epochs and distributed.any_of(stop.is_set()):
+            raise Stopped(f"stopped by SIGTERM after epoch {epoch}; go on with --resume")
     bar.close()
     if is_main():
         print(f"written to {folder}/")
@@ -234,7 +236,9 @@ def load_resume(path, model, optimizer):
         optimizer.load_state_dict(state["optimizer"])
         return {name: state[name] for name in ("epoch", "step", "terms", "seconds", "rows")}
     except Exception as error:  # of any type, see load_file
-        raise InputError(f"{path}: not a state to go on from ({type(error).__name__}); use another --tag") from None
+        raise InputError(
+            f"{path}: not a state to go on from, or damaged ({type(error).__name__}); use another --tag"
+        ) from None
 
 
 if __name__ == "__main__":
