@@ -117,7 +117,7 @@ def test_the_report_shows_both_tables(tmp_path, monkeypatch, capsys):
     targets = np.full((1, K, 2), np.nan)
     targets[0, 0] = 500, 580  # 8 mm away
     tables = [
-        record_attack(["151"], truth + (0, 10 * iteration / demo.STEPS), truth, targets, method, iteration)
+        record_attack(["151"], truth + (0, 10 * iteration / demo.STEPS), truth, targets, method, iteration, [8.0])
         for method in ("I-FGSM", "ATI-FGSM")
         for iteration in (0, 1, demo.STEPS)
     ]
