@@ -225,13 +225,14 @@ def test(args, model, data, device, out):
             [data.ids[i] for i in batch], to_px0(points, data, batch).numpy(), data.landmarks_px0[batch].numpy()
         )
         for i, found, (_, rows) in zip(batch, points, table.groupby("image", sort=False), strict=True):
-            if i in missing and i < args.pictures:
+            if i not in missing:
+                continue
+            if i < args.pictures:
                 title = f"{data.ids[i]}, MRE {rows['radial_error_mm'].mean():.2f} mm"
                 image = to_input(data.images[[i]], "cpu")[0].numpy()
                 parts = image, data.landmarks[i].numpy(), found.numpy()
                 write(picture_file(i), lambda path: draw(path, title, *parts))
-            if i in missing:
-                write_table(record_file(i), rows)
+            write_table(record_file(i), rows)
     with distributed.together():
         if is_main():
             report_test(out, [record_file(i) for i in range(len(data))])
@@ -322,18 +323,16 @@ def attack(args, model, data, targets_px0, device, out):
     bar.close()
     with distributed.together():
         if is_main():
-            report_attack(out, [record_file(method, i) for method in methods for i in range(len(data))])
-    if args.save_adversarial:
-        with distributed.together():
-            if is_main():
-                table = read_records([out / "predictions.csv"])
+            table = report_attack(out, [record_file(method, i) for method in methods for i in range(len(data))])
+            if args.save_adversarial:
                 last = table["iteration"] == table["method"].map(steps)
                 write_table(in_memory_file(stored), table[last])
+    if args.save_adversarial:
         report_read_back(out, read_back(stored, model, data, args.batch_size, device))
 
 
 def report_attack(out, files):
-    """Gather the records of an attack: predictions.csv, summary.csv, charts."""
+    """Gather the records of an attack: predictions.csv, summary.csv, charts. Returns the predictions."""
     table = read_records(files)
     write_table(out / "predictions.csv", table)
     summary = summarize_attack(table)
@@ -345,6 +344,7 @@ def report_attack(out, files):
     ]:
         write(out / f"{name}.png", lambda path: plot_attack(summary, column, label, path))
     print(summary.to_string(index=False, float_format="%.2f"))
+    return table
 
 
 def report_read_back(out, table):

@@ -1,7 +1,6 @@
 """The commands on drawn data: from training to the comparison of attacks, and every kind of wrong input."""
 
 import json
-import os
 import pickle
 import shutil
 import signal
@@ -13,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TRAIN, K, assert_refused, write_kaggle
+from conftest import ROOT, TRAIN, Code, K, assert_refused, write_kaggle
 from PIL import Image
 
 import eval
@@ -439,16 +438,6 @@ def test_a_runs_folder_that_cannot_be_made(official, tmp_path, monkeypatch, run)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").write_text("a file")
     assert_refused(run(*TRAIN, "--data", official), "can't be used as output folder")
-
-
-class Code:
-    """What a malicious pickle does: call something as it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def write_checkpoint(kind, path, trap):

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TRAIN, K, assert_refused, damage, write_kaggle
+from conftest import TRAIN, Code, K, assert_refused, damage, write_kaggle
 from PIL import Image
 
 import eval
@@ -282,14 +282,6 @@ def test_damaged_phantoms(seed, tmp_path, run):
 
 
 # --- files that carry code
-
-
-class Code:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
