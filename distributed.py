@@ -61,6 +61,11 @@ def any_of(flag):
     return add(torch.tensor(int(flag))).item() > 0
 
 
+def wait():
+    """Go on when all processes have come here: what they wrote before can be read."""
+    any_of(False)
+
+
 @contextlib.contextmanager
 def together():
     """All processes get through this block, or all end, the first with the first one's error.

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models import VGG19_Weights
+from torchvision.models import VGG19_BN_Weights, VGG19_Weights
 from torchvision.models.vgg import cfgs, make_layers
 
 from command import InputError
@@ -70,17 +70,18 @@ class UNet(nn.Module):
         num_landmarks: K.
         encoder_weights: "none" (He initialisation), "imagenet" (torchvision's, from its cache or the network)
             or the path of a torchvision VGG19 state dict.
+        encoder_batch_norm: batch norm after each convolution of the encoder, which the paper's has not.
 
     Raises:
         InputError: the encoder's weights can't be had.
     """
 
-    def __init__(self, num_landmarks=19, encoder_weights="none"):
+    def __init__(self, num_landmarks=19, encoder_weights="none", encoder_batch_norm=False):
         super().__init__()
         self.num_landmarks = num_landmarks
         self.bf16 = False  # forward under autocast; set by ``place``
         # torchvision.models.vgg19().features, without making its 123.6 M classifier weights first
-        _, *layers = make_layers(cfgs["E"])
+        _, *layers = make_layers(cfgs["E"], encoder_batch_norm)
         self.encoder = Sequential(ImageConv2d(3, 64, 3, padding=1), *layers)
         self.up1 = Up(512 + 512, 256)
         self.up2 = Up(256 + 256, 128)
@@ -96,7 +97,7 @@ class UNet(nn.Module):
                     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
                     nn.init.zeros_(layer.bias)
         else:
-            load_encoder(self.encoder, encoder_weights)
+            load_encoder(self.encoder, encoder_weights, VGG19_BN_Weights if encoder_batch_norm else VGG19_Weights)
 
     def forward(self, image):
         """Predict the maps of an image.
@@ -145,9 +146,10 @@ def freeze(model):
         the model itself, no longer fit for training or for ``load_weights``.
     """
     model.eval().requires_grad_(False)
-    for up in (model.up1, model.up2, model.up3, model.up4, model.up5):
-        conv1, norm1, relu1, conv2, norm2, relu2 = up.conv
-        up.conv = nn.Sequential(fuse_conv_bn_eval(conv1, norm1), relu1, fuse_conv_bn_eval(conv2, norm2), relu2)
+    for sequence in (model.encoder, *(up.conv for up in (model.up1, model.up2, model.up3, model.up4, model.up5))):
+        for i, module in enumerate(sequence):
+            if isinstance(module, nn.BatchNorm2d):
+                sequence[i - 1], sequence[i] = fuse_conv_bn_eval(sequence[i - 1], module), nn.Identity()
     if model.bf16:
         for module in model.modules():
             if isinstance(module, nn.Conv2d) and not isinstance(module, ImageConv2d):
@@ -186,12 +188,12 @@ def compile_network(model, image):
     return compiled
 
 
-def load_encoder(encoder, source):
-    """Load VGG19 weights ("imagenet", or a path to a torchvision state dict) into the encoder."""
+def load_encoder(encoder, source, imagenet):
+    """Load VGG19 weights ("imagenet": those of torchvision, or a path to a state dict of its) into the encoder."""
     if source == "imagenet":
         try:
             with contextlib.redirect_stderr(sys.stdout):  # the progress of the download
-                state = VGG19_Weights.IMAGENET1K_V1.get_state_dict(
+                state = imagenet.IMAGENET1K_V1.get_state_dict(
                     check_hash=True, map_location="cpu", weights_only=True
                 )
         except Exception as error:  # from the network, or a dozen types from a damaged file in the cache
@@ -206,7 +208,8 @@ def load_encoder(encoder, source):
     state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     wanted = {key: value.shape for key, value in encoder.state_dict().items()}
     if wanted != {key: value.shape for key, value in state.items()}:
-        raise InputError(f"--encoder-weights {source}: not the state dict of torchvision's vgg19")
+        name = imagenet.__name__.removesuffix("_Weights").lower()
+        raise InputError(f"--encoder-weights {source}: not the state dict of torchvision's {name}")
     encoder.load_state_dict(state)
 
 

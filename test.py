@@ -118,8 +118,8 @@ def main():
         device = command.find_device(args.device)
         run = run_folder(args.tag)
         epoch, checkpoint = find_checkpoint(run, args.iteration)
-        size = read_size(run / "config.json")
-        model = UNet(len(LANDMARKS))
+        size, encoder_batch_norm = read_detector(run / "config.json")
+        model = UNet(len(LANDMARKS), encoder_batch_norm=encoder_batch_norm)
         load_weights(model, checkpoint)
         freeze(place(model, device, args.precision))
         data = Cephalograms(args.data, args.split, size, args.limit)
@@ -171,12 +171,15 @@ def find_checkpoint(run, epoch):
     return epoch, path
 
 
-def read_size(path):
-    """The (H, W) in px that a run was trained at."""
-    size = read_config(path).get("size")
+def read_detector(path):
+    """The (H, W) in px that a run was trained at, and whether its encoder has batch norm."""
+    config = read_config(path)
+    size, encoder_batch_norm = config.get("size"), config.get("encoder_batch_norm", False)
     if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n >= MIN_SIZE for n in size)):
         raise InputError(f'{path}: not the configuration of a run: "size" should be two numbers of px')
-    return tuple(size)
+    if not isinstance(encoder_batch_norm, bool):
+        raise InputError(f'{path}: not the configuration of a run: "encoder_batch_norm" should be true or false')
+    return tuple(size), encoder_batch_norm
 
 
 def sha256(path):
@@ -233,6 +236,7 @@ def test(args, model, data, device, out):
                 parts = image, data.landmarks[i].numpy(), found.numpy()
                 write(picture_file(i), lambda path: draw(path, title, *parts))
             write_table(record_file(i), rows)
+    distributed.wait()
     with distributed.together():
         if is_main():
             report_test(out, [record_file(i) for i in range(len(data))])
@@ -321,6 +325,7 @@ def attack(args, model, data, targets_px0, device, out):
                 save_adversarial(stored, method, data, i, adversarial[b])
             write_table(record_file(method, i), rows)
     bar.close()
+    distributed.wait()
     with distributed.together():
         if is_main():
             table = report_attack(out, [record_file(method, i) for method in methods for i in range(len(data))])

@@ -48,6 +48,7 @@ def parse_arguments():
     parser.add_argument(
         "--encoder-weights", default="imagenet", metavar="SOURCE", help="imagenet, none, or a VGG19 state dict's path"
     )
+    parser.add_argument("--encoder-batch-norm", action="store_true", help="batch norm in the encoder too: VGG19-BN")
     parser.add_argument("--init", metavar="FILE", help="start from this checkpoint, of any input size, instead")
     parser.add_argument(
         "--checkpoint-every", type=positive_int, default=5, metavar="EPOCHS", help="write weights so often"
@@ -94,7 +95,7 @@ def main():
         monitored = next((split for split in available_splits(args.data) if split != "train"), None)
         torch.manual_seed(args.seed)
         begins = from_scratch and is_main()  # the other processes get the first one's weights
-        model = UNet(len(LANDMARKS), args.encoder_weights if begins else "none")
+        model = UNet(len(LANDMARKS), args.encoder_weights if begins else "none", args.encoder_batch_norm)
         if args.init and begins:
             load_weights(model, args.init)
 

@@ -85,7 +85,8 @@ def test_wrong_input_is_told_once_and_by_the_first(official, tmp_path):
 
 
 TOGETHER = """
-import sys
+import sys, time
+from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch
 import command, distributed
@@ -97,6 +98,11 @@ def main():
     assert distributed.any_of(rank() == 1) and not distributed.any_of(False)
     assert distributed.add(torch.tensor([1.0, rank()])).tolist() == [2, 1]
     assert distributed.share([0, 1, 2, 3, 4]) == [[0, 2, 4], [1, 3]][rank()]
+    if rank() == 1:
+        time.sleep(1)
+        Path("written by 1").touch()
+    distributed.wait()
+    assert Path("written by 1").exists()
     with distributed.together():
         distributed.check_same(number=1)
     with distributed.together():
