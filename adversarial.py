@@ -69,7 +69,7 @@ def find_in_memory(folder):
     return file
 
 
-def read_back(folder, model, data, batch_size, device):
+def read_back(folder, model, data, batch_size, device, subpixel=False):
     """What a detector finds on stored images.
 
     Args:
@@ -97,7 +97,7 @@ def read_back(folder, model, data, batch_size, device):
                 images, _ = read_images(files, data.images.shape[-2:], "RGB", f"loading {method}, {size}")
                 with ThreadPoolExecutor(cores()) as pool:
                     changes = list(pool.map(largest_change, clean[size], files))
-            points = to_px0(predict(model, images, batch_size, device), data, chosen).numpy()
+            points = to_px0(predict(model, images, batch_size, device, subpixel), data, chosen).numpy()
             table = record_attack(ids, points, truth, targets, method, rows["iteration"].iloc[0], changes)
             tables.append(table.assign(stored=f"8-bit {size}"))
     return pd.concat(tables)

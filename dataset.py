@@ -63,6 +63,7 @@ class Cephalograms:
         split: "train", "test1", "test2", or "test": what there is of test1 and test2.
         size: (H, W) px of the network input.
         limit: only the first so many images, by id.
+        ids: only these images, in this order.
 
     Attributes:
         ids: N file names without suffix.
@@ -77,8 +78,15 @@ class Cephalograms:
         InputError: data missing, incomplete or damaged; the message names the file.
     """
 
-    def __init__(self, root, split, size, limit=None):
-        entries = index(root, split)[:limit]
+    def __init__(self, root, split, size, limit=None, ids=None):
+        entries = index(root, split)
+        if ids is not None:
+            by_id = {entry.id: entry for entry in entries}
+            if unknown := [id for id in ids if id not in by_id]:
+                have = f"which has {entries[0].id} .. {entries[-1].id}"
+                raise InputError(f"{root}: no image {unknown[0]} in {split}, {have}")
+            entries = [by_id[id] for id in dict.fromkeys(ids)]
+        entries = entries[:limit]
         self.ids = [entry.id for entry in entries]
         self.files = [entry.image for entry in entries]
         self.images, sizes = read_images(self.files, size, "L", f"loading {split}")
@@ -309,7 +317,15 @@ def read_image(path, size, mode="L"):
 
 
 def read_landmarks(entry, size0):
-    """Landmarks (K, 2) float64 px0 of an entry: the mean over its doctors, each checked against the image's size."""
+    """Landmarks (K, 2) float64 px0 of an entry: the mean over its doctors."""
+    return read_doctors(entry, size0).mean(0)
+
+
+def read_doctors(entry, size0):
+    """Landmarks (D, K, 2) float64 px0 of an entry as each of D doctors marked them, checked against the image's size.
+
+    ``size0`` is (H0, W0).
+    """
     doctors = []
     for source in entry.annotations:
         if isinstance(source, tuple):
@@ -322,7 +338,7 @@ def read_landmarks(entry, size0):
             if len(lines) < len(LANDMARKS):
                 raise InputError(f"{source}: {len(lines)} lines, one for each of {len(LANDMARKS)} landmarks needed")
         doctors.append([parse_point(*pair, size0) for pair in zip(lines, where, strict=False)])
-    return np.mean(np.array(doctors), axis=0)
+    return np.array(doctors)
 
 
 def read_lines(path):

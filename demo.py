@@ -16,7 +16,6 @@ from collections import namedtuple
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 import command
 from command import InputError, Stopped
@@ -30,10 +29,7 @@ Stage = namedtuple("Stage", "name output sources command")
 
 def stages():
     """What the demo does; ``sources`` are the files of code that decide a result beside those of the stages before."""
-    # float32 where a processor would only imitate bfloat16, which is slower
-    processor = getattr(torch.cpu, "get_capabilities", dict)()
-    fast_bf16 = torch.cuda.is_available() or processor.get("avx512_bf16", False)
-    run = f"--data {PHANTOMS} --precision {'bf16' if fast_bf16 else 'fp32'}"
+    run = f"--data {PHANTOMS} --precision {command.fast_precision()}"
     train = "train.py model.py container.py dataset.py distributed.py"
     return [
         Stage(

@@ -18,8 +18,8 @@ from command import InputError, is_main, rank, world_size
 
 
 def start():
-    """Meet the other processes."""
-    if world_size() > 1:
+    """Meet the other processes, unless that is done."""
+    if world_size() > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # the first to be ready may wait for hours; when one dies, torchrun ends all
         dist.init_process_group(backend, timeout=timedelta(days=1))

@@ -22,11 +22,12 @@ ROLES = ("targeted", "stationary", "untargeted")  # of a landmark in an attack
 
 
 @torch.inference_mode()
-def predict(model, images, batch_size, device):
+def predict(model, images, batch_size, device, subpixel=False):
     """Landmarks that a network (see ``model.freeze``) finds on images, the batches shared out among all processes.
 
     Args:
         images: (N, H, W) or (N, H, W, 3) uint8.
+        subpixel: see ``model.decode``.
 
     Returns:
         (N, K, 2) float32 px, on the CPU, in every process.
@@ -35,7 +36,7 @@ def predict(model, images, batch_size, device):
     batches = distributed.share(in_batches(range(len(images)), batch_size))
     for batch in progress(batches, desc="testing", unit="batch", leave=False):
         rows = slice(batch.start, batch.stop)
-        points[rows] = decode(model(to_input(images[rows], device)))
+        points[rows] = decode(model(to_input(images[rows], device)), subpixel)
     return distributed.add(points.cpu())
 
 
@@ -97,13 +98,20 @@ def plot_training(log, path):
 
 
 def plot_attack(summary, column, label, path):
-    """A column of the summary of an attack against iterations: targeted and stationary, methods side by side."""
+    """A column of the summary of an attack against iterations: targeted and stationary, methods side by side.
+
+    With the 95 % intervals of ``summarize_with_confidence`` as bands, where the summary has them.
+    """
     figure = Figure(figsize=(10, 4), layout="constrained")
     roles = list(dict.fromkeys(summary["role"]))
     for axes, role in zip(figure.subplots(1, len(roles), squeeze=False)[0], roles, strict=True):
         for method, lines in summary[summary["role"] == role].groupby("method", sort=False):
-            axes.plot(lines["iteration"], lines[column], "o-", markersize=3, label=method)
-        top = 1.05 * max(summary[column].max(), 1e-3)  # one scale for all roles
+            (line,) = axes.plot(lines["iteration"], lines[column], "o-", markersize=3, label=method)
+            if f"{column}_low" in lines:
+                ends = lines[f"{column}_low"], lines[f"{column}_high"]
+                axes.fill_between(lines["iteration"], *ends, color=line.get_color(), alpha=0.15, linewidth=0)
+        # one scale for all roles
+        top = 1.05 * max(summary[[name for name in (column, f"{column}_high") if name in summary]].max(axis=None), 1e-3)
         axes.set(title=f"{role} landmarks", xlabel="iteration", ylabel=label, ylim=(0, top))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
@@ -201,6 +209,40 @@ def summarize_attack(records, by="iteration"):
     table["within_4mm_%"] = groups["radial_error_mm"].agg(lambda errors: 100 * (errors <= 4).mean())
     table["largest_change"] = groups["largest_change"].max()
     return table.reset_index()
+
+
+def summarize_with_confidence(records, by="iteration", draws=1000, seed=0):
+    """``summarize_attack`` with 95 % confidence intervals: columns <measure>_low and <measure>_high.
+
+    Bootstrap over images, percentiles: landmarks of one image are not independent. The same draws serve all rows.
+    """
+    table = summarize_attack(records, by).set_index(["role", "method", by])
+    errors = records.pivot(index=["role", "method", by, "image"], columns="landmark", values="radial_error_mm")
+    images = errors.index.unique("image")
+    chosen = draw_images(len(images), draws, seed)
+    intervals = {}
+    for key, rows in errors.groupby(level=["role", "method", by], sort=False):
+        rows = rows.droplevel(["role", "method", by]).reindex(images).to_numpy()
+        resampled = rows[chosen].reshape(draws, -1)  # nan where a landmark has another role
+        resampled = resampled[~np.isnan(resampled).all(1)]
+        measures = {
+            "mre_mm": np.nanmean(resampled, axis=1),
+            "median_mm": np.nanmedian(resampled, axis=1),
+            "within_4mm_%": 100 * (resampled <= 4).sum(1) / (~np.isnan(resampled)).sum(1),
+        }
+        intervals[key] = {
+            f"{name}_{end}": np.percentile(values, percent)
+            for name, values in measures.items()
+            for end, percent in (("low", 2.5), ("high", 97.5))
+        }
+    intervals = pd.DataFrame.from_dict(intervals, orient="index")
+    intervals.index.names = table.index.names
+    return table.join(intervals).reset_index()
+
+
+def draw_images(count, draws, seed):
+    """Indices (draws, count) of images for a bootstrap."""
+    return np.random.default_rng(seed).integers(count, size=(draws, count))
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

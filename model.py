@@ -23,6 +23,7 @@ from container import Sequential
 
 MIN_SIZE = 32  # px: five poolings leave one pixel
 LAMBDA = 2.0  # weight of the heatmap's cross-entropy against the offsets' L1
+SUBPIXEL = 0.2  # share of the radius around the pixel with most votes in which votes are averaged
 
 
 # --- network ---------------------------------------------------------------------------------------------------------
@@ -193,9 +194,7 @@ def load_encoder(encoder, source, imagenet):
     if source == "imagenet":
         try:
             with contextlib.redirect_stderr(sys.stdout):  # the progress of the download
-                state = imagenet.IMAGENET1K_V1.get_state_dict(
-                    check_hash=True, map_location="cpu", weights_only=True
-                )
+                state = imagenet.IMAGENET1K_V1.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
         except Exception as error:  # from the network, or a dozen types from a damaged file in the cache
             raise InputError(
                 f"--encoder-weights imagenet: neither downloaded nor found whole in {torch.hub.get_dir()} "
@@ -320,7 +319,7 @@ def share(mask):
     return mask / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
-def decode(maps):
+def decode(maps, subpixel=False):
     """Landmarks from maps by voting.
 
     Of each heatmap the int(3.14 R^2) highest pixels vote, each for the pixel q + R * offset(q), rounded; votes outside
@@ -329,17 +328,19 @@ def decode(maps):
 
     Args:
         maps: (B, 3, K, H, W), heatmap (logits or not: only the order counts) and offsets.
+        subpixel: the mean of the votes, not rounded, around that pixel instead. Not in the paper; where a pixel is more
+            than a millimetre, it is worth more than longer training.
 
     Returns:
-        (B, K, 2) float32 x, y in px, whole numbers.
+        (B, K, 2) float32 x, y in px, whole numbers unless ``subpixel``.
     """
     height, width = maps.shape[-2:]
     radius = radius_of((height, width))
-    heatmap, offset_x, offset_y = maps.flatten(-2).unbind(1)  # (B, K, H * W) each
-    values, voters = highest(heatmap, min(int(3.14 * radius**2), height * width))
+    heatmap, offset = maps.flatten(-2).split([1, 2], dim=1)  # (B, 1 or 2, K, H * W)
+    values, voters = highest(heatmap[:, 0], min(int(3.14 * radius**2), height * width))
     peak = voters.gather(-1, values.argmax(-1, keepdim=True))
-    x = (voters % width + radius * offset_x.gather(-1, voters)).round()
-    y = (voters // width + radius * offset_y.gather(-1, voters)).round()
+    places = torch.stack([voters % width, voters // width], dim=1) + radius * offsets_at(voters, offset)
+    x, y = places.round().unbind(1)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     outside = height * width  # a place behind the last pixel
     ballot = torch.where(inside, y * width + x, outside).int()
@@ -347,7 +348,13 @@ def decode(maps):
     votes = (torch.searchsorted(ballot, ballot, right=True) - torch.searchsorted(ballot, ballot)).float()
     votes -= 0.5 * (ballot == peak)  # the peak's own ballot is half a vote: it decides between equals only
     winner = ballot.gather(-1, votes.masked_fill(ballot == outside, 0).argmax(-1, keepdim=True))[..., 0]
-    return torch.stack([winner % width, winner // width], dim=-1).float()
+    found = torch.stack([winner % width, winner // width], dim=-1).float()
+    if not subpixel:
+        return found
+    places = places.movedim(1, -1)  # (B, K, n, 2)
+    near = (places - found[..., None, :]).square().sum(-1, keepdim=True) <= max(1, SUBPIXEL * radius) ** 2
+    mean = (places * near).sum(-2) / near.sum(-2)
+    return torch.where(near.any(-2), mean, found)  # the heatmap's highest pixel may have no vote around it
 
 
 def highest(values, count):

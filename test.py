@@ -46,7 +46,7 @@ from runs import (
     write,
 )
 
-RECORDED = (0, 1, 20, 50, 99, 150, 200, 250, 299)  # iterations reported, as in the paper, and the last
+RECORDED = (0, 1, 5, 10, 20, 30, 50, 99, 150, 200, 250, 299)  # reported, as in the paper and more; the last too
 
 
 def attack_name(text):
@@ -58,7 +58,7 @@ def attack_name(text):
     return by_text[text.lower()]
 
 
-def parse_arguments():
+def parse_arguments(argv):
     parser = command.Parser("Test a trained detector, or attack it.")
     parser.add_argument("--tag", type=command.tag, required=True, help="name of the run: runs/TAG/")
     parser.add_argument(
@@ -67,6 +67,7 @@ def parse_arguments():
     parser.add_argument("--data", default="data", help="folder with the ISBI 2015 data")
     parser.add_argument("--split", choices=SPLITS, default="test", help="test: what there is of test1 and test2")
     parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N images (default: all)")
+    parser.add_argument("--images", nargs="+", metavar="ID", help="only these images (default: all)")
     parser.add_argument(
         "--rand",
         type=command.subfolder,
@@ -97,10 +98,13 @@ def parse_arguments():
         "--save-adversarial", action="store_true", help="also write the attacked images, as 8-bit PNG at both sizes"
     )
     parser.add_argument("--adversarial", metavar="DIR", help="test the attacked images of a folder adversarial/")
+    parser.add_argument(
+        "--subpixel", action="store_true", help="landmarks between pixels: the mean of the votes around the paper's"
+    )
     parser.add_argument("--batch-size", type=positive_int, default=4, help="images at once, in each process")
     parser.add_argument("--pictures", type=natural_int, default=4, metavar="N", help="draw the first N images")
     command.add_compute_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.shift_count > len(LANDMARKS):
         parser.error(f"--shift-count: there are {len(LANDMARKS)} landmarks")
     if args.attack and args.adversarial:
@@ -111,8 +115,8 @@ def parse_arguments():
     return args
 
 
-def main():
-    args = parse_arguments()
+def main(argv=None):
+    args = parse_arguments(argv)
     distributed.start()
     with distributed.together():
         device = command.find_device(args.device)
@@ -122,7 +126,7 @@ def main():
         model = UNet(len(LANDMARKS), encoder_batch_norm=encoder_batch_norm)
         load_weights(model, checkpoint)
         freeze(place(model, device, args.precision))
-        data = Cephalograms(args.data, args.split, size, args.limit)
+        data = Cephalograms(args.data, args.split, size, args.limit, args.images)
 
         what = "attack" if args.attack else "read_back" if args.adversarial else "test"
         out = run / (args.rand or f"{what}_{args.split}_{epoch}")
@@ -142,7 +146,7 @@ def main():
     if args.compile:
         model = compile_network(model, to_input(data.images[: args.batch_size], device))
     if args.adversarial:
-        table = read_back(Path(args.adversarial), model, data, args.batch_size, device)
+        table = read_back(Path(args.adversarial), model, data, args.batch_size, device, args.subpixel)
     with distributed.together():  # before this, nothing has been written
         if is_main():
             make_folder(out)
@@ -223,7 +227,7 @@ def test(args, model, data, device, out):
     todo = unfinished(out, ["test"], len(data), args.batch_size, files_of)
     for _, batch, missing in progress(todo, "testing", unit="batch", leave=False):
         with torch.inference_mode():
-            points = decode(model(to_input(data.images[batch], device))).cpu()
+            points = decode(model(to_input(data.images[batch], device)), args.subpixel).cpu()
         table = record(
             [data.ids[i] for i in batch], to_px0(points, data, batch).numpy(), data.landmarks_px0[batch].numpy()
         )
@@ -302,7 +306,7 @@ def attack(args, model, data, targets_px0, device, out):
         for iteration, adversarial, maps in ATTACKS[method](victim, image, goal, args.epsilon, **options):
             bar.update(len(batch) if iteration else 0)
             if iteration in RECORDED or iteration == steps[method]:
-                found[iteration] = decode(maps)
+                found[iteration] = decode(maps, args.subpixel)
                 noise[iteration] = (adversarial - image).abs().amax((1, 2, 3))
 
         truth_px0, tables = data.landmarks_px0[batch].numpy(), []
@@ -333,7 +337,7 @@ def attack(args, model, data, targets_px0, device, out):
                 last = table["iteration"] == table["method"].map(steps)
                 write_table(in_memory_file(stored), table[last])
     if args.save_adversarial:
-        report_read_back(out, read_back(stored, model, data, args.batch_size, device))
+        report_read_back(out, read_back(stored, model, data, args.batch_size, device, args.subpixel))
 
 
 def report_attack(out, files):

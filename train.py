@@ -32,7 +32,7 @@ from runs import RUNS, check_same_config, checkpoint_path, make_folder, save_con
 WARMUP = 0.05  # share of a cosine schedule in which the learning rate rises
 
 
-def parse_arguments():
+def parse_arguments(argv):
     parser = command.Parser("Train the landmark detector.")
     parser.add_argument("--tag", type=command.tag, required=True, help="name of the run: its files go to runs/TAG/")
     parser.add_argument("--data", default="data", help="folder with the ISBI 2015 data")
@@ -55,7 +55,7 @@ def parse_arguments():
     )
     parser.add_argument("--resume", action="store_true", help="go on from runs/TAG/resume.pth, if it is there")
     command.add_compute_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if min(args.size) < MIN_SIZE:
         parser.error(f"--size: at least {MIN_SIZE} {MIN_SIZE}")
     if args.batch_size < world_size():
@@ -82,8 +82,8 @@ def image_order(seed, epoch, count):
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def main():
-    args = parse_arguments()
+def main(argv=None):
+    args = parse_arguments(argv)
     distributed.start()
     with distributed.together():
         device = command.find_device(args.device)
@@ -123,7 +123,7 @@ def main():
     if args.compile:
         network = compile_network(model, to_input(data.images[: args.batch_size], device))
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
     first, step, seconds, rows = (state[name] for name in ("epoch", "step", "seconds", "rows"))
     terms = state["terms"].to(device) * is_main()  # of the loss, summed over the epoch's images in this process
 
@@ -187,6 +187,7 @@ def main():
         if epoch + 1 < args.epochs and distributed.any_of(stop.is_set()):
             raise Stopped(f"stopped by SIGTERM after epoch {epoch}; go on with --resume")
     bar.close()
+    signal.signal(signal.SIGTERM, before)
     if is_main():
         print(f"written to {folder}/")
 
