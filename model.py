@@ -23,7 +23,7 @@ from container import Sequential
 
 MIN_SIZE = 32  # px: five poolings leave one pixel
 LAMBDA = 2.0  # weight of the heatmap's cross-entropy against the offsets' L1
-SUBPIXEL = 0.2  # share of the radius around the pixel with most votes in which votes are averaged
+SUBPIXEL = 0.1  # share of the radius around the pixel with most votes in which votes are averaged, at least a pixel
 
 
 # --- network ---------------------------------------------------------------------------------------------------------

@@ -429,6 +429,7 @@ def main():
     plan = Plan(SCALES[args.scale], args.name or args.scale, args.data, options)
     chosen = [name for name in EXPERIMENTS if name in (args.only or EXPERIMENTS)]
     with distributed.together():
+        check_order(plan, chosen)
         experiments = {name: EXPERIMENTS[name][0](plan) for name in chosen}
         if is_main():
             make_folder(plan.out)
@@ -446,6 +447,18 @@ def main():
                 write_report(plan, args.scale, precision)
         say(f"{name}: {(time.perf_counter() - start) / 60:.1f} minutes")
     say(f"written to {plan.out}/report.md")
+
+
+def check_order(plan, chosen):
+    """Refuse experiments that build on others which have not been run."""
+    needed = {}
+    if not checkpoint_epochs(plan.run()):
+        needed |= {name: "detection" for name in EXPERIMENTS}
+    if not all((folder / "predictions.csv").exists() for folder, _ in compared(plan).values()):
+        needed |= {name: "attack" for name in ("count", "coupling", "causes")}
+    for name in chosen:
+        if needed.get(name, name) not in chosen:
+            raise InputError(f"--only {name}: builds on {needed[name]}, which has not been run; name it too")
 
 
 def say(text):

@@ -85,6 +85,32 @@ def test_an_attack(here, official, run):
     assert json.loads((here / "runs" / "small" / "temp" / "config.json").read_text())["iteration"] == 2  # the newest
 
 
+def test_below_a_pixel_on_chosen_images(here, official, run):
+    arguments = ["--tag", "small", "--data", official, "--images", 301, 152, "--pictures", 0, "--rand"]
+    assert run("test.py", *arguments, "whole")[0] == 0
+    assert run("test.py", *arguments, "below", "--subpixel")[0] == 0
+    runs = here / "runs" / "small"
+    whole, below = (pd.read_csv(runs / name / "predictions.csv", dtype={"image": str}) for name in ("whole", "below"))
+    assert below["image"].unique().tolist() == ["301", "152"]
+    px = [(table["x_px0"] + 0.5) * 48 / 240 - 0.5 for table in (whole, below)]
+    assert np.allclose(px[0], px[0].round(), atol=1e-4) and not np.allclose(px[1], px[1].round(), atol=1e-2)
+    assert ((px[0] - px[1]).abs() <= 1.5).all()  # the mean of votes that round to places at most a pixel away
+    attack = [*arguments, "attacked", "--attack", 1, "--steps", 1, "--subpixel"]
+    assert run("test.py", *attack)[0] == 0
+    clean = pd.read_csv(runs / "attacked" / "predictions.csv").query("iteration == 0")
+    assert np.allclose(clean["x_px0"], below["x_px0"], atol=1e-3)
+    assert_refused(run("test.py", *arguments, "below"), "subpixel was True, now it is False")
+
+
+def test_batch_norm_in_the_encoder(here, official, run):
+    status, _, err = run(*TRAIN, "--tag", "normed", "--data", official, "--epochs", 1, "--encoder-batch-norm")
+    assert status == 0, err
+    weights = torch.load(here / "runs" / "normed" / "model_epoch_0.pth", weights_only=True)
+    assert weights["encoder.1.running_mean"].abs().max() > 0
+    status, _, err = run("test.py", "--tag", "normed", "--data", official, "--attack", 1, "--steps", 1, "--limit", 1)
+    assert status == 0, err
+
+
 def test_a_grey_attack(here, official, run, monkeypatch):
     noise = []
 
@@ -368,6 +394,7 @@ BAD_ARGUMENTS = {
         ["--iteration", 77],
         "model_epoch_77.pth: no such checkpoint; --iteration takes one of: 1, 2",
     ),
+    "unknown image": (["--images", 151, 999], "no image 999 in test, which has 151 .. 301"),
     "unknown device": (["--device", "tpu"], "--device tpu"),
     "device of a number": (["--device", "cuda:200"], "--device cuda:200"),
     "seed too large": (["--seed", 2**64], "--seed"),
@@ -497,7 +524,9 @@ def test_a_run_without_a_checkpoint(official, tmp_path, monkeypatch, run):
     assert_refused(run("test.py", "--tag", "small", "--data", official), "runs/small: no checkpoint")
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"size": [64]}', '{"size": [8, 8]}', "[]"])
+@pytest.mark.parametrize(
+    "text", ["{", "{}", '{"size": [64]}', '{"size": [8, 8]}', "[]", '{"size": [64, 48], "encoder_batch_norm": 1}']
+)
 def test_bad_configuration(text, official, tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "small"

@@ -7,7 +7,7 @@ from conftest import REAL, SIZE0, write_official
 from PIL import Image
 
 from command import InputError
-from dataset import Cephalograms, available_splits, rescale, to_input
+from dataset import Cephalograms, available_splits, index, read_doctors, rescale, to_input
 
 
 def test_rescale_by_hand():
@@ -131,3 +131,19 @@ def test_a_spoilt_annotation_names_file_and_line(data):
 def test_input_of_a_colour_image():
     x = to_input(torch.tensor([[[[0, 51, 255]]]], dtype=torch.uint8), "cpu")
     assert x.shape == (1, 3, 1, 1) and torch.allclose(x.flatten(), torch.tensor([-1.0, -0.6, 1.0]))
+
+
+def test_chosen_images_in_the_order_asked_for(official):
+    every = Cephalograms(official, "test", (50, 40))
+    some = Cephalograms(official, "test", (50, 40), ids=["301", "152"])
+    assert some.ids == ["301", "152"]
+    assert torch.equal(some.landmarks_px0, every.landmarks_px0[[3, 1]]) and torch.equal(some.images[1], every.images[1])
+    with pytest.raises(InputError, match=r"no image 001 in test, which has 151 \.\. 301"):
+        Cephalograms(official, "test", (50, 40), ids=["151", "001"])
+
+
+def test_the_truth_is_the_mean_of_the_doctors(drawn, official):
+    entry = index(official, "test1")[0]
+    doctors = read_doctors(entry, (300, 240))
+    assert np.array_equal(doctors, np.stack(drawn["test1"]["151"][1:]))
+    assert np.array_equal(Cephalograms(official, "test1", (50, 40)).landmarks_px0[0], doctors.mean(0))

@@ -87,11 +87,11 @@ def test_autocast_sees_noise_that_bfloat16_would_round_away():
         assert not torch.equal(model(image), model(noisy))
 
 
-@pytest.fixture
-def trained():
+@pytest.fixture(params=[False, True], ids=["vgg19", "vgg19_bn"])
+def trained(request):
     """A network whose batch norms have seen images and whose heatmaps are not all alike."""
     torch.manual_seed(0)
-    model = UNet(3)
+    model = UNet(3, encoder_batch_norm=request.param)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 2)
@@ -157,6 +157,17 @@ def test_vgg19_state_dict_is_loaded_without_its_classifier(tmp_path):
         UNet(3, encoder_weights=tmp_path / "part.pth")
 
 
+def test_batch_norm_in_the_encoder_is_torchvisions_vgg19_bn(tmp_path):
+    torch.manual_seed(0)
+    vgg = torchvision.models.vgg19_bn(weights=None, init_weights=False).features.eval()
+    torch.save({f"features.{key}": value for key, value in vgg.state_dict().items()}, tmp_path / "vgg19_bn.pth")
+    model = UNet(3, encoder_weights=tmp_path / "vgg19_bn.pth", encoder_batch_norm=True).eval()
+    x = torch.rand(1, 3, 64, 64) * 2 - 1
+    assert torch.allclose(vgg(x), model.encoder(x), atol=1e-6)
+    with pytest.raises(InputError, match=r"torchvision's vgg19$"):
+        UNet(3, encoder_weights=tmp_path / "vgg19_bn.pth")
+
+
 def test_weights_round_trip_and_other_k_is_refused(tmp_path):
     torch.save(UNet(3).state_dict(), tmp_path / "three.pth")
     model = UNet(3)
@@ -212,6 +223,23 @@ def test_voting_by_hand():
         maps[0, 0, 0, y, x], maps[0, 1, 0, y, x], maps[0, 2, 0, y, x] = heat, dx, dy
     # (4, 5) and (8, 5) vote for (5.6, 5) and (6.4, 5.4): both (6, 5), rounded; (20, 20) for itself; (9, 9) is fourth
     assert decode(maps).tolist() == [[[6, 5]]]
+
+
+def test_voting_below_a_pixel():
+    point = torch.tensor([[[20.3, 15.6], [7.0, 30.5]]])
+    maps = maps_of(encode(point, (40, 48)))
+    assert decode(maps).tolist()[0][0] == [20, 16]
+    assert torch.allclose(decode(maps, subpixel=True), point, atol=1e-4)
+    maps[:, 1:, :, 0, 0] = 0.0  # one vote far away changes nothing
+    maps[:, 0, :, 0, 0] = 2.0
+    assert torch.allclose(decode(maps, subpixel=True), point, atol=1e-4)
+
+
+def test_below_a_pixel_the_highest_pixel_stands_where_no_vote_is_near():
+    maps = torch.zeros(1, 3, 1, 40, 48)
+    maps[:, 1] = 100.0  # all votes fall outside
+    maps[0, 0, 0, 12, 34] = 1.0
+    assert decode(maps, subpixel=True).tolist() == [[[34, 12]]]
 
 
 def test_voting_on_a_very_long_image():
