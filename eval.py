@@ -219,7 +219,7 @@ def summarize_with_confidence(records, by="iteration", draws=1000, seed=0):
     table = summarize_attack(records, by).set_index(["role", "method", by])
     errors = records.pivot(index=["role", "method", by, "image"], columns="landmark", values="radial_error_mm")
     images = errors.index.unique("image")
-    chosen = draw_images(len(images), draws, seed)
+    chosen = resample(len(images), draws, seed)
     intervals = {}
     for key, rows in errors.groupby(level=["role", "method", by], sort=False):
         rows = rows.droplevel(["role", "method", by]).reindex(images).to_numpy()
@@ -240,8 +240,8 @@ def summarize_with_confidence(records, by="iteration", draws=1000, seed=0):
     return table.join(intervals).reset_index()
 
 
-def draw_images(count, draws, seed):
-    """Indices (draws, count) of images for a bootstrap."""
+def resample(count, draws, seed):
+    """A bootstrap's draws from ``count`` images: indices (draws, count)."""
     return np.random.default_rng(seed).integers(count, size=(draws, count))
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from adversarial import stored_file
 from dataset import LANDMARKS, MM_PER_PX0, index, read_doctors, read_image
-from eval import SDR_MM, draw_images, plot_attack, read_records, summarize, summarize_with_confidence
-from runs import write
+from eval import SDR_MM, plot_attack, read_records, resample, summarize, summarize_with_confidence
+from runs import write, write_table
 
 MEASURES = {
     "mre_mm": "MRE (mm)",
@@ -26,10 +26,6 @@ REFERENCES = {  # published: MRE in mm, SDR in %
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
-
-
-def write_table(path, table):
-    write(path, lambda path: table.to_csv(path, index=False, float_format="%.4f"))
 
 
 def markdown(table):
@@ -80,7 +76,7 @@ def by_image(rows, values):
 
 def interval(values, statistic, draws=1000, seed=0):
     """A statistic of values (images, ...) with its 95 % interval, bootstrapped over images: (value, low, high)."""
-    found = [statistic(values[chosen]) for chosen in draw_images(len(values), draws, seed)]
+    found = [statistic(values[chosen]) for chosen in resample(len(values), draws, seed)]
     return statistic(values), *np.nanpercentile(found, [2.5, 97.5])
 
 

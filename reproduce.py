@@ -144,6 +144,9 @@ SCALES = {
             ("weights at first", "of 50 x 40", "pretrained", None, ""),
             ("channels of the noise", "one", "100x80", None, "--grey"),
             ("channels of the noise", "three", "100x80", None, ""),
+            ("epsilon", "8", "100x80", None, "--epsilon 8"),
+            ("epsilon", "16", "100x80", None, ""),
+            ("epsilon", "32", "100x80", None, "--epsilon 32"),
             ("input size (px)", "100 x 80", "100x80", None, ""),
             ("input size (px)", "200 x 160", "200x160", None, None),
             ("input size (px)", "400 x 320", "400x320", None, "--limit 3 --steps 30"),
@@ -206,28 +209,18 @@ class Plan(NamedTuple):
         """The folder of a detector, or of the victim."""
         return RUNS / f"{self.name}-{detector or self.scale.victim}"
 
+    def common(self, detector):
+        return ["--tag", self.run(detector).name, "--data", self.data, *self.options]
+
     def train(self, detector):
         """The command that trains a detector."""
-        words = self.scale.detectors[detector].format(runs=RUNS / self.name).split()
-        return ["train.py", "--tag", self.run(detector).name, "--data", self.data, *self.options, *words, "--resume"]
+        words = [word.format(runs=RUNS / self.name) for word in self.scale.detectors[detector].split()]
+        return ["train.py", *self.common(detector), *words, "--resume"]
 
     def test(self, folder, *arguments, detector=None):
         """The command that tests a detector, or attacks it, and writes into ``folder`` of its run."""
-        words = [word for argument in arguments for word in argument.split()]
-        tag = self.run(detector).name
-        return [
-            "test.py",
-            "--tag",
-            tag,
-            "--data",
-            self.data,
-            *self.options,
-            *words,
-            "--pictures",
-            "0",
-            "--rand",
-            folder,
-        ]
+        words = " ".join([*arguments, "--pictures 0"]).split()
+        return ["test.py", *self.common(detector), *words, "--rand", folder]
 
     def attack(self, folder, *arguments, detector=None):
         return self.test(folder, *arguments, self.scale.decoding, detector=detector)
@@ -246,7 +239,7 @@ def detection(plan):
         if split != "train":
             for decoding, argument in (("voting", ""), ("subpixel", "--subpixel")):
                 folder = f"detection/{split}_{decoding}"
-                commands.append(plan.test(folder, "--split", split, argument))
+                commands.append(plan.test(folder, f"--split {split}", argument))
                 runs[split, decoding] = plan.run() / folder
     if not runs:
         raise InputError(f"{plan.data}: no images of test1 or test2 to test and to attack")
@@ -297,8 +290,8 @@ def fancy(plan):
     for place, letter in enumerate(WORD):
         folder, id = f"fancy/{place + 1}_{letter}", ids[place % len(ids)]
         targets = os.path.relpath(LETTERS / f"{letter}.csv")
-        arguments = plan.scale.fancy, "--save-adversarial", f"--images {id}"
-        commands.append([*plan.attack(folder, *arguments), "--targets", targets])
+        attack = plan.attack(folder, plan.scale.fancy, "--save-adversarial")
+        commands.append([*attack, "--images", id, "--targets", targets])
         runs.append((letter, id, plan.run() / folder))
     return commands, lambda: report.fancy(plan.out, runs, plan.data, ADAPTIVE)
 

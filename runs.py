@@ -56,6 +56,11 @@ def write_text(path, text):
     write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def write_table(path, table):
+    """A DataFrame as CSV, without its index."""
+    write(path, lambda temporary: table.to_csv(temporary, index=False, float_format="%.4f"))
+
+
 def write_json(path, content):
     write_text(path, json.dumps(content, indent=2) + "\n")
 

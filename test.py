@@ -44,6 +44,7 @@ from runs import (
     run_folder,
     save_config,
     write,
+    write_table,
 )
 
 RECORDED = (0, 1, 5, 10, 20, 30, 50, 99, 150, 200, 250, 299)  # reported, as in the paper and more; the last too
@@ -364,10 +365,6 @@ def report_read_back(out, table):
             summary = summarize_attack(table, by="stored")
             write_table(out / "read_back_summary.csv", summary)
             print(summary.to_string(index=False, float_format="%.2f"))
-
-
-def write_table(path, table):
-    write(path, lambda path: table.to_csv(path, index=False, float_format="%.4f"))
 
 
 if __name__ == "__main__":
