@@ -285,14 +285,22 @@ def difference(records):
     parts = []
     for role in ("targeted", "stationary"):
         rows = of_role(found, role)
-        near = {
-            method: by_image(part, 100.0 * (part["radial_error_mm"] <= 4)) for method, part in rows.groupby("method")
-        }
-        both = np.stack([near["ATI-FGSM"], near["I-FGSM"]], axis=1)
-        value, low, high = interval(both, lambda both: np.nanmean(both[:, 0]) - np.nanmean(both[:, 1]))
-        sure = "more" if low > 0 else "fewer" if high < 0 else "a difference that chance may make"
-        parts.append(f"{value:+.1f} points [{low:+.1f}, {high:+.1f}] of the {role} landmarks ({sure})")
-    return "ATI-FGSM against I-FGSM, share within 4 mm on the same images: " + ", ".join(parts) + "."
+        shown = paired_difference(rows[rows["method"] == "ATI-FGSM"], rows[rows["method"] == "I-FGSM"])
+        parts.append(f"{shown} of the {role} landmarks")
+    return f"ATI-FGSM against I-FGSM, share within 4 mm on the same images: {', '.join(parts)}."
+
+
+def paired_difference(a, b):
+    """The share within 4 mm of rows ``a`` minus that of rows ``b``, on the images that both have, as text."""
+    common = sorted(set(a["image"]) & set(b["image"]))
+    near = [by_image(rows, 100.0 * (rows["radial_error_mm"] <= 4)) for rows in (part_of(a, common), part_of(b, common))]
+    value, low, high = interval(np.stack(near, axis=1), lambda both: np.nanmean(both[:, 0]) - np.nanmean(both[:, 1]))
+    sure = "more" if low > 0 else "fewer" if high < 0 else "may be chance"
+    return f"{value:+.1f} points [{low:+.1f}, {high:+.1f}] ({sure})"
+
+
+def part_of(rows, images):
+    return rows[rows["image"].isin(images)]
 
 
 # --- 3. epsilon ------------------------------------------------------------------------------------------------------
@@ -642,5 +650,13 @@ def causes(out, runs):
     axes[0].set_ylabel("targeted, within 4 mm of target (%)")
     axes[0].legend(fontsize=8)
     save(out / "causes.png", figure)
+    lines = []
+    for question in questions:
+        (_, first, before, _), *_, (_, second, after, _) = (run for run in runs if run[0] == question)
+        for method in methods:
+            rows = [of_role(last(read(folder)), "targeted") for folder in (after, before)]
+            rows = [part[part["method"] == method] for part in rows]
+            lines.append(f"* {question}, {second} against {first}: {method} {paired_difference(*rows)}.\n")
     text = f"\n{markdown(readable(table.rename(columns={'detector_mre_mm': 'MRE of the detector (mm)'})))}"
-    return text + "\n![share within 4 mm, one cause at a time](causes.png)\n"
+    text += "\n![share within 4 mm, one cause at a time](causes.png)\n\nShare within 4 mm of the target, on the images "
+    return text + f"that both have, with 95 % intervals by a bootstrap over them:\n\n{''.join(lines)}"
