@@ -206,6 +206,9 @@ def load_encoder(encoder, source, imagenet):
     prefix = "features."
     state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     wanted = {key: value.shape for key, value in encoder.state_dict().items()}
+    for key in wanted:
+        if key.endswith("num_batches_tracked"):  # torchvision's files are older than this counter
+            state.setdefault(key, torch.tensor(0))
     if wanted != {key: value.shape for key, value in state.items()}:
         name = imagenet.__name__.removesuffix("_Weights").lower()
         raise InputError(f"--encoder-weights {source}: not the state dict of torchvision's {name}")
@@ -353,6 +356,7 @@ def decode(maps, subpixel=False):
         return found
     places = places.movedim(1, -1)  # (B, K, n, 2)
     near = (places - found[..., None, :]).square().sum(-1, keepdim=True) <= max(1, SUBPIXEL * radius) ** 2
+    near &= inside[..., None]
     mean = (places * near).sum(-2) / near.sum(-2)
     return torch.where(near.any(-2), mean, found)  # the heatmap's highest pixel may have no vote around it
 

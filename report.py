@@ -65,6 +65,11 @@ def last(records):
     return records[records["iteration"] == records.groupby("method")["iteration"].transform("max")]
 
 
+def distance_from_truth(records):
+    """In mm, whatever a landmark's role."""
+    return np.hypot(records["x_px0"] - records["true_x_px0"], records["y_px0"] - records["true_y_px0"]) * MM_PER_PX0
+
+
 def of_role(records, role):
     return records[records["role"] == role]
 
@@ -88,15 +93,19 @@ def share_with_interval(rows, success):
 def measures_of(records):
     """The last iteration in one row a method: targeted and stationary landmarks, each share with its interval.
 
-    ``half_way_%`` is the share of targeted landmarks whose distance from the target has become less than half of what
-    it was: a success that means the same for near and for far targets.
+    ``clean_mre_mm`` is the detector's own, before the attack. ``half_way_%`` is the share of targeted landmarks whose
+    distance from the target has become less than half of what it was: a success that means the same for near and for
+    far targets.
     """
     rows = []
+    clean = records[records["iteration"] == 0]
+    clean_mre = distance_from_truth(clean).groupby(clean["method"]).mean()
     for method, found in last(records).groupby("method", sort=False):
         targeted, stationary = of_role(found, "targeted"), of_role(found, "stationary")
         row = {
             "method": method,
             "images": found["image"].nunique(),
+            "clean_mre_mm": clean_mre[method],
             "targeted": len(targeted),
             "start_mm": targeted["start_mm"].mean(),
             "targeted_mre_mm": targeted["radial_error_mm"].mean(),
@@ -118,6 +127,7 @@ def measures_of(records):
 def readable(table):
     """``measures_of`` for people."""
     shown = {
+        "clean_mre_mm": "MRE of the detector (mm)",
         "targeted_mre_mm": "targeted MRE (mm)",
         "targeted_median_mm": "median (mm)",
         "within_4mm_%": "within 4 mm (%)",
@@ -170,12 +180,13 @@ SHARES = {
 # --- 1. detection ----------------------------------------------------------------------------------------------------
 
 
-def detection(out, runs, data):
+def detection(out, runs, data, decoding):
     """MRE, SD and SDR of all and of each landmark, beside published figures and the doctors' own disagreement.
 
     Args:
         runs: {(split, decoding): folder of a test}; decoding "voting" or "subpixel".
         data: the folder of the radiographs.
+        decoding: the one for the table of each landmark.
     """
     splits = list(dict.fromkeys(split for split, _ in runs))
     groups = [[split] for split in splits] + ([splits] if len(splits) > 1 else [])
@@ -183,17 +194,17 @@ def detection(out, runs, data):
     errors = {}
     for group in groups:
         name = " + ".join(group)
-        for decoding in decodings:
-            tables = [read_records([runs[split, decoding] / "predictions.csv"]) for split in group]
-            errors[name, decoding] = np.concatenate([by_image(table, table["radial_error_mm"]) for table in tables])
+        for kind in decodings:
+            tables = [read_records([runs[split, kind] / "predictions.csv"]) for split in group]
+            errors[name, kind] = np.concatenate([by_image(table, table["radial_error_mm"]) for table in tables])
         disagreement = [doctors_disagreement(data, split) for split in group]
         if all(len(distances) for distances in disagreement):
             errors[name, "the doctors, one from the other"] = np.concatenate(disagreement)
 
     tables = {key: summarize(values) for key, values in errors.items()}
     rows = [
-        {"images": split, "landmarks by": decoding, "n": len(errors[split, decoding])} | dict(table.loc["all"])
-        for (split, decoding), table in tables.items()
+        {"images": split, "landmarks by": kind, "n": len(errors[split, kind])} | dict(table.loc["all"])
+        for (split, kind), table in tables.items()
     ]
     for name, found in REFERENCES.items():
         sdr = {f"sdr_{t}mm_%": value for t, value in zip(SDR_MM, found.get("sdr", ()), strict=False)}
@@ -204,8 +215,8 @@ def detection(out, runs, data):
         table.drop("all")
         .rename_axis("landmark")
         .reset_index()
-        .assign(images=split, **{"landmarks by": decoding, "name": LANDMARKS})
-        for (split, decoding), table in tables.items()
+        .assign(images=split, **{"landmarks by": kind, "name": LANDMARKS})
+        for (split, kind), table in tables.items()
     )
     each = each[["images", "landmarks by", "landmark", "name", *(name for name in each if name.endswith(("_mm", "%")))]]
     write_table(out / "detection_landmarks.csv", each)
@@ -225,17 +236,17 @@ def detection(out, runs, data):
 
     names = {"mre_mm": "MRE (mm)", "sd_mm": "SD (mm)", "median_mm": "median (mm)"}
     names |= {f"sdr_{t}mm_%": f"SDR {t:g} mm (%)" for t in SDR_MM}
-    finest = each[(each["images"] == widest) & (each["landmarks by"] == decodings[-1])]
+    chosen = each[(each["images"] == widest) & (each["landmarks by"] == decoding)]
     text = markdown(overall.rename(columns=names))
     if len(decodings) > 1:
-        before, after = (errors[widest, decoding] for decoding in decodings)
+        before, after = (errors[widest, kind] for kind in decodings)
         saved, low, high = interval(before - after, np.mean)
         text += (
             f"\nDecoding below a pixel takes {saved:.2f} mm [{low:.2f}, {high:.2f}] off the MRE on {widest} "
             "(95 % interval, bootstrap over images).\n"
         )
-    text += f"\n![MRE of each landmark](detection.png)\n\nEach landmark on {widest}, {decodings[-1]}:\n\n"
-    return text + markdown(finest.drop(columns=["images", "landmarks by"]).rename(columns=names))
+    text += f"\n![MRE of each landmark](detection.png)\n\nEach landmark on {widest}, {decoding}:\n\n"
+    return text + markdown(chosen.drop(columns=["images", "landmarks by"]).rename(columns=names))
 
 
 def doctors_disagreement(data, split):
@@ -290,13 +301,17 @@ def difference(records):
     return f"ATI-FGSM against I-FGSM, share within 4 mm on the same images: {', '.join(parts)}."
 
 
+ENOUGH = 10  # images; from fewer, the bootstrap's intervals are so narrow that chance looks like a finding
+
+
 def paired_difference(a, b):
     """The share within 4 mm of rows ``a`` minus that of rows ``b``, on the images that both have, as text."""
     common = sorted(set(a["image"]) & set(b["image"]))
     near = [by_image(rows, 100.0 * (rows["radial_error_mm"] <= 4)) for rows in (part_of(a, common), part_of(b, common))]
     value, low, high = interval(np.stack(near, axis=1), lambda both: np.nanmean(both[:, 0]) - np.nanmean(both[:, 1]))
-    sure = "more" if low > 0 else "fewer" if high < 0 else "may be chance"
-    return f"{value:+.1f} points [{low:+.1f}, {high:+.1f}] ({sure})"
+    sure = "may be chance" if low <= 0 <= high else "more" if value > 0 else "fewer"
+    sure = sure if len(common) >= ENOUGH else "too few to tell"
+    return f"{value:+.1f} points [{low:+.1f}, {high:+.1f}] on {len(common)} images ({sure})"
 
 
 def part_of(rows, images):
@@ -376,9 +391,15 @@ def correlation(x, y):
 def permutation_p(x, y, draws=10000, seed=0):
     """How often a random assignment of y to x gives an |r| at least as great, two-sided."""
     rng = np.random.default_rng(seed)
+    if not x.std() or not y.std():
+        return np.nan
     x, y = ((v - v.mean()) / v.std() for v in (x, y))
     found = np.abs(rng.permuted(np.tile(y, (draws, 1)), axis=1) @ x) / len(x)
     return (1 + (found >= abs(x @ y) / len(x) - 1e-12).sum()) / (1 + draws)
+
+
+def shown_p(p):
+    return "" if np.isnan(p) else f"{p:.4f}" if p >= 0.001 else "< 0.001"
 
 
 def residual(y, *others):
@@ -430,7 +451,7 @@ def coupling(out, runs):
                         "error against distance from": neighbour,
                         "r over landmarks": correlation(x, y),
                         "n": len(x),
-                        "p": permutation_p(x, y),
+                        "p": shown_p(permutation_p(x, y)),
                         "r over single targets": over_images(each, column, "radial_error_mm"),
                         "the same at equal way": over_images(each, column, "radial_error_mm", "start_mm"),
                     }
@@ -441,7 +462,7 @@ def coupling(out, runs):
                     "error against distance from": "its target (the way to go)",
                     "r over landmarks": correlation(*points[["start_mm", "radial_error_mm"]].to_numpy().T),
                     "n": len(points),
-                    "p": permutation_p(*points[["start_mm", "radial_error_mm"]].to_numpy().T),
+                    "p": shown_p(permutation_p(*points[["start_mm", "radial_error_mm"]].to_numpy().T)),
                     "r over single targets": over_images(each, "start_mm", "radial_error_mm"),
                     "the same at equal way": "",
                 }
@@ -574,23 +595,23 @@ def baselines(out, runs):
     """
     rows = []
     for value, folder in sorted(runs.items()):
-        records = last(read(folder))
-        for method, found in records.groupby("method", sort=False):
-            flown, low, high = interval(by_image(found, found["flown_mm"]), np.nanmean)
-            row = {"epsilon": value, "method": method, "images": found["image"].nunique(), "landmarks": len(found)}
-            row |= {"flown_mm": flown, "flown_mm_low": low, "flown_mm_high": high}
-            row["median_flown_mm"] = found["flown_mm"].median()
-            off = np.hypot(found["x_px0"] - found["true_x_px0"], found["y_px0"] - found["true_y_px0"]) * MM_PER_PX0
-            row["mre_to_truth_mm"] = off.mean()
-            row["further_than_4mm_from_truth_%"] = 100 * (off > 4).mean()
-            targeted = of_role(found, "targeted")
-            row["targets_within_4mm_%"] = 100 * (targeted["radial_error_mm"] <= 4).mean() if len(targeted) else np.nan
-            rows.append(row)
+        for (method, role), found in last(read(folder)).groupby(["method", "role"], sort=False):
+            flown = interval(by_image(found, found["flown_mm"]), np.nanmean)
+            off = distance_from_truth(found)
+            near = 100 * (found["radial_error_mm"] <= 4).mean() if role == "targeted" else np.nan
+            rows.append(
+                {"epsilon": value, "method": method, "role": role}
+                | {"images": found["image"].nunique(), "landmarks": len(found)}
+                | dict(zip(("flown_mm", "flown_mm_low", "flown_mm_high"), flown, strict=True))
+                | {"median_flown_mm": found["flown_mm"].median(), "mre_to_truth_mm": off.mean()}
+                | {"further_than_4mm_from_truth_%": 100 * (off > 4).mean(), "targets_within_4mm_%": near}
+            )
     table = pd.DataFrame(rows)
     write_table(out / "baselines.csv", table)
     figure, (panel,) = panels(1, width=7, height=4.2)
-    for method, lines in table.groupby("method", sort=False):
-        (line,) = panel.plot(lines["epsilon"], lines["flown_mm"], "o-", markersize=3, label=method)
+    for (method, role), lines in table.groupby(["method", "role"], sort=False):
+        name = method if role == "untargeted" else f"{method}, {role}"
+        (line,) = panel.plot(lines["epsilon"], lines["flown_mm"], "o-", markersize=3, label=name)
         ends = lines["flown_mm_low"], lines["flown_mm_high"]
         panel.fill_between(lines["epsilon"], *ends, color=line.get_color(), alpha=0.15, linewidth=0)
     panel.set(xscale="log", xlabel="epsilon (half grey levels of 255)", ylim=(0, None))
@@ -619,15 +640,22 @@ def baselines(out, runs):
 def causes(out, runs):
     """The same attack on detectors, or by noise, that differ in one thing.
 
+    Answers to a question are compared on the images, and at the last iteration, that all of them have.
+
     Args:
-        runs: list of (question, the answer tried, folder of the attack, MRE of the detector in mm or nan).
+        runs: list of (question, the answer tried, folder of the attack).
     """
-    tables = [
-        measures_of(read(folder)).assign(question=question, answer=answer, detector_mre_mm=mre)
-        for question, answer, folder, mre in runs
-    ]
+    records, tables = {}, []
+    for question in dict.fromkeys(question for question, *_ in runs):
+        found = {answer: read(folder) for asked, answer, folder in runs if asked == question}
+        images = set.intersection(*(set(rows["image"]) for rows in found.values()))
+        end = max(set.intersection(*(set(rows["iteration"]) for rows in found.values())))
+        for answer, rows in found.items():
+            rows = rows[rows["image"].isin(images) & (rows["iteration"] <= end)]
+            records[question, answer] = last(rows)
+            tables.append(measures_of(rows).assign(question=question, answer=answer, iteration=end))
     table = pd.concat(tables)
-    first = ["question", "answer", "detector_mre_mm"]
+    first = ["question", "answer", "iteration", "method", "images", "clean_mre_mm"]
     table = table[first + [name for name in table if name not in first]]
     write_table(out / "causes.csv", table)
     questions = list(table["question"].unique())
@@ -652,11 +680,10 @@ def causes(out, runs):
     save(out / "causes.png", figure)
     lines = []
     for question in questions:
-        (_, first, before, _), *_, (_, second, after, _) = (run for run in runs if run[0] == question)
+        first, *_, second = (answer for asked, answer in records if asked == question)
         for method in methods:
-            rows = [of_role(last(read(folder)), "targeted") for folder in (after, before)]
-            rows = [part[part["method"] == method] for part in rows]
-            lines.append(f"* {question}, {second} against {first}: {method} {paired_difference(*rows)}.\n")
-    text = f"\n{markdown(readable(table.rename(columns={'detector_mre_mm': 'MRE of the detector (mm)'})))}"
-    text += "\n![share within 4 mm, one cause at a time](causes.png)\n\nShare within 4 mm of the target, on the images "
-    return text + f"that both have, with 95 % intervals by a bootstrap over them:\n\n{''.join(lines)}"
+            rows = [of_role(records[question, answer], "targeted") for answer in (second, first)]
+            difference = paired_difference(*(part[part["method"] == method] for part in rows))
+            lines.append(f"* {question}, {second} against {first}: {method} {difference}\n")
+    text = f"\n{markdown(readable(table))}\n![share within 4 mm, one cause at a time](causes.png)\n"
+    return f"{text}\nTargeted landmarks within 4 mm, on the images that both have:\n\n{''.join(lines)}"

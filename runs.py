@@ -111,6 +111,7 @@ def read_config(path):
 def check_same_config(path, config, ignore, remedy):
     """Raise InputError unless the configuration in ``path`` equals ``config`` but for the names in ``ignore``.
 
+    A name that ``path`` does not have is that of a later argument; not to use it (False) is what was done then.
     ``remedy`` names the argument that would choose another folder.
     """
     config = json.loads(json.dumps(config))  # tuples become lists, as they did on disk
@@ -120,7 +121,7 @@ def check_same_config(path, config, ignore, remedy):
         if name.endswith("_sha256")
         else f"{name} was {kept.get(name)!r}, now it is {config.get(name)!r}"
         for name in sorted((config.keys() | kept.keys()) - {*ignore, "versions"}, key=lambda n: n.endswith("_sha256"))
-        if config.get(name) != kept.get(name)
+        if config.get(name) != kept.get(name) and not (name not in kept and config[name] is False)
     ]
     if differences:
         raise InputError(

@@ -188,6 +188,8 @@ def main(argv=None):
             raise Stopped(f"stopped by SIGTERM after epoch {epoch}; go on with --resume")
     bar.close()
     signal.signal(signal.SIGTERM, before)
+    if distributed.any_of(stop.is_set()):
+        raise Stopped("stopped by SIGTERM after the last epoch; training is finished")
     if is_main():
         print(f"written to {folder}/")
 

@@ -160,7 +160,10 @@ def test_vgg19_state_dict_is_loaded_without_its_classifier(tmp_path):
 def test_batch_norm_in_the_encoder_is_torchvisions_vgg19_bn(tmp_path):
     torch.manual_seed(0)
     vgg = torchvision.models.vgg19_bn(weights=None, init_weights=False).features.eval()
-    torch.save({f"features.{key}": value for key, value in vgg.state_dict().items()}, tmp_path / "vgg19_bn.pth")
+    state = {
+        f"features.{key}": value for key, value in vgg.state_dict().items() if "tracked" not in key
+    }  # as published
+    torch.save(state, tmp_path / "vgg19_bn.pth")
     model = UNet(3, encoder_weights=tmp_path / "vgg19_bn.pth", encoder_batch_norm=True).eval()
     x = torch.rand(1, 3, 64, 64) * 2 - 1
     assert torch.allclose(vgg(x), model.encoder(x), atol=1e-6)
@@ -233,6 +236,15 @@ def test_voting_below_a_pixel():
     maps[:, 1:, :, 0, 0] = 0.0  # one vote far away changes nothing
     maps[:, 0, :, 0, 0] = 2.0
     assert torch.allclose(decode(maps, subpixel=True), point, atol=1e-4)
+
+
+def test_below_a_pixel_votes_outside_the_image_are_dropped():
+    maps = torch.zeros(1, 3, 1, 40, 48)
+    maps[0, 0, 0, 20, :2] = 1.0
+    maps[0, 1, 0, 20] = -torch.arange(48) / 2  # all vote for x = 0, then some for x = -0.6, which is no pixel
+    maps[0, 1, 0, 20, 1] = -1.6 / 2
+    maps[:, 1:, :, :20] = maps[:, 1:, :, 21:] = 1000
+    assert decode(maps).tolist() == [[[0, 20]]] and decode(maps, subpixel=True).tolist() == [[[0, 20]]]
 
 
 def test_below_a_pixel_the_highest_pixel_stands_where_no_vote_is_near():

@@ -31,6 +31,7 @@ def test_permutations_against_all_of_them():
     r = abs(correlation(x, y))
     exact = np.mean([abs(correlation(x, np.array(p))) >= r - 1e-12 for p in itertools.permutations(y)])
     assert permutation_p(x, y) == pytest.approx(exact, abs=0.01)
+    assert np.isnan(permutation_p(x, np.ones(5)))
     assert permutation_p(x, x) == pytest.approx(1 / 120, abs=0.004)  # nothing but itself is as good
 
 
@@ -76,11 +77,13 @@ def test_measures_by_hand(folder):
     assert i["stationary_within_4mm_%"] == 100 and ati["stationary_within_4mm_%"] == pytest.approx(100 * 16 / 17)
 
 
-def test_the_difference_of_the_methods_is_paired(folder):
+def test_the_difference_of_the_methods_is_paired(folder, monkeypatch):
+    assert report.difference(report.read(folder)).count("on 3 images (too few to tell)") == 2
+    monkeypatch.setattr(report, "ENOUGH", 3)
     sentence = report.difference(report.read(folder))
     assert sentence.startswith("ATI-FGSM against I-FGSM, share within 4 mm on the same images: +33.3 points [")
     assert "(may be chance) of the targeted landmarks" in sentence  # all three draws may be image 1
-    assert "-5.9 points [-5.9, -5.9] (fewer) of the stationary landmarks" in sentence
+    assert "-5.9 points [-5.9, -5.9] on 3 images (fewer) of the stationary landmarks" in sentence
 
 
 def test_coupling_finds_what_was_put_in(tmp_path):
@@ -99,8 +102,23 @@ def test_coupling_finds_what_was_put_in(tmp_path):
     text = report.coupling(tmp_path, {"shift": (tmp_path, "Displacements")})
     found = pd.read_csv(tmp_path / "coupling_shift_correlations.csv")
     first = found[found["error against distance from"] == "its nearest neighbour"]
-    assert (first["r over landmarks"] > 0.999).all() and (first["p"] < 0.001).all()
+    assert (first["r over landmarks"] > 0.999).all() and (first["p"] == "< 0.001").all()
     assert first["r over single targets"].str.startswith("+1.00 [+1.00, +1.00]").all()
     points = pd.read_csv(tmp_path / "coupling_shift.csv")
     assert points["name"].tolist() == [*LANDMARKS] * 2 and (points["times_targeted"] == 12).all()
     assert (tmp_path / "coupling_shift.png").stat().st_size > 10000 and "its nearest six" in text
+
+
+def test_causes_are_compared_on_what_all_answers_have(folder, tmp_path):
+    """A second run with one image less, and an iteration more."""
+    records = pd.read_csv(folder / "predictions.csv", dtype={"image": str})
+    fewer = records[records["image"] != "153"]
+    more = fewer[fewer["iteration"] == 20].assign(iteration=30, radial_error_mm=0.0)
+    (tmp_path / "other").mkdir()
+    pd.concat([fewer, more]).to_csv(tmp_path / "other" / "predictions.csv", index=False)
+    text = report.causes(tmp_path, [("size", "small", folder), ("size", "large", tmp_path / "other")])
+    table = pd.read_csv(tmp_path / "causes.csv")
+    assert (table["images"] == 2).all() and (table["iteration"] == 20).all() and (table["clean_mre_mm"] == 0).all()
+    small, large = (table[table["answer"] == answer]["within_4mm_%"].tolist() for answer in ("small", "large"))
+    assert small == large == [25, 50]
+    assert "* size, large against small: I-FGSM +0.0 points [+0.0, +0.0] on 2 images (too few to tell)" in text
