@@ -390,8 +390,8 @@ EXPERIMENTS = {  # in order, with what the report says of them
 
 NOTE = (
     "In brackets 95 % confidence intervals, by a bootstrap over images; from fewer than ten images they are too "
-    "narrow, and where of few images no landmark succeeds, or all do, they vanish. All data are in the CSV files beside "
-    "this report."
+    "narrow, and where of few images no landmark succeeds, or all do, they vanish. All data are in the CSV files beside"
+    " this report."
 )
 
 
