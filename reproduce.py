@@ -126,9 +126,9 @@ SCALES = {
             "8 mm": (SHIFTS["8 mm"], (*PAPER_EPSILONS, 16, 32)),
             "16 mm": (SHIFTS["16 mm"], (*PAPER_EPSILONS, 16, 32, 64, 128)),
         },
-        epsilon=f"--attack {ADAPTIVE} --steps 25 --limit 3",
+        epsilon=f"--attack {ADAPTIVE} --steps 20 --limit 3",
         counts=(1, 2, 5, 10, 19),
-        count=f"--attack {ADAPTIVE} --targets shift --shift-mm 8 --epsilon 16 --steps 25 --limit 5",
+        count=f"--attack {ADAPTIVE} --targets shift --shift-mm 8 --epsilon 16 --steps 20 --limit 5",
         fancy=f"--attack {ADAPTIVE} --epsilon 128 --steps 40",
         baselines=(*PAPER_EPSILONS, 16, 32, 64, 128),
         baseline="--limit 8",
@@ -147,9 +147,9 @@ SCALES = {
             ("input size (px)", "100 x 80", "100x80", None, ""),
             ("input size (px)", "200 x 160", "200x160", None, None),
             ("fine-tuned at (px)", "200 x 160", "200x160", None, None),
-            ("fine-tuned at (px)", "400 x 320", "400x320", None, "--limit 4 --steps 30"),
+            ("fine-tuned at (px)", "400 x 320", "400x320", None, "--limit 4 --steps 20"),
         ),
-        cause=f"--attack {BOTH} --targets shift --shift-mm 8 --epsilon 16 --steps 50 --limit 10",
+        cause=f"--attack {BOTH} --targets shift --shift-mm 8 --epsilon 16 --steps 30 --limit 10",
     ),
 }
 SCALES["quick"] = SCALES["cpu"]._replace(
