@@ -117,21 +117,21 @@ SCALES = {
                 "Displacements of 8 mm, epsilon 16",
                 "--targets shift --shift-mm 8 --epsilon 16 --steps 50 --limit 10",
             ),
-            "random": ("Random targets, epsilon 128", "--targets random --epsilon 128 --steps 50 --limit 6"),
+            "random": ("Random targets, epsilon 128", "--targets random --epsilon 128 --steps 50 --limit 5"),
         },
         epsilons={
-            "random": ("--targets random", (*PAPER_EPSILONS, 16, 32, 64, 128)),
+            "random": ("--targets random", (*PAPER_EPSILONS, 32, 128)),
             "2 mm": (SHIFTS["2 mm"], PAPER_EPSILONS),
             "4 mm": (SHIFTS["4 mm"], PAPER_EPSILONS),
-            "8 mm": (SHIFTS["8 mm"], (*PAPER_EPSILONS, 16, 32)),
-            "16 mm": (SHIFTS["16 mm"], (*PAPER_EPSILONS, 16, 32, 64, 128)),
+            "8 mm": (SHIFTS["8 mm"], (*PAPER_EPSILONS, 32)),
+            "16 mm": (SHIFTS["16 mm"], (*PAPER_EPSILONS, 32, 128)),
         },
         epsilon=f"--attack {ADAPTIVE} --steps 20 --limit 3",
         counts=(1, 2, 5, 10, 19),
         count=f"--attack {ADAPTIVE} --targets shift --shift-mm 8 --epsilon 16 --steps 20 --limit 5",
         fancy=f"--attack {ADAPTIVE} --epsilon 128 --steps 40",
         baselines=(*PAPER_EPSILONS, 16, 32, 64, 128),
-        baseline="--limit 8",
+        baseline="--limit 5",
         causes=(
             ("epochs of training", "6", "short", None, ""),
             ("epochs of training", "24", "100x80", None, ""),
@@ -147,39 +147,39 @@ SCALES = {
             ("input size (px)", "100 x 80", "100x80", None, ""),
             ("input size (px)", "200 x 160", "200x160", None, None),
             ("fine-tuned at (px)", "200 x 160", "200x160", None, None),
-            ("fine-tuned at (px)", "400 x 320", "400x320", None, "--limit 4 --steps 20"),
+            ("fine-tuned at (px)", "400 x 320", "400x320", None, "--limit 3 --steps 20"),
         ),
         cause=f"--attack {BOTH} --targets shift --shift-mm 8 --epsilon 16 --steps 30 --limit 10",
     ),
 }
 SCALES["quick"] = SCALES["cpu"]._replace(
     detectors={
-        "50x40": f"--size 50 40 {SMALL} --epochs 12 --checkpoint-every 12",
-        "100x80": "--size 100 80 --init {runs}-50x40/model_epoch_11.pth --batch-size 4 --schedule cosine --epochs 6 "
+        "50x40": f"--size 50 40 {SMALL} --epochs 16 --checkpoint-every 16",
+        "100x80": "--size 100 80 --init {runs}-50x40/model_epoch_15.pth --batch-size 4 --schedule cosine --epochs 6 "
         "--checkpoint-every 6",
         "short": f"--size 50 40 {SMALL} --epochs 6 --checkpoint-every 6",
-        "batch-norm": f"--size 50 40 {SMALL} --epochs 12 --checkpoint-every 12 --encoder-batch-norm",
+        "batch-norm": f"--size 50 40 {SMALL} --epochs 16 --checkpoint-every 16 --encoder-batch-norm",
     },
     victim="100x80",
     compared={
         "shift": (
             "Displacements of 8 mm, epsilon 16",
-            "--targets shift --shift-mm 8 --epsilon 16 --steps 30 --limit 8",
+            "--targets shift --shift-mm 8 --epsilon 16 --steps 30 --limit 4",
         ),
-        "random": ("Random targets, epsilon 128", "--targets random --epsilon 128 --steps 30 --limit 8"),
+        "random": ("Random targets, epsilon 128", "--targets random --epsilon 128 --steps 30 --limit 4"),
     },
     epsilons={
-        "random": ("--targets random", (2, 8, 32, 128)),
-        **{name: (arguments, (2, 8, 32)) for name, arguments in SHIFTS.items()},
+        "random": ("--targets random", (8, 32, 128)),
+        **{name: (arguments, (2, 8)) for name, arguments in SHIFTS.items()},
     },
     epsilon=f"--attack {ADAPTIVE} --steps 20 --limit 3",
-    counts=(1, 5, 19),
-    count=f"--attack {ADAPTIVE} --targets shift --shift-mm 8 --epsilon 16 --steps 20 --limit 4",
+    counts=(1, 19),
+    count=f"--attack {ADAPTIVE} --targets shift --shift-mm 8 --epsilon 16 --steps 20 --limit 3",
     fancy=f"--attack {ADAPTIVE} --epsilon 128 --steps 30",
-    baselines=(2, 8, 32, 128),
+    baselines=(8, 32, 128),
     causes=(
         ("epochs of training", "6", "short", None, ""),
-        ("epochs of training", "12", "50x40", None, ""),
+        ("epochs of training", "16", "50x40", None, ""),
         ("batch norm in the encoder", "no", "50x40", None, ""),
         ("batch norm in the encoder", "yes", "batch-norm", None, ""),
         ("channels of the noise", "one", "50x40", None, "--grey"),
@@ -187,7 +187,7 @@ SCALES["quick"] = SCALES["cpu"]._replace(
         ("input size (px)", "50 x 40", "50x40", None, ""),
         ("input size (px)", "100 x 80", "100x80", None, None),
     ),
-    cause=f"--attack {BOTH} --targets shift --shift-mm 8 --epsilon 16 --steps 30 --limit 8",
+    cause=f"--attack {BOTH} --targets shift --shift-mm 8 --epsilon 16 --steps 30 --limit 4",
 )
 
 
