@@ -360,8 +360,9 @@ def count(out, runs, random):
     plot_lines(out / "count.png", table, "|T|", "method", SHARES, "number of targeted landmarks |T|")
     text = f"\n{markdown(readable(table))}\n![shares against |T|](count.png)\n"
 
-    found = last(read(random))
-    counts = (found["role"] == "targeted").groupby([found["method"], found["image"]]).transform("sum")
+    found = read(random)
+    place = [found["method"], found["iteration"], found["image"]]
+    counts = (found["role"] == "targeted").groupby(place).transform("sum")
     groups = pd.cut(counts, [0, 4, 8, 12, 18], labels=["1 to 4", "5 to 8", "9 to 12", "13 to 17"])
     rows = [measures_of(part).assign(**{"|T|": name}) for name, part in found.groupby(groups, sort=True, observed=True)]
     table = pd.concat(rows)[["|T|", *(name for name in rows[0] if name != "|T|")]]
