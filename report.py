@@ -338,8 +338,7 @@ def epsilon(out, runs):
     tables = [
         measures_of(read(folder)).assign(targets=targets, epsilon=value) for (targets, value), folder in runs.items()
     ]
-    table = pd.concat(tables).sort_values("epsilon", kind="stable")
-    table = table.sort_values("targets", key=lambda t: t.map(list(table["targets"].unique()).index), kind="stable")
+    table = pd.concat(tables)
     table = table[["targets", "epsilon", *(name for name in table if name not in ("targets", "epsilon"))]]
     write_table(out / "epsilon.csv", table)
     text = ""
