@@ -331,8 +331,7 @@ def decode(maps, subpixel=False):
 
     Args:
         maps: (B, 3, K, H, W), heatmap (logits or not: only the order counts) and offsets.
-        subpixel: the mean of the votes, not rounded, around that pixel instead. Not in the paper; where a pixel is more
-            than a millimetre, it is worth more than longer training.
+        subpixel: the mean of the votes, not rounded, around that pixel instead. Not in the paper.
 
     Returns:
         (B, K, 2) float32 x, y in px, whole numbers unless ``subpixel``.

@@ -34,7 +34,7 @@ BOTH, ADAPTIVE = "I-FGSM ATI-FGSM", "ATI-FGSM"
 
 
 class Scale(NamedTuple):
-    """What the experiments are run with: arguments of train.py and test.py, {name} for that of ``--name``."""
+    """What the experiments are run with: arguments of train.py and test.py, {runs} for runs/NAME."""
 
     detectors: dict  # name -> arguments of train.py; trained in this order
     victim: str  # the one that is attacked
