@@ -1,12 +1,13 @@
-"""Targeted adversarial attacks on a landmark detector: FGSM, I-FGSM, ATI-FGSM, and the choice of their targets.
+"""Targeted adversarial attacks on a landmark detector: FGSM, I-FGSM, ATI-FGSM, and the choice of targets.
 
-A white-box attacker moves chosen landmarks of the detector's output to chosen places and keeps the others where they
-are, with noise of at most epsilon/256 on an image in [-1, 1] (epsilon = 8: 4 of 255 grey levels). After "Miss the
-Point: Targeted Adversarial Attack on Multiple Landmark Detection" (MICCAI 2020), "the paper" below.
+A white-box attacker moves chosen ("targeted") landmarks of the detector's output to target positions and keeps the others
+("stationary") where they are, by a perturbation of L-infinity norm at most epsilon/256 of an image in [-1, 1] (epsilon = 8
+is 4 of 255 grey levels). After "Miss the Point: Targeted Adversarial Attack on Multiple Landmark Detection" (MICCAI 2020),
+called "the paper" below.
 
     goal = goal_maps(model(image), targets, targeted)
     for iteration, adversarial, maps in ati_fgsm(model, image, goal):
-        ...                                # iteration 0 is the clean image; maps are the network's of `adversarial`
+        ...                                # iteration 0 is the clean image; maps are the model's maps of `adversarial`
 """
 
 import zlib
@@ -14,90 +15,155 @@ import zlib
 import numpy as np
 import torch
 
-from command import InputError
-from dataset import MM_PER_PX0, read_csv, rescale
-from model import Goal, encode, highest, landmark_loss, offsets_at, radius_of, share
+from dataset import read_targets, rescale
+from model import Goal, encode, landmark_loss, mean_weights, offsets_at, radius_of
+from support.errors import InputError
 
-ETA = 0.05  # step length as a share of epsilon
-RANDOM_SIZE = (800, 640)  # (H, W) px of the image on which the paper draws its random targets,
-RANDOM_X = (100, 600)  # in this range of x
+STEP_SIZE = 0.05  # in units of epsilon; the paper's eta
+RANDOM_SIZE = (800, 640)  # (H, W) px of the image for which the paper states its random targets,
+RANDOM_X = (100, 600)  # the range of x
 RANDOM_Y = (250, 750)  # and of y
 
 
 # --- attacks ---------------------------------------------------------------------------------------------------------
-# Each takes a model (any callable from images to maps as model.UNet gives them, its weights frozen so that only the
-# input's gradient is computed), and yields (iteration, adversarial images, their maps), beginning with the clean ones.
 
 
-def iterate(model, image, goal, weigh, epsilon, steps, eta):
-    """The loop of every attack here: gradient, step, project, clip. ``weigh`` makes weights of the losses (B, K)."""
-    epsilon = epsilon / 256
-    noise = torch.zeros_like(image)
+def pgd(model, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE):
+    """Projected gradient descent in an L-infinity ball: gradient, step, project, clip. All attacks here are calls of it.
+
+    Args:
+        model: callable, image -> maps; freeze its weights, so that only the gradient of the image is computed.
+        image: (B, C, H, W) float in [-1, 1].
+        loss: callable, maps -> (B,), which the attack minimises.
+        epsilon: L-infinity norm of the perturbation in half grey levels (1/256 of the [-1, 1] scale).
+        steps: number of iterations.
+        step_size: of a sign step, in units of epsilon.
+
+    Yields:
+        (iteration, adversarial, maps) for iteration 0 (the clean image) .. steps; adversarial like ``image``, maps as
+        the model returns them, both without gradient.
+    """
+    bound = epsilon / 256
+    delta = torch.zeros_like(image)
     for iteration in range(steps + 1):
-        adversarial = (image - noise).clamp(-1, 1).requires_grad_(iteration < steps)
+        adversarial = (image + delta).clamp(-1, 1).requires_grad_(iteration < steps)
         with torch.set_grad_enabled(iteration < steps):
             maps = model(adversarial)
         yield iteration, adversarial.detach(), maps.detach()
         if iteration < steps:
             with torch.enable_grad():
-                losses = landmark_loss(maps, goal)
-                (gradient,) = torch.autograd.grad((weigh(losses.detach()) * losses).sum(), adversarial)
-            noise = (noise + eta * epsilon * gradient.sign()).clamp(-epsilon, epsilon)
+                (gradient,) = torch.autograd.grad(loss(maps).sum(), adversarial)
+            delta = (delta - step_size * bound * gradient.sign()).clamp(-bound, bound)
 
 
-def i_fgsm(model, image, goal, epsilon=8, steps=300, eta=ETA):
-    """Targeted iterative FGSM: minimise sum_k L_k.
+def i_fgsm(model, image, goal, epsilon=8, steps=300, step_size=STEP_SIZE):
+    """Targeted I-FGSM in the paper: sign steps that minimise sum_k L_k.
+
+    Distance: L-infinity. Source: Kurakin et al., "Adversarial examples in the physical world" (arXiv 1607.02533); the
+    paper, section 2.
 
     Args:
-        model: callable, (B, 3, H, W) -> (B, 3, K, H, W).
-        image: (B, 3, H, W) float32 in [-1, 1].
-        goal: Goal of the same B, K, H, W, from ``goal_maps``.
-        epsilon: bound of the noise in 1/256 of the [-1, 1] scale, that is in half grey levels.
-        steps: number of iterations.
-        eta: step length as a share of epsilon.
+        model: callable, (B, C, H, W) -> (B, 3, K, H, W): heatmap logits, x- and y-offsets, see ``model.UNet``.
+        image: clean images in [-1, 1].
+        goal: from ``goal_maps``.
+        epsilon: L-infinity norm of the perturbation in half grey levels. Default: 8.
+        steps: iterations. Default: 300.
+        step_size: in units of epsilon. Default: 0.05.
 
-    Yields:
-        (iteration, adversarial, maps) for iteration 0 (the clean image) .. steps; adversarial like ``image``, maps as
-        the model gives them, both without gradient.
+    Shape:
+        - image: (B, C, H, W) float32, C = 3, or 1 with ``grey_model``.
+        - yields (iteration, adversarial, maps): int, (B, C, H, W), (B, 3, K, H, W).
 
     Example:
+        >>> goal = goal_maps(model(image), targets, targeted)
         >>> for iteration, adversarial, maps in i_fgsm(model, image, goal, epsilon=8, steps=300):
         ...     pass
-        >>> decode(maps)  # of the last attacked image
+        >>> points = decode(maps)  # of the last adversarial images
     """
-    return iterate(model, image, goal, torch.ones_like, epsilon, steps, eta)
+    return pgd(model, image, lambda maps: landmark_loss(maps, goal).sum(-1), epsilon, steps, step_size)
 
 
-def ati_fgsm(model, image, goal, epsilon=8, steps=300, eta=ETA):
-    """Adaptive targeted iterative FGSM (the method that the paper proposes): minimise sum_k a_k L_k.
+def ati_fgsm(model, image, goal, epsilon=8, steps=300, step_size=STEP_SIZE):
+    """Adaptive targeted I-FGSM, the method that the paper proposes: minimise sum_k a_k L_k.
 
-    The weights a_k = L_k / mean_j L_j of each image are renewed in every iteration and constant in the gradient: hard
-    landmarks get more weight. Arguments, yields and use as those of ``i_fgsm``.
+    Distance: L-infinity. Source: the paper, section 2. The weights a_k = L_k / mean_j L_j of each image are updated in
+    every iteration and held constant in the gradient: landmarks that are hard to move get more weight.
+
+    Args:
+        model: callable, (B, C, H, W) -> (B, 3, K, H, W): heatmap logits, x- and y-offsets, see ``model.UNet``.
+        image: clean images in [-1, 1].
+        goal: from ``goal_maps``.
+        epsilon: L-infinity norm of the perturbation in half grey levels. Default: 8.
+        steps: iterations. Default: 300.
+        step_size: in units of epsilon. Default: 0.05.
+
+    Shape:
+        - image: (B, C, H, W) float32, C = 3, or 1 with ``grey_model``.
+        - yields (iteration, adversarial, maps): int, (B, C, H, W), (B, 3, K, H, W).
+
+    Example:
+        >>> goal = goal_maps(model(image), targets, targeted)
+        >>> *_, (iteration, adversarial, maps) = ati_fgsm(model, image, goal, epsilon=4)
     """
-    return iterate(model, image, goal, adaptive_weights, epsilon, steps, eta)
+
+    def loss(maps):
+        losses = landmark_loss(maps, goal)
+        return (adaptive_weights(losses.detach()) * losses).sum(-1)
+
+    return pgd(model, image, loss, epsilon, steps, step_size)
 
 
 def fgsm(model, image, goal, epsilon=8):
-    """Targeted FGSM: one step of full length towards the goal. Arguments, yields and use as those of ``i_fgsm``."""
-    return iterate(model, image, goal, torch.ones_like, epsilon, steps=1, eta=1.0)
+    """Targeted FGSM: one sign step of size epsilon that minimises sum_k L_k.
+
+    Distance: L-infinity. Source: Goodfellow et al., "Explaining and harnessing adversarial examples" (arXiv 1412.6572).
+
+    Args:
+        model: callable, (B, C, H, W) -> (B, 3, K, H, W): heatmap logits, x- and y-offsets, see ``model.UNet``.
+        image: clean images in [-1, 1].
+        goal: from ``goal_maps``.
+        epsilon: L-infinity norm of the perturbation in half grey levels. Default: 8.
+
+    Shape:
+        - image: (B, C, H, W) float32, C = 3, or 1 with ``grey_model``.
+        - yields (iteration, adversarial, maps) for iterations 0 and 1: int, (B, C, H, W), (B, 3, K, H, W).
+
+    Example:
+        >>> goal = goal_maps(model(image), targets, targeted)
+        >>> (_, _, clean), (_, adversarial, maps) = fgsm(model, image, goal)
+    """
+    return pgd(model, image, lambda maps: landmark_loss(maps, goal).sum(-1), epsilon, steps=1, step_size=1.0)
 
 
 def untargeted_fgsm(model, image, goal, epsilon=8):
-    """Untargeted FGSM: one step of full length away from the goal, which are the maps to be destroyed.
+    """Untargeted FGSM: one sign step of size epsilon that maximises sum_k L_k of the maps to be destroyed.
 
-    The goal should encode positions (the clean prediction, say): against the model's own clean maps the gradient
-    vanishes. Arguments, yields and use as those of ``i_fgsm``.
+    Distance: L-infinity. Source: Goodfellow et al., "Explaining and harnessing adversarial examples" (arXiv 1412.6572).
+
+    Args:
+        model: callable, (B, C, H, W) -> (B, 3, K, H, W): heatmap logits, x- and y-offsets, see ``model.UNet``.
+        image: clean images in [-1, 1].
+        goal: ``encode`` of the clean predictions; at the model's own clean maps the gradient would be zero.
+        epsilon: L-infinity norm of the perturbation in half grey levels. Default: 8.
+
+    Shape:
+        - image: (B, C, H, W) float32, C = 3, or 1 with ``grey_model``.
+        - yields (iteration, adversarial, maps) for iterations 0 and 1: int, (B, C, H, W), (B, 3, K, H, W).
+
+    Example:
+        >>> goal = encode(decode(model(image)), image.shape[-2:])
+        >>> (_, _, clean), (_, adversarial, maps) = untargeted_fgsm(model, image, goal)
     """
-    return iterate(model, image, goal, lambda losses: -torch.ones_like(losses), epsilon, steps=1, eta=1.0)
+    return pgd(model, image, lambda maps: -landmark_loss(maps, goal).sum(-1), epsilon, steps=1, step_size=1.0)
 
 
 def adaptive_weights(losses):
-    """a_k = L_k / mean_j L_j of losses (B, K), each image by itself."""
+    """a_k = L_k / mean_j L_j of losses (B, K), for each image separately."""
     return losses / losses.mean(-1, keepdim=True)
 
 
 def grey_model(model):
-    """The model as one of grey images (B, 1, H, W): its attacks give all three channels the same noise."""
+    """The model as a function of grey images (B, 1, H, W), so that all three channels get the same perturbation."""
     return lambda grey: model(grey.expand(-1, 3, -1, -1))
 
 
@@ -107,33 +173,34 @@ UNTARGETED = "untargeted-FGSM"
 
 
 def goal_maps(clean, targets, targeted):
-    """What a targeted attack wants the network to say.
+    """Goal maps of a targeted attack (paper, section 2).
 
-    Targeted landmarks get the maps of their targets; the others keep the network's own clean maps, their offsets
-    counting where the clean heatmap is above one half.
+    A targeted landmark gets the maps of its target position. A stationary one keeps the model's own clean maps, its
+    offsets counting where the clean heatmap is above 0.5.
 
     Args:
-        clean: (B, 3, K, H, W) maps of the clean images as the network gives them.
-        targets: (B, K, 2) float x, y in px; those of stationary landmarks are not used.
+        clean: (B, 3, K, H, W) maps of the clean images.
+        targets: (B, K, 2) float x, y in px; those of stationary landmarks are ignored.
         targeted: (B, K) bool.
     """
     size = clean.shape[-2:]
     heatmap = torch.where(targeted[..., None, None], encode(targets, size).heatmap, clean[:, 0].sigmoid())
-    count = (heatmap > 0.5).sum((-2, -1)).max()  # in a target's disc, heatmaps are above exp(-1/2) > 1/2, too
-    values, pixels = highest(heatmap.flatten(-2), max(1, int(count)))
+    # a target's disc is above exp(-1/2) > 0.5 as well
+    count = (heatmap > 0.5).sum((-2, -1)).max()
+    values, pixels = heatmap.flatten(-2).topk(max(1, int(count)), sorted=False)
     places = torch.stack([pixels % size[1], pixels // size[1]], dim=1)
     towards = (targets.movedim(-1, 1)[..., None] - places) / radius_of(size)
     own = offsets_at(pixels, clean[:, 1:].flatten(-2))
-    return Goal(heatmap, pixels, torch.where(targeted[:, None, :, None], towards, own), share(values > 0.5))
+    return Goal(heatmap, pixels, torch.where(targeted[:, None, :, None], towards, own), mean_weights(values > 0.5))
 
 
 # --- targets ---------------------------------------------------------------------------------------------------------
-# Each returns targets (K, 2) float64 x, y in px0, nan for stationary landmarks. They depend on the seed and the image
-# (its id, size and ground truth) alone: on no model, method, input size or batch.
+# Each function returns targets (K, 2) float64 x, y in px0, nan for stationary landmarks. They depend only on the seed and
+# the image (its id, size and ground truth), not on model, method, input size or batch.
 
 
 def generator(seed, id):
-    """A random generator for one image, the same in whatever order and company images come."""
+    """The random generator of one image."""
     return np.random.default_rng([seed, zlib.crc32(id.encode())])
 
 
@@ -141,7 +208,7 @@ def random_targets(rng, num_landmarks, size0):
     """The paper's random protocol.
 
     |T| is uniform in 1 .. K - 2, T uniform, and targets are uniform in x of [100, 600] and y of [250, 750] px of a
-    640 x 800 image, in proportion on any other.
+    640 x 800 image, scaled to the image's size.
 
     Args:
         rng: numpy random generator.
@@ -156,88 +223,66 @@ def random_targets(rng, num_landmarks, size0):
     return targets
 
 
-def shift_targets(rng, landmarks, size0, count, shift_mm):
-    """Displacements: ``count`` landmarks, each moved by ``shift_mm`` from the truth in a random direction.
+def shift_targets(rng, landmarks, size0, count, displacement):
+    """Displacements: ``count`` landmarks, each targeted at a fixed distance from its position, in a random direction.
 
     Args:
         rng: numpy random generator.
         landmarks: (K, 2) x, y in px0.
         size0: (H0, W0) of the original image; a direction that leads out of it is drawn again.
         count: number of targeted landmarks.
-        shift_mm: distance in mm.
+        displacement: distance in px0.
 
     Raises:
-        InputError: a landmark can't be moved so far within the image.
+        InputError: no direction stays inside the image.
     """
     limits = np.array([size0[1] - 1, size0[0] - 1])
     chosen = rng.choice(len(landmarks), count, replace=False)
     angles = rng.uniform(0, 2 * np.pi, (count, 1000))
-    steps = shift_mm / MM_PER_PX0 * np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    steps = displacement * np.stack([np.cos(angles), np.sin(angles)], axis=-1)
     places = landmarks[chosen, None] + steps  # (count, draws, 2)
     inside = ((places >= 0) & (places <= limits)).all(-1)
     if not inside.any(1).all():
         k = chosen[~inside.any(1)][0]
-        raise InputError(f"--shift-mm {shift_mm:g}: landmark {k + 1} can't be moved so far inside its image")
+        raise InputError(f"--shift-mm: landmark {k + 1} cannot be displaced by {displacement:g} px inside its image")
     targets = np.full(landmarks.shape, np.nan)
     targets[chosen] = places[np.arange(count), inside.argmax(1)]
     return targets
 
 
-def read_targets(path, num_landmarks):
-    """Targets from a CSV file with the header ``landmark,x,y``: landmarks 1..K, positions in px0, any order.
-
-    Raises:
-        InputError: unreadable, or a row is wrong; the message names it.
-    """
-    targets = np.full((num_landmarks, 2), np.nan)
-    for line, (landmark, x, y) in read_csv(path, ["landmark", "x", "y"], "landmark,x,y"):
-        if not landmark.strip().isdecimal() or not 1 <= int(landmark) <= num_landmarks:
-            raise InputError(f"{path}: line {line}: there is no landmark {landmark!r}, only 1 to {num_landmarks}")
-        k = int(landmark) - 1
-        if not np.isnan(targets[k]).all():
-            raise InputError(f"{path}: line {line}: landmark {k + 1} has a target already")
-        try:
-            targets[k] = float(x), float(y)
-        except ValueError:
-            raise InputError(f"{path}: line {line}: '{x},{y}' is not x,y") from None
-        if not np.isfinite(targets[k]).all():
-            raise InputError(f"{path}: line {line}: '{x},{y}' is no place")
-    if np.isnan(targets).all():
-        raise InputError(f"{path}: no target; a row of landmark,x,y for each is needed")
-    return targets
-
-
-def choose_targets(kind, data, seed, count, shift_mm):
+def choose_targets(source, data, seed, count, shift_mm):
     """Targets for a whole split: (N, K, 2) float64 x, y in px0, nan for stationary landmarks.
 
     Args:
-        kind: "random", "shift", or the path of a file of targets for every image.
+        source: "random", "shift", or the path of a file of targets, see ``dataset.read_targets``.
         data: dataset.Cephalograms.
-        seed, count, shift_mm: see ``generator`` and ``shift_targets``.
+        seed: of "random" and "shift".
+        count: number of landmarks that "shift" targets.
+        shift_mm: displacement of "shift" in mm.
 
     Raises:
-        InputError: a file is wrong, or a target lies outside an image.
+        InputError: the file is wrong, or a target lies outside its image.
     """
     landmarks, sizes = data.landmarks_px0.numpy(), data.sizes.tolist()
-    num_landmarks = landmarks.shape[1]
-    if kind == "random":
-        chosen = [
-            random_targets(generator(seed, id), num_landmarks, size0) for id, size0 in zip(data.ids, sizes, strict=True)
+    if source == "random":
+        rows = [
+            random_targets(generator(seed, id), landmarks.shape[1], size0)
+            for id, size0 in zip(data.ids, sizes, strict=True)
         ]
-    elif kind == "shift":
-        chosen = [
-            shift_targets(generator(seed, id), points, size0, count, shift_mm)
-            for id, points, size0 in zip(data.ids, landmarks, sizes, strict=True)
+    elif source == "shift":
+        displacements = (shift_mm / data.mm_per_px0).tolist()
+        rows = [
+            shift_targets(generator(seed, id), points, size0, count, displacement)
+            for id, points, size0, displacement in zip(data.ids, landmarks, sizes, displacements, strict=True)
         ]
     else:
-        targets = read_targets(kind, num_landmarks)
-        for id, (height, width) in zip(data.ids, sizes, strict=True):
-            outside = (targets < 0) | (targets > (width - 1, height - 1))  # false for nan
+        rows = read_targets(source, data.ids)
+        for id, targets, (height, width) in zip(data.ids, rows, sizes, strict=True):
+            outside = (targets < 0) | (targets > (width - 1, height - 1))  # False for nan
             if outside.any():
                 k = outside.any(1).argmax()
                 raise InputError(
-                    f"{kind}: the target ({targets[k, 0]:g}, {targets[k, 1]:g}) of landmark {k + 1} lies outside image "
+                    f"{source}: the target ({targets[k, 0]:g}, {targets[k, 1]:g}) of landmark {k + 1} lies outside image "
                     f"{id} of {width} x {height} px"
                 )
-        chosen = [targets] * len(data)
-    return torch.from_numpy(np.stack(chosen))
+    return torch.from_numpy(np.stack(rows))

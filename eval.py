@@ -1,6 +1,7 @@
-"""Measure landmarks as the ISBI 2015 challenge does, and draw the results: tables, line charts, pictures.
+"""The metrics of the ISBI 2015 challenge, tables of predictions, line charts and pictures.
 
-A radial error is the Euclidean distance in px0 x 0.1 mm. MRE is its mean, SDR the share of errors up to a threshold.
+A radial error is the Euclidean distance in mm: in px0 times the spacing of the image, 0.1 mm in the official data. MRE is
+the mean radial error, SDR (successful detection rate) the percentage of errors up to a threshold.
 """
 
 import numpy as np
@@ -9,12 +10,14 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-import distributed
-from command import InputError, progress
 from dataset import LANDMARKS, MM_PER_PX0, in_batches, rescale, to_input
 from model import decode
+from support import distributed
+from support.command import progress
+from support.errors import InputError
 
 SDR_MM = (2, 2.5, 3, 4)
+SUCCESS_MM = 4  # the radial error up to which the paper counts an attack on a landmark as successful
 ROLES = ("targeted", "stationary", "untargeted")  # of a landmark in an attack
 
 
@@ -22,40 +25,47 @@ ROLES = ("targeted", "stationary", "untargeted")  # of a landmark in an attack
 
 
 @torch.inference_mode()
-def predict(model, images, batch_size, device, subpixel=False):
-    """Landmarks that a network (see ``model.freeze``) finds on images, the batches shared out among all processes.
+def predict_batches(model, images, batches, device, subpixel=False):
+    """Landmarks that a network finds, batch by batch, with a progress bar.
 
     Args:
+        model: see ``model.freeze``.
         images: (N, H, W) or (N, H, W, 3) uint8.
+        batches: lists of indices of images.
         subpixel: see ``model.decode``.
 
-    Returns:
-        (N, K, 2) float32 px, on the CPU, in every process.
+    Yields:
+        (batch, points): points (B, K, 2) float32 x, y in px, on the device.
     """
-    points = torch.zeros(len(images), len(LANDMARKS), 2, device=device)
-    batches = distributed.share(in_batches(range(len(images)), batch_size))
     for batch in progress(batches, desc="testing", unit="batch", leave=False):
-        rows = slice(batch.start, batch.stop)
-        points[rows] = decode(model(to_input(images[rows], device)), subpixel)
-    return distributed.add(points.cpu())
+        yield batch, decode(model(to_input(images[batch], device)), subpixel)
+
+
+def predict(model, images, batch_size, device, subpixel=False):
+    """Landmarks of all images (N, K, 2) float32 px on the CPU, in every process, each of which takes its batches."""
+    points = torch.zeros(len(images), len(LANDMARKS), 2, device=device)
+    batches = distributed.shard(in_batches(list(range(len(images))), batch_size))
+    for batch, found in predict_batches(model, images, batches, device, subpixel):
+        points[batch] = found
+    return distributed.all_reduce(points.cpu())
 
 
 def to_px0(points, data, images=slice(None)):
-    """Positions (B, K, 2) in px on some images of ``data`` (default: all) as float64 positions in px0."""
+    """Positions (B, K, 2) in px on images of ``data``, given by their indices, as float64 positions in px0."""
     return rescale(points.double(), data.images.shape[-2:], data.sizes[images, None])
 
 
 def radial_errors(points, data):
-    """Distances (N, K) float64 in mm between points (N, K, 2) px and the un-resized ground truth of ``data``."""
-    return (to_px0(points, data) - data.landmarks_px0).norm(dim=-1) * MM_PER_PX0
+    """Radial errors (N, K) float64 in mm of points (N, K, 2) px, against the ground truth in the original images."""
+    return (to_px0(points, data) - data.landmarks_px0).norm(dim=-1) * data.mm_per_px0[:, None]
 
 
 def summarize(errors):
     """The official metrics of radial errors, an array (N, K) in mm.
 
     Returns:
-        DataFrame of a row a landmark ("1".."K") and one for "all": MRE, SD (population) and median in mm, SDR in %.
-        MRE and SD of "all" are the means over landmarks of theirs; its median and SDR are over all errors.
+        DataFrame with a row for each landmark ("1".."K") and one for "all": MRE, SD (population) and median in mm, SDR in
+        %. MRE and SD of "all" are means over landmarks; its median and SDR are those of all errors.
     """
     table = pd.DataFrame(
         {"mre_mm": errors.mean(0), "sd_mm": errors.std(0), "median_mm": np.median(errors, axis=0)}
@@ -72,7 +82,7 @@ def summarize(errors):
 
 
 def plot_training(log, path):
-    """Loss terms against epochs and, where a split was monitored, its MRE."""
+    """Line chart of the loss terms and of the monitored MRE against epochs."""
     monitored = log.dropna(subset="mre_mm") if "mre_mm" in log else log[:0]
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -98,9 +108,9 @@ def plot_training(log, path):
 
 
 def plot_attack(summary, column, label, path):
-    """A column of the summary of an attack against iterations: targeted and stationary, methods side by side.
+    """Line chart of a column of ``summarize_attack`` against iterations: a panel for each role, a line for each method.
 
-    With the 95 % intervals of ``summarize_with_confidence`` as bands, where the summary has them.
+    Bands show the interval from <column>_low to <column>_high, where the summary has these columns.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     roles = list(dict.fromkeys(summary["role"]))
@@ -110,7 +120,7 @@ def plot_attack(summary, column, label, path):
             if f"{column}_low" in lines:
                 ends = lines[f"{column}_low"], lines[f"{column}_high"]
                 axes.fill_between(lines["iteration"], *ends, color=line.get_color(), alpha=0.15, linewidth=0)
-        # one scale for all roles
+        # all panels have one scale
         top = 1.05 * max(summary[[name for name in (column, f"{column}_high") if name in summary]].max(axis=None), 1e-3)
         axes.set(title=f"{role} landmarks", xlabel="iteration", ylabel=label, ylim=(0, top))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -122,18 +132,19 @@ def plot_attack(summary, column, label, path):
 # --- records of predictions ------------------------------------------------------------------------------------------
 
 
-def record(ids, points_px0, truth_px0, reference_px0=None, **columns):
-    """A tidy table, a row for each prediction.
+def record(ids, points_px0, truth_px0, reference_px0=None, mm_per_px0=MM_PER_PX0, **columns):
+    """A tidy table with a row for each prediction.
 
     Args:
         ids: B image ids.
         points_px0: (B, K, 2) predictions, x, y in px0.
-        truth_px0: (B, K, 2) ground truth.
-        reference_px0: (B, K, 2) places from which radial errors are measured, if not the ground truth.
+        truth_px0: (B, K, 2) ground truth, nan where unknown.
+        reference_px0: (B, K, 2) positions from which radial errors are measured (default: the ground truth).
+        mm_per_px0: spacing, a number or (B,).
         columns: further columns; scalars, or arrays that broadcast to (B, K).
 
     Returns:
-        DataFrame: image, landmark (1..K), name, the further columns, positions in px0, radial error in mm.
+        DataFrame: image, landmark (1..K), name, the further columns, positions in px0, radial error in mm, spacing.
     """
     shape = points_px0.shape[:2]
     landmarks = np.broadcast_to(np.arange(shape[1]), shape)
@@ -146,16 +157,22 @@ def record(ids, points_px0, truth_px0, reference_px0=None, **columns):
     table |= {"x_px0": points_px0[..., 0].ravel(), "y_px0": points_px0[..., 1].ravel()}
     table |= {"true_x_px0": truth_px0[..., 0].ravel(), "true_y_px0": truth_px0[..., 1].ravel()}
     reference_px0 = truth_px0 if reference_px0 is None else reference_px0
-    table["radial_error_mm"] = np.linalg.norm(points_px0 - reference_px0, axis=-1).ravel() * MM_PER_PX0
-    return pd.DataFrame(table)
+    spacing = np.broadcast_to(np.reshape(mm_per_px0, (-1, 1)), shape).ravel()
+    table["radial_error_mm"] = np.linalg.norm(points_px0 - reference_px0, axis=-1).ravel() * spacing
+    return pd.DataFrame(table | {"mm_per_px0": spacing})
 
 
-def record_attack(ids, points_px0, truth_px0, targets_px0, method, iteration, largest_change):
-    """The predictions of an attack at one iteration as ``record``.
+def record_attack(
+    ids, points_px0, truth_px0, targets_px0, method, iteration, largest_change, mm_per_px0=MM_PER_PX0
+):
+    """The predictions of an attack at one iteration, see ``record``.
 
-    ``targets_px0`` (B, K, 2) is nan for stationary landmarks, None for an untargeted attack. The column role says
-    targeted, stationary or untargeted; the radial error of a targeted landmark is its distance from its target, that
-    of any other its distance from the ground truth. ``largest_change`` (B,) is that of each image, in grey levels.
+    Args:
+        targets_px0: (B, K, 2), nan for stationary landmarks; None for an untargeted attack.
+        largest_change: (B,) L-infinity norm of each perturbation, in grey levels of 255.
+
+    The column role is targeted (radial error: distance from the target), stationary or untargeted (distance from the
+    ground truth).
     """
     if targets_px0 is None:
         role, reference = "untargeted", truth_px0
@@ -164,85 +181,41 @@ def record_attack(ids, points_px0, truth_px0, targets_px0, method, iteration, la
         targeted = ~np.isnan(targets_px0).any(-1)
         role = np.where(targeted, "targeted", "stationary")
         reference = np.where(targeted[..., None], targets_px0, truth_px0)
-    table = record(ids, points_px0, truth_px0, reference, method=method, iteration=iteration, role=role)
+    table = record(ids, points_px0, truth_px0, reference, mm_per_px0, method=method, iteration=iteration, role=role)
     table["target_x_px0"], table["target_y_px0"] = targets_px0.reshape(-1, 2).T
     table["largest_change"] = np.repeat(largest_change, points_px0.shape[1])
+    table["mm_per_px0"] = table.pop("mm_per_px0")  # last
     return table
 
 
 def read_records(files):
-    """Records from CSV files, one below the other, each with all landmarks of its images in order.
+    """Concatenate records that ``files.write_table`` wrote.
 
     Raises:
-        InputError: one is missing or damaged.
+        InputError: one is missing or not a table.
     """
     tables = []
     for file in files:
-        try:
-            table = pd.read_csv(file, dtype={"image": str}, encoding="utf-8")
-            numbers = ["x_px0", "y_px0", "true_x_px0", "true_y_px0", "radial_error_mm"]
-            if "role" in table:
-                numbers += ["iteration", "largest_change"]
-            whole = table["landmark"].tolist() == [*range(1, len(LANDMARKS) + 1)] * (len(table) // len(LANDMARKS))
-            values = table[numbers].select_dtypes("number")
-            if not len(table) or not whole or list(values) != numbers or not np.isfinite(values).all(axis=None):
-                raise ValueError("rows are missing or damaged")
-            if "role" in table and not table["role"].isin(ROLES).all():
-                raise ValueError("there is no such role")
-            if tables and list(table) != list(tables[0]):
-                raise ValueError("other columns than in the first record")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        try:  # a converter keeps ids as text: "007", and "NA", which is no missing value
+            tables.append(pd.read_csv(file, converters={"image": str}, encoding="utf-8"))
+        except (OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"{file}: not a readable record ({reason}); remove it and repeat the command") from None
-        tables.append(table)
     return pd.concat(tables)
 
 
 def summarize_attack(records, by="iteration"):
-    """Over all landmarks: mean and median radial error, the share within 4 mm, and the largest change in grey levels.
+    """Mean and median radial error, percentage within 4 mm and largest L-infinity norm, over images and landmarks.
 
-    A row for each role, method and value of the column ``by``.
+    Returns:
+        DataFrame with a row for each role, method and value of the column ``by``.
     """
     records = records.sort_values("role", key=lambda role: role.map(ROLES.index), kind="stable")
     groups = records.groupby(["role", "method", by], sort=False)
     table = groups["radial_error_mm"].agg(landmarks="size", mre_mm="mean", median_mm="median")
-    table["within_4mm_%"] = groups["radial_error_mm"].agg(lambda errors: 100 * (errors <= 4).mean())
+    table["within_4mm_%"] = groups["radial_error_mm"].agg(lambda errors: 100 * (errors <= SUCCESS_MM).mean())
     table["largest_change"] = groups["largest_change"].max()
     return table.reset_index()
-
-
-def summarize_with_confidence(records, by="iteration", draws=1000, seed=0):
-    """``summarize_attack`` with 95 % confidence intervals: columns <measure>_low and <measure>_high.
-
-    Bootstrap over images, percentiles: landmarks of one image are not independent. The same draws serve all rows.
-    """
-    table = summarize_attack(records, by).set_index(["role", "method", by])
-    errors = records.pivot(index=["role", "method", by, "image"], columns="landmark", values="radial_error_mm")
-    images = errors.index.unique("image")
-    chosen = resample(len(images), draws, seed)
-    intervals = {}
-    for key, rows in errors.groupby(level=["role", "method", by], sort=False):
-        rows = rows.droplevel(["role", "method", by]).reindex(images).to_numpy()
-        resampled = rows[chosen].reshape(draws, -1)  # nan where a landmark has another role
-        resampled = resampled[~np.isnan(resampled).all(1)]
-        measures = {
-            "mre_mm": np.nanmean(resampled, axis=1),
-            "median_mm": np.nanmedian(resampled, axis=1),
-            "within_4mm_%": 100 * (resampled <= 4).sum(1) / (~np.isnan(resampled)).sum(1),
-        }
-        intervals[key] = {
-            f"{name}_{end}": np.percentile(values, percent)
-            for name, values in measures.items()
-            for end, percent in (("low", 2.5), ("high", 97.5))
-        }
-    intervals = pd.DataFrame.from_dict(intervals, orient="index")
-    intervals.index.names = table.index.names
-    return table.join(intervals).reset_index()
-
-
-def resample(count, draws, seed):
-    """A bootstrap's draws from ``count`` images: indices (draws, count)."""
-    return np.random.default_rng(seed).integers(count, size=(draws, count))
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -255,12 +228,13 @@ TRUTH, PREDICTED, TARGET = (
 
 
 def draw(path, title, image, truth, predicted, adversarial=None, attacked=None, targets=None):
-    """A picture of one image: as it is and, if attacked, the attacked image and the perturbation, magnified.
+    """Draw one image with its landmarks and, if attacked, the attacked image and the magnified perturbation.
 
     Args:
-        path, title: where to and what above.
+        path: file to write.
+        title: above the picture.
         image, adversarial: arrays (3, H, W) in [-1, 1].
-        truth, predicted, attacked, targets: arrays (K, 2) of x, y in px; targets nan for stationary landmarks.
+        truth, predicted, attacked, targets: arrays (K, 2) of x, y in px, nan for what does not exist.
     """
     panels = 1 if adversarial is None else 3
     figure = Figure(figsize=(4.2 * panels, 5.8), layout="constrained")
@@ -280,9 +254,9 @@ def draw(path, title, image, truth, predicted, adversarial=None, attacked=None, 
             lines = np.stack([targets[chosen], attacked[chosen]])
             axes[1].plot(lines[..., 0], lines[..., 1], color="cyan", linewidth=0.4)
             axes[1].scatter(*targets[chosen].T, label="target", **TARGET)
-        noise = (adversarial - image) * 127.5
-        bound = max(np.abs(noise).max(), 1e-6)
-        axes[2].imshow(noise.transpose(1, 2, 0) / (2 * bound) + 0.5)
+        delta = (adversarial - image) * 127.5
+        bound = max(np.abs(delta).max(), 1e-6)
+        axes[2].imshow(delta.transpose(1, 2, 0) / (2 * bound) + 0.5)
         axes[2].set_title(f"perturbation x {127.5 / bound:.3g}: black -{bound:.1f}, white +{bound:.1f} of 255")
     for panel in axes:
         panel.set_axis_off()

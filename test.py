@@ -1,57 +1,55 @@
 """Test a trained detector, or attack it.
 
     python test.py --tag baseline --iteration 229                                    # accuracy
-    python test.py --tag baseline --iteration 229 --attack 1 --rand temp             # ATI-FGSM
+    python test.py --tag baseline --iteration 229 --attack 1 --rand temp             # ATI-FGSM; results in temp/
     python test.py --tag baseline --attack 0 1 --targets shift --epsilon 8           # compared, on displacements
     python test.py --tag baseline --attack 1 --rand temp --save-adversarial          # attacked images as 8-bit PNG,
-    python test.py --tag baseline --adversarial runs/baseline/temp/adversarial       # read back
+    python test.py --tag baseline --adversarial temp/adversarial                     # tested again
     torchrun --nproc-per-node 4 test.py --tag baseline --attack 1 --rand temp        # on four GPUs, the same results
 
-Writes into runs/<tag>/<rand>/: config.json, predictions.csv, summary.csv, pictures/, and records/, from which the same
-command goes on after a stop; for an attack also charts and adversarial/.
+Writes into the folder --rand (default: one below runs/<tag>/): config.json, predictions.csv, summary.csv, pictures/, and
+records/, from which the same command resumes after a stop; for an attack also line charts and adversarial/.
 """
 
 import argparse
 import hashlib
 from pathlib import Path
 
-import pandas as pd
 import torch
 
-import command
-import distributed
-from adversarial import SIZES, find_in_memory, in_memory_file, read_back, save_adversarial, stored_file
 from attack import ATTACKS, ONE_STEP, UNTARGETED, choose_targets, goal_maps, grey_model
-from command import InputError, is_main, natural_int, positive_float, positive_int, progress
 from dataset import LANDMARKS, SPLITS, Cephalograms, in_batches, rescale, to_input
 from eval import (
+    SUCCESS_MM,
     draw,
     plot_attack,
+    predict_batches,
     read_records,
     record,
-    record_attack,
     summarize,
     summarize_attack,
     to_px0,
 )
 from model import MIN_SIZE, UNet, compile_network, decode, encode, freeze, load_weights, place
-from runs import (
+from observe import Observer, find_in_memory, in_memory_file, read_back, save_adversarial, stored_files
+from support import command, distributed
+from support.checkpoints import find_checkpoint, sha256
+from support.command import natural_int, positive_float, positive_int, progress
+from support.distributed import is_main
+from support.errors import InputError
+from support.files import (
+    atomic,
     check_same_config,
-    checkpoint_epochs,
-    checkpoint_path,
     make_folder,
     read_config,
     run_folder,
     save_config,
-    write,
     write_table,
 )
 
-RECORDED = (0, 1, 5, 10, 20, 30, 50, 99, 150, 200, 250, 299)  # reported, as in the paper and more; the last too
-
 
 def attack_name(text):
-    """An attack by its number (0: I-FGSM, 1: ATI-FGSM, as in the 2020 code) or name."""
+    """An attack by its number (0: I-FGSM, 1: ATI-FGSM) or name."""
     names = list(ATTACKS)
     by_text = {str(i): name for i, name in enumerate(names)} | {name.lower(): name for name in names}
     if text.lower() not in by_text:
@@ -59,21 +57,16 @@ def attack_name(text):
     return by_text[text.lower()]
 
 
-def parse_arguments(argv):
+def make_parser():
     parser = command.Parser("Test a trained detector, or attack it.")
-    parser.add_argument("--tag", type=command.tag, required=True, help="name of the run: runs/TAG/")
-    parser.add_argument(
-        "--iteration", type=natural_int, metavar="EPOCH", help="checkpoint of this epoch (default: the newest)"
-    )
-    parser.add_argument("--data", default="data", help="folder with the ISBI 2015 data")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="test: what there is of test1 and test2")
+    parser.add_argument("--tag", type=command.tag, required=True, help="the run: runs/TAG/, as trained by train.py")
+    parser.add_argument("--iteration", type=natural_int, metavar="EPOCH", help="checkpoint to use (default: the newest)")
+    command.add_data_arguments(parser)
+    parser.add_argument("--split", choices=SPLITS, default="test", help="images; test: test1 and test2, as far as present")
     parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N images (default: all)")
     parser.add_argument("--images", nargs="+", metavar="ID", help="only these images (default: all)")
     parser.add_argument(
-        "--rand",
-        type=command.subfolder,
-        metavar="DIR",
-        help="output folder below runs/TAG/ (default: named by what is done)",
+        "--rand", metavar="DIR", help="output folder (default: below runs/TAG/, named test, attack or read_back)"
     )
     parser.add_argument(
         "--attack",
@@ -88,28 +81,30 @@ def parse_arguments(argv):
         metavar="SOURCE",
         help="random (the paper's protocol), shift (displacements), or a CSV file landmark,x,y in px of the original",
     )
-    parser.add_argument("--shift-count", type=positive_int, default=5, metavar="N", help="landmarks moved by shift")
-    parser.add_argument("--shift-mm", type=positive_float, default=8.0, metavar="MM", help="how far shift moves them")
+    parser.add_argument("--shift-count", type=positive_int, default=5, metavar="N", help="landmarks that shift targets")
+    parser.add_argument("--shift-mm", type=positive_float, default=8.0, metavar="MM", help="their displacement")
     parser.add_argument(
-        "--epsilon", type=positive_float, default=8.0, help="bound of the noise in half grey levels (8: 4 of 255)"
+        "--epsilon", type=positive_float, default=8.0, help="L-infinity bound in half grey levels (8: 4 of 255)"
     )
-    parser.add_argument("--steps", type=positive_int, default=300, help="iterations of I-FGSM and ATI-FGSM")
-    parser.add_argument("--grey", action="store_true", help="the same noise in all three channels")
+    parser.add_argument("--steps", type=positive_int, default=300, help="iterations of iterative attacks")
+    parser.add_argument("--grey", action="store_true", help="the same perturbation in all three channels")
     parser.add_argument(
-        "--save-adversarial", action="store_true", help="also write the attacked images, as 8-bit PNG at both sizes"
+        "--save-adversarial", action="store_true", help="store attacked images as 8-bit PNG, and test them again"
     )
-    parser.add_argument("--adversarial", metavar="DIR", help="test the attacked images of a folder adversarial/")
-    parser.add_argument(
-        "--subpixel", action="store_true", help="landmarks between pixels: the mean of the votes around the paper's"
-    )
-    parser.add_argument("--batch-size", type=positive_int, default=4, help="images at once, in each process")
+    parser.add_argument("--adversarial", metavar="DIR", help="test the stored images of a folder adversarial/")
+    parser.add_argument("--subpixel", action="store_true", help="subpixel decoding: the mean of the votes near the winner")
+    parser.add_argument("--batch-size", type=positive_int, default=4, help="images per batch, in each process")
     parser.add_argument("--pictures", type=natural_int, default=4, metavar="N", help="draw the first N images")
     command.add_compute_arguments(parser)
+    return parser
+
+
+def parse_arguments(parser, argv):
     args = parser.parse_args(argv)
     if args.shift_count > len(LANDMARKS):
         parser.error(f"--shift-count: there are {len(LANDMARKS)} landmarks")
     if args.attack and args.adversarial:
-        parser.error("--adversarial: reads attacked images; leave --attack out")
+        parser.error("--adversarial: tests stored images; omit --attack")
     for name in ("grey", "save_adversarial"):
         if getattr(args, name) and not args.attack:
             parser.error(f"--{name.replace('_', '-')}: needs an --attack")
@@ -117,67 +112,51 @@ def parse_arguments(argv):
 
 
 def main(argv=None):
-    args = parse_arguments(argv)
+    parser = make_parser()
+    args = parse_arguments(parser, argv)
     distributed.start()
-    with distributed.together():
+    with distributed.guard() as same:  # prepare: nothing is written before all processes have the same
         device = command.find_device(args.device)
-        run = run_folder(args.tag)
-        epoch, checkpoint = find_checkpoint(run, args.iteration)
-        size, encoder_batch_norm = read_detector(run / "config.json")
-        model = UNet(len(LANDMARKS), encoder_batch_norm=encoder_batch_norm)
-        load_weights(model, checkpoint)
-        freeze(place(model, device, args.precision))
-        data = Cephalograms(args.data, args.split, size, args.limit, args.images)
-
-        what = "attack" if args.attack else "read_back" if args.adversarial else "test"
-        out = run / (args.rand or f"{what}_{args.split}_{epoch}")
-        config = vars(args) | {"iteration": epoch, "size": size}
-        config |= {"checkpoint_sha256": sha256(checkpoint), "data_sha256": data.sha256}
-        if args.attack:
-            targets = choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm)
-            config["targets_sha256"] = hashlib.sha256(targets.numpy().tobytes()).hexdigest()
-        if args.adversarial:
-            config["adversarial_sha256"] = sha256(find_in_memory(Path(args.adversarial)))
-        if (out / "config.json").exists():
-            same_results = ["device", "data", "batch_size", "rand", "pictures", "compile"]
-            same_results += ["save_adversarial", "adversarial"]
-            check_same_config(out / "config.json", config, same_results, "--rand")
-    with distributed.together():
-        distributed.check_same(configuration=config)
-    if args.compile:
-        model = compile_network(model, to_input(data.images[: args.batch_size], device))
-    if args.adversarial:
-        table = read_back(Path(args.adversarial), model, data, args.batch_size, device, args.subpixel)
-    with distributed.together():  # before this, nothing has been written
+        model, found = load_detector(args, device)
+        data = load_data(args, found["size"])
+        targets = choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm) if args.attack else None
+        out = output_folder(args, found["iteration"])
+        config = vars(args) | found | fingerprints(args, data, targets)
+        check_output(out, config, parser.defaults())
+        same |= {"configuration": config}
+    with distributed.guard():
         if is_main():
             make_folder(out)
             save_config(out / "config.json", config, device)
+    if args.compile:
+        model = compile_network(model, to_input(data.images[: args.batch_size], device))
 
     if args.attack:
         attack(args, model, data, targets, device, out)
     elif args.adversarial:
-        report_read_back(out, table)
+        test_stored(args, model, data, device, Path(args.adversarial), out)
     else:
         test(args, model, data, device, out)
     if is_main():
         print(f"written to {out}/")
 
 
-def find_checkpoint(run, epoch):
-    """(epoch, path) of the checkpoint wanted, of the newest for None."""
-    epochs = checkpoint_epochs(run)
-    if not epochs:
-        raise InputError(f"{run}: no checkpoint model_epoch_<e>.pth yet; go on training by train.py --resume")
-    if epoch is None:
-        epoch = max(epochs)
-    path = checkpoint_path(run, epoch)
-    if epoch not in epochs:
-        raise InputError(f"{path}: no such checkpoint; --iteration takes one of: {', '.join(map(str, epochs))}")
-    return epoch, path
+# --- preparation -----------------------------------------------------------------------------------------------------
 
 
-def read_detector(path):
-    """The (H, W) in px that a run was trained at, and whether its encoder has batch norm."""
+def load_detector(args, device):
+    """The frozen network of a checkpoint, and what the configuration says of it: iteration, size, SHA-256."""
+    run = run_folder(args.tag)
+    epoch, checkpoint = find_checkpoint(run, args.iteration)
+    size, encoder_batch_norm = read_architecture(run / "config.json")
+    model = UNet(len(LANDMARKS), encoder_batch_norm=encoder_batch_norm)
+    load_weights(model, checkpoint)
+    freeze(place(model, device, args.precision))
+    return model, {"iteration": epoch, "size": size, "checkpoint_sha256": sha256(checkpoint)}
+
+
+def read_architecture(path):
+    """The input size (H, W) in px of a run, and whether its encoder has batch norm."""
     config = read_config(path)
     size, encoder_batch_norm = config.get("size"), config.get("encoder_batch_norm", False)
     if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n >= MIN_SIZE for n in size)):
@@ -187,68 +166,114 @@ def read_detector(path):
     return tuple(size), encoder_batch_norm
 
 
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def load_data(args, size):
+    return Cephalograms(
+        args.data,
+        args.split,
+        size,
+        args.limit,
+        args.images,
+        mm_per_px=args.mm_per_px,
+        unusual=args.unusual,
+        progress=command.loading_bar,
+    )
 
 
-def unfinished(out, methods, count, batch_size, files_of):
-    """The batches in which something is not done, shared out among the processes.
+def output_folder(args, epoch):
+    what = "attack" if args.attack else "read_back" if args.adversarial else "test"
+    return Path(args.rand) if args.rand else run_folder(args.tag) / f"{what}_{args.split}_{epoch}"
 
-    Batches are the same after a stop as before, since a result may depend on its company in the last bits.
 
-    Args:
-        count: number of images.
-        files_of: function of method and image index to the files that are there when it is done.
+def fingerprints(args, data, targets):
+    """SHA-256 of what the results depend on besides the arguments."""
+    found = {"data_sha256": data.sha256}
+    if targets is not None:
+        found["targets_sha256"] = hashlib.sha256(targets.numpy().tobytes()).hexdigest()
+    if args.adversarial:
+        found["adversarial_sha256"] = sha256(find_in_memory(Path(args.adversarial)))
+    return found
+
+
+def check_output(out, config, defaults):
+    """Raise InputError where the output folder holds anything but earlier results of the same configuration."""
+    if (out / "config.json").exists():
+        no_effect = ["device", "data", "batch_size", "rand", "pictures", "compile", "save_adversarial", "adversarial"]
+        check_same_config(out / "config.json", config, defaults, no_effect, "--rand")
+    elif out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out}: holds other files than results of test.py; choose another --rand")
+
+
+# --- work and its files ----------------------------------------------------------------------------------------------
+
+
+def record_file(out, data, i, method=None):
+    return out / "records" / f"{f'{method}_' if method else ''}{data.ids[i]}.csv"
+
+
+def picture_file(out, data, i, method=None):
+    return out / "pictures" / f"{data.ids[i]}{f'_{method}' if method else ''}.png"
+
+
+def unfinished(args, data, out, methods):
+    """The work of this process: batches in which the files of an image are missing.
+
+    Batches are the same after a stop as before, since the company of an image may affect the last bits of its result.
 
     Returns:
-        list of (method, batch of image indices, those of the batch that are not done).
+        list of (method, batch of image indices, those of the batch that are unfinished).
     """
-    there = set(out.rglob("*"))
+    existing = set(out.rglob("*"))
+
+    def is_unfinished(method, i):
+        files = [record_file(out, data, i, method)]
+        if i < args.pictures:
+            files.append(picture_file(out, data, i, method))
+        if args.save_adversarial:
+            files += stored_files(out / "adversarial", method, data.ids[i])
+        return not existing.issuperset(files)
+
     jobs = [
-        (method, batch, [i for i in batch if not there.issuperset(files_of(method, i))])
+        (method, batch, [i for i in batch if is_unfinished(method, i)])
         for method in methods
-        for batch in in_batches(list(range(count)), batch_size)
+        for batch in in_batches(list(range(len(data))), args.batch_size)
     ]
-    return distributed.share(distributed.agree([job for job in jobs if job[-1]]))
+    return distributed.shard(distributed.broadcast([job for job in jobs if job[-1]]))
+
+
+# --- accuracy --------------------------------------------------------------------------------------------------------
 
 
 def test(args, model, data, device, out):
-    """Accuracy on a split: a record of each image, from which a stopped test goes on, then tables; pictures."""
-
-    def record_file(i):
-        return out / "records" / f"{data.ids[i]}.csv"
-
-    def picture_file(i):
-        return out / "pictures" / f"{data.ids[i]}.png"
-
-    def files_of(_, i):
-        return [record_file(i), picture_file(i)] if i < args.pictures else [record_file(i)]
-
-    todo = unfinished(out, ["test"], len(data), args.batch_size, files_of)
-    for _, batch, missing in progress(todo, "testing", unit="batch", leave=False):
-        with torch.inference_mode():
-            points = decode(model(to_input(data.images[batch], device)), args.subpixel).cpu()
-        table = record(
-            [data.ids[i] for i in batch], to_px0(points, data, batch).numpy(), data.landmarks_px0[batch].numpy()
-        )
-        for i, found, (_, rows) in zip(batch, points, table.groupby("image", sort=False), strict=True):
-            if i not in missing:
-                continue
-            if i < args.pictures:
-                title = f"{data.ids[i]}, MRE {rows['radial_error_mm'].mean():.2f} mm"
-                image = to_input(data.images[[i]], "cpu")[0].numpy()
-                parts = image, data.landmarks[i].numpy(), found.numpy()
-                write(picture_file(i), lambda path: draw(path, title, *parts))
-            write_table(record_file(i), rows)
-    distributed.wait()
-    with distributed.together():
+    """Accuracy: a record of each image, tables, pictures."""
+    missing = {tuple(batch): images for _, batch, images in unfinished(args, data, out, [None])}
+    for batch, points in predict_batches(model, data.images, list(map(list, missing)), device, args.subpixel):
+        points = points.cpu()
+        for b in [b for b, i in enumerate(batch) if i in missing[tuple(batch)]]:
+            write_tested(args, data, batch[b], points[b], out)
+    distributed.barrier()
+    with distributed.guard():  # publish
         if is_main():
-            report_test(out, [record_file(i) for i in range(len(data))])
+            report_test(out, [record_file(out, data, i) for i in range(len(data))])
+
+
+def write_tested(args, data, i, points, out):
+    """The files of one image; points (K, 2) px."""
+    rows = record(
+        [data.ids[i]],
+        to_px0(points[None], data, [i]).numpy(),
+        data.landmarks_px0[[i]].numpy(),
+        mm_per_px0=data.mm_per_px0[i].item(),
+    )
+    if i < args.pictures:
+        title = f"{data.ids[i]}, MRE {rows['radial_error_mm'].mean():.2f} mm"
+        image = to_input(data.images[[i]], "cpu")[0].numpy()
+        with atomic(picture_file(out, data, i)) as temporary:
+            draw(temporary, title, image, data.landmarks[i].numpy(), points.numpy())
+    write_table(record_file(out, data, i), rows)
 
 
 def report_test(out, files):
-    """Gather the records of a test: predictions.csv, summary.csv."""
+    """predictions.csv and summary.csv from the records."""
     table = read_records(files)
     write_table(out / "predictions.csv", table)
     errors = table["radial_error_mm"].to_numpy().reshape(len(files), len(LANDMARKS))
@@ -258,108 +283,94 @@ def report_test(out, files):
     print(summary.to_string(index=False, float_format="%.2f"))
 
 
-def attack(args, model, data, targets_px0, device, out):
-    """Attack every image by every method on the same targets (N, K, 2) px0, nan for stationary landmarks.
+# --- attack ----------------------------------------------------------------------------------------------------------
 
-    The files of an image are written as soon as its batch is done, its record last; what has them all is not attacked
-    again.
-    """
-    size = data.images.shape[-2:]
-    targets = rescale(targets_px0, data.sizes[:, None], size).float()
+
+def attack(args, model, data, targets_px0, device, out):
+    """Attack every image by every method, all with the same targets (N, K, 2) px0, nan for stationary landmarks."""
+    targets = rescale(targets_px0, data.sizes[:, None], data.images.shape[-2:]).float()
     methods = list(dict.fromkeys(args.attack))
     steps = {method: 1 if method in ONE_STEP else args.steps for method in methods}
     victim = grey_model(model) if args.grey else model
-    stored = out / "adversarial"
-
-    def record_file(method, i):
-        return out / "records" / f"{method}_{data.ids[i]}.csv"
-
-    def picture_file(method, i):
-        return out / "pictures" / f"{data.ids[i]}_{method}.png"
-
-    def files_of(method, i):
-        files = [stored_file(stored, method, size, data.ids[i]) for size in SIZES] if args.save_adversarial else []
-        return [*files, record_file(method, i), *([picture_file(method, i)] if i < args.pictures else [])]
-
-    todo = unfinished(out, methods, len(data), args.batch_size, files_of)
+    todo = unfinished(args, data, out, methods)
     total = sum(steps[method] * len(batch) for method, batch, _ in todo)
-    bar = progress(total=total, desc="attacking", unit="step", disable=not todo)
-    for method, batch, missing in todo:
-        ids = [data.ids[i] for i in batch]
-        names = ", ".join(ids) if len(ids) < 5 else f"{ids[0]} .. {ids[-1]}"
-        bar.set_description(f"{method} on {names}")
-        image = to_input(data.images[batch], device)
-        if args.grey:
-            image = image[:, :1]
-        with torch.no_grad():
-            clean = victim(image)
-        if method == UNTARGETED:
-            aims_px0 = None
-            goal = encode(decode(clean), size)
-        else:
-            aims_px0 = targets_px0[batch].numpy()
-            aims = targets[batch].to(device)
-            goal = goal_maps(clean, aims.nan_to_num(), ~aims.isnan().any(-1))
-        options = {} if method in ONE_STEP else {"steps": args.steps}
-
-        # landmarks and greatest noise of each recorded iteration stay on the device: nothing in this loop waits
-        found, noise = {}, {}
-        for iteration, adversarial, maps in ATTACKS[method](victim, image, goal, args.epsilon, **options):
-            bar.update(len(batch) if iteration else 0)
-            if iteration in RECORDED or iteration == steps[method]:
-                found[iteration] = decode(maps, args.subpixel)
-                noise[iteration] = (adversarial - image).abs().amax((1, 2, 3))
-
-        truth_px0, tables = data.landmarks_px0[batch].numpy(), []
-        for iteration, points in found.items():
-            points_px0, change = to_px0(points.cpu(), data, batch).numpy(), noise[iteration].cpu().numpy() * 127.5
-            tables.append(record_attack(ids, points_px0, truth_px0, aims_px0, method, iteration, change))
-        moved = tables[-1][tables[-1]["role"] != "stationary"]
-        bar.set_postfix({f"{moved['role'].iloc[0]} MRE": f"{moved['radial_error_mm'].mean():.1f} mm"})
-        for b, (i, (_, rows)) in enumerate(zip(batch, pd.concat(tables).groupby("image", sort=False), strict=True)):
-            if i not in missing:
-                continue
-            if i < args.pictures:
-                title = f"{ids[b]}, {method}, epsilon {args.epsilon:g}, iteration {iteration}"
-                clean_image, attacked_image = image[b].expand(3, -1, -1), adversarial[b].expand(3, -1, -1)
-                parts = [clean_image, data.landmarks[i], found[0][b], attacked_image, found[iteration][b]]
-                parts += [] if method == UNTARGETED else [targets[i]]
-                parts = [part.cpu().numpy() for part in parts]
-                write(picture_file(method, i), lambda path: draw(path, title, *parts))
-            if args.save_adversarial:
-                save_adversarial(stored, method, data, i, adversarial[b])
-            write_table(record_file(method, i), rows)
-    bar.close()
-    distributed.wait()
-    with distributed.together():
+    with progress(total=total, desc="attacking", unit="step", disable=not todo) as bar:
+        for method, batch, missing in todo:
+            ids = [data.ids[i] for i in batch]
+            bar.set_description(f"{method} on {', '.join(ids) if len(ids) < 5 else f'{ids[0]} .. {ids[-1]}'}")
+            image = to_input(data.images[batch], device)[:, : 1 if args.grey else 3]
+            observer = Observer(image, steps[method], args.subpixel)
+            for found in run_attack(method, victim, image, targets[batch].to(device), args.epsilon, steps[method]):
+                observer.observe(*found)
+                bar.update(len(batch) if found[0] else 0)
+            aims = None if method == UNTARGETED else targets_px0[batch].numpy()
+            records = observer.records(data, batch, aims, method)
+            bar.set_postfix(progress_figure(records))
+            for i in missing:
+                write_attacked(args, data, i, batch.index(i), observer, targets[i], method, records, out)
+    distributed.barrier()
+    with distributed.guard():  # publish
         if is_main():
-            table = report_attack(out, [record_file(method, i) for method in methods for i in range(len(data))])
-            if args.save_adversarial:
-                last = table["iteration"] == table["method"].map(steps)
-                write_table(in_memory_file(stored), table[last])
+            report_attack(args, data, methods, steps, out)
     if args.save_adversarial:
-        report_read_back(out, read_back(stored, model, data, args.batch_size, device, args.subpixel))
+        test_stored(args, model, data, device, out / "adversarial", out)
 
 
-def report_attack(out, files):
-    """Gather the records of an attack: predictions.csv, summary.csv, charts. Returns the predictions."""
-    table = read_records(files)
+def run_attack(method, victim, image, targets, epsilon, steps):
+    """The iterations of an attack by its name, see ``attack.pgd``; targets (B, K, 2) px, nan for stationary landmarks."""
+    with torch.no_grad():
+        clean = victim(image)
+    if method == UNTARGETED:
+        goal = encode(decode(clean), clean.shape[-2:])
+    else:
+        goal = goal_maps(clean, targets.nan_to_num(), ~targets.isnan().any(-1))
+    options = {} if method in ONE_STEP else {"steps": steps}
+    return ATTACKS[method](victim, image, goal, epsilon, **options)
+
+
+def progress_figure(records):
+    """{name: MRE} of the landmarks that were attacked, at the last iteration."""
+    rows = records[(records["iteration"] == records["iteration"].max()) & (records["role"] != "stationary")]
+    return {f"{rows['role'].iloc[0]} MRE": f"{rows['radial_error_mm'].mean():.1f} mm"}
+
+
+def write_attacked(args, data, i, b, observer, targets, method, records, out):
+    """The files of image i, which is number b of its batch; the record last, since it marks the image as finished."""
+    rows = records[records["image"] == data.ids[i]]
+    if i < args.pictures:
+        title = f"{data.ids[i]}, {method}, epsilon {args.epsilon:g}, iteration {observer.steps}"
+        images = [image[b].expand(3, -1, -1).cpu().numpy() for image in (observer.image, observer.adversarial)]
+        clean, attacked = (observer.points[iteration][b].cpu().numpy() for iteration in (0, observer.steps))
+        aims = None if method == UNTARGETED else targets.numpy()
+        with atomic(picture_file(out, data, i, method)) as temporary:
+            draw(temporary, title, images[0], data.landmarks[i].numpy(), clean, images[1], attacked, aims)
+    if args.save_adversarial:
+        save_adversarial(out / "adversarial", method, data, i, observer.adversarial[b])
+    write_table(record_file(out, data, i, method), rows)
+
+
+def report_attack(args, data, methods, steps, out):
+    """predictions.csv, summary.csv and charts from the records; of stored images also what they did before."""
+    table = read_records([record_file(out, data, i, method) for method in methods for i in range(len(data))])
     write_table(out / "predictions.csv", table)
     summary = summarize_attack(table)
     write_table(out / "summary.csv", summary)
     for name, column, label in [
         ("mre", "mre_mm", "MRE (mm)"),
         ("median", "median_mm", "median radial error (mm)"),
-        ("within_4mm", "within_4mm_%", "within 4 mm (%)"),
+        ("within_4mm", "within_4mm_%", f"within {SUCCESS_MM} mm (%)"),
     ]:
-        write(out / f"{name}.png", lambda path: plot_attack(summary, column, label, path))
+        with atomic(out / f"{name}.png") as temporary:
+            plot_attack(summary, column, label, temporary)
     print(summary.to_string(index=False, float_format="%.2f"))
-    return table
+    if args.save_adversarial:
+        write_table(in_memory_file(out / "adversarial"), table[table["iteration"] == table["method"].map(steps)])
 
 
-def report_read_back(out, table):
-    """What stored images do when they are read back, beside what they did in memory: read_back.csv and its summary."""
-    with distributed.together():
+def test_stored(args, model, data, device, folder, out):
+    """Test the stored images of a folder adversarial/: read_back.csv, read_back_summary.csv."""
+    table = read_back(folder, model, data, args.batch_size, device, args.subpixel)
+    with distributed.guard():  # publish
         if is_main():
             write_table(out / "read_back.csv", table)
             summary = summarize_attack(table, by="stored")

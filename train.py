@@ -2,45 +2,47 @@
 
     python train.py --tag baseline                              # the paper's: 800 x 640, 230 epochs, ImageNet encoder
     python train.py --tag small --size 200 160 --encoder-weights none --epochs 60 --batch-size 4 --schedule cosine
-    python train.py --tag baseline --resume                     # with the same arguments: go on after a stop
+    python train.py --tag baseline --resume                     # with the same arguments: continue after a stop
     torchrun --nproc-per-node 4 train.py --tag baseline         # on four GPUs, the same training
 
-Any end may be followed by --resume. Nothing is random but the first weights and each epoch's order of images, both of
---seed. After SIGTERM the step is finished and saved, and the exit status is 143.
+A training can be resumed after any stop. Its only random choices, the initial weights and the order of the images in
+each epoch, follow from --seed. On SIGTERM it finishes its step, saves, and exits with status 143.
 
 Writes into runs/<tag>/: config.json, model_epoch_<e>.pth (weights), resume.pth, train_log.csv, train_log.png.
 """
 
 import copy
 import math
-import signal
-import threading
 import time
+from dataclasses import dataclass, field
+from datetime import datetime
 
 import numpy as np
 import pandas as pd
 import torch
 
-import command
-import distributed
-from command import InputError, Stopped, is_main, positive_float, positive_int, progress, world_size
-from dataset import LANDMARKS, Cephalograms, available_splits, in_batches, to_input
+from dataset import LANDMARKS, Cephalograms, available_splits, check_disjoint, in_batches, to_input
 from eval import plot_training, predict, radial_errors, summarize
-from model import LAMBDA, MIN_SIZE, UNet, compile_network, encode, freeze, load_file, load_weights, loss_terms, place
-from runs import RUNS, check_same_config, checkpoint_path, make_folder, save_config, write, write_tensors
+from model import LAMBDA, MIN_SIZE, UNet, compile_network, encode, freeze, load_weights, loss_terms, place
+from support import command, distributed
+from support.checkpoints import checkpoint_epochs, checkpoint_path, load_file, write_tensors
+from support.command import positive_float, positive_int, progress
+from support.distributed import is_main, world_size
+from support.errors import InputError, Stopped
+from support.files import RUNS, atomic, check_same_config, make_folder, read_config, save_config
 
-WARMUP = 0.05  # share of a cosine schedule in which the learning rate rises
+WARMUP = 0.05  # fraction of a cosine schedule in which the learning rate rises
 
 
-def parse_arguments(argv):
+def make_parser():
     parser = command.Parser("Train the landmark detector.")
-    parser.add_argument("--tag", type=command.tag, required=True, help="name of the run: its files go to runs/TAG/")
-    parser.add_argument("--data", default="data", help="folder with the ISBI 2015 data")
+    parser.add_argument("--tag", type=command.tag, help="name of the run, whose files go to runs/TAG/ (default: the time)")
+    command.add_data_arguments(parser)
     parser.add_argument(
-        "--size", type=positive_int, nargs=2, metavar=("H", "W"), default=[800, 640], help="px of the network input"
+        "--size", type=positive_int, nargs=2, metavar=("H", "W"), default=[800, 640], help="network input in px"
     )
     parser.add_argument("--epochs", type=positive_int, default=230, help="passes over the training images")
-    parser.add_argument("--batch-size", type=positive_int, default=8, help="images a step, of all processes together")
+    parser.add_argument("--batch-size", type=positive_int, default=8, help="images per step, of all processes together")
     parser.add_argument("--lr", type=positive_float, default=1e-3, help="learning rate of Adam")
     parser.add_argument(
         "--schedule", choices=["step", "cosine"], default="step", help="step: lr x 0.1 every 150 epochs, as the paper"
@@ -48,13 +50,17 @@ def parse_arguments(argv):
     parser.add_argument(
         "--encoder-weights", default="imagenet", metavar="SOURCE", help="imagenet, none, or a VGG19 state dict's path"
     )
-    parser.add_argument("--encoder-batch-norm", action="store_true", help="batch norm in the encoder too: VGG19-BN")
+    parser.add_argument("--encoder-batch-norm", action="store_true", help="VGG19-BN as encoder; the paper's is VGG19")
     parser.add_argument("--init", metavar="FILE", help="start from this checkpoint, of any input size, instead")
     parser.add_argument(
-        "--checkpoint-every", type=positive_int, default=5, metavar="EPOCHS", help="write weights so often"
+        "--checkpoint-every", type=positive_int, default=5, metavar="EPOCHS", help="epochs between checkpoints"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from runs/TAG/resume.pth, if it is there")
+    parser.add_argument("--resume", action="store_true", help="continue from runs/TAG/resume.pth, if it exists")
     command.add_compute_arguments(parser)
+    return parser
+
+
+def parse_arguments(parser, argv):
     args = parser.parse_args(argv)
     if min(args.size) < MIN_SIZE:
         parser.error(f"--size: at least {MIN_SIZE} {MIN_SIZE}")
@@ -62,186 +68,257 @@ def parse_arguments(argv):
         parser.error(f"--batch-size {args.batch_size}: fewer images than the {world_size()} processes")
     if args.compile and world_size() > 1:
         parser.error("--compile: not with several processes")
+    if args.resume and args.tag is None:
+        parser.error("--resume: needs the --tag of the run")
     if args.init:
         args.encoder_weights = "none"
     return args
 
 
-def learning_rate(epoch, lr, epochs, schedule):
-    """Learning rate at an epoch, fractions of it included."""
-    if schedule == "step":
-        return lr * 0.1 ** (int(epoch) // 150)
-    warmup = WARMUP * epochs
-    if epoch < warmup:
-        return lr * epoch / warmup
-    return lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+@dataclass
+class State:
+    """All that the next step depends on; resume.pth holds it. Learning rate and order of images follow from it."""
+
+    model: UNet
+    optimizer: torch.optim.Adam
+    epoch: int = 0
+    step: int = 0  # within the epoch
+    terms: torch.Tensor = field(default_factory=lambda: torch.zeros(3))  # of the loss, summed over the epoch's images
+    seconds: float = 0.0  # spent on the epoch
+    rows: list = field(default_factory=list)  # of the log
 
 
-def image_order(seed, epoch, count):
-    """The order of images in an epoch, the same in every process and after any stop: (count,) int64."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
+# --- training --------------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
-    args = parse_arguments(argv)
+    parser = make_parser()
+    args = parse_arguments(parser, argv)
     distributed.start()
-    with distributed.together():
+    if args.tag is None:
+        args.tag = distributed.broadcast(datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+        if is_main():
+            print(f"--tag {args.tag}")
+    folder = RUNS / args.tag
+    with distributed.guard() as same:  # prepare: nothing is written before all processes have the same
+        check_folder(folder, args.resume)
         device = command.find_device(args.device)
-        folder = RUNS / args.tag
-        if folder.is_dir() and any(folder.iterdir()) and not args.resume:
-            raise InputError(f"{folder}: this --tag has been used; add --resume to go on, or choose another")
-        resume = folder / "resume.pth"
-        from_scratch = not resume.exists()
-        monitored = next((split for split in available_splits(args.data) if split != "train"), None)
-        torch.manual_seed(args.seed)
-        begins = from_scratch and is_main()  # the other processes get the first one's weights
-        model = UNet(len(LANDMARKS), args.encoder_weights if begins else "none", args.encoder_batch_norm)
-        if args.init and begins:
-            load_weights(model, args.init)
-
-        data = Cephalograms(args.data, "train", args.size)
-        monitor = Cephalograms(args.data, monitored, args.size) if monitored else None
+        state = initial_state(args, folder, device)
+        data, monitor = load_data(args)
         config = {name: value for name, value in vars(args).items() if name != "resume"} | {"data_sha256": data.sha256}
-        if (folder / "config.json").exists():
-            check_same_config(folder / "config.json", config, ["device", "data", "compile"], "--tag")
-
-        place(model, device, args.precision)
-        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=1e-4, fused=True)
-        state = {"epoch": 0, "step": 0, "terms": torch.zeros(3), "seconds": 0.0, "rows": []}
-        if not from_scratch:
-            state = load_resume(resume, model, optimizer)
-    with distributed.together():  # before this, nothing has been written
-        seen = data.sha256, monitor.sha256 if monitor else None
-        distributed.check_same(data=seen, state_to_go_on_from=(state["epoch"], state["step"]))
+        check_config(folder, config, parser.defaults())
+        same |= {"data": [split and split.sha256 for split in (data, monitor)], "resume.pth": (state.epoch, state.step)}
+    with distributed.guard():
         if is_main():
             make_folder(folder)
-            save_config(folder / "config.json", config, device)
-            save_log(folder, state["rows"], chart=True)  # a stop may have come between the last state and its log
+            save_config(folder / "config.json", config, device, update=["epochs"])
+            save_log(state.rows, folder)  # a kill may have come between resume.pth and its log
 
-    model.train()
-    network = distributed.share_training(model, device)
+    network = distributed.data_parallel(state.model, device)
     if args.compile:
-        network = compile_network(model, to_input(data.images[: args.batch_size], device))
-    stop = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    first, step, seconds, rows = (state[name] for name in ("epoch", "step", "seconds", "rows"))
-    terms = state["terms"].to(device) * is_main()  # of the loss, summed over the epoch's images in this process
-
-    def save(epoch, step):
-        """All that the next step depends on. Learning rate and order of images follow from epoch and step."""
-        passed = time.perf_counter() - start if step else 0.0
-        state = {"epoch": epoch, "step": step, "terms": terms.cpu(), "seconds": passed, "rows": rows}
-        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        if is_main():
-            write_tensors(resume, state)
-
-    done = first * len(data) + step * args.batch_size
+        network = compile_network(state.model, to_input(data.images[: args.batch_size], device))
+    done = state.epoch * len(data) + state.step * args.batch_size
     bar = progress(total=args.epochs * len(data), initial=done, desc="training", unit="image")
-    for epoch in range(first, args.epochs):
-        start = time.perf_counter() - seconds
-        batches = in_batches(image_order(args.seed, epoch, len(data)), args.batch_size)
-        while step < len(batches):
-            batch = batches[step]
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(epoch + (step + 0.5) / len(batches), args.lr, args.epochs, args.schedule)
-            mine = distributed.share(batch)
-            terms += update(network, optimizer, data.images[mine], data.landmarks[mine], len(batch), device)
-            step += 1
-            bar.update(len(batch))
-            if distributed.any_of(stop.is_set()):
-                distributed.add(terms)
-                with distributed.together():
-                    check_finite(model, terms.sum(), epoch, folder)
-                    save(epoch, step)
-                raise Stopped(f"stopped by SIGTERM in epoch {epoch}, step {step}; go on with --resume")
-        cross_entropy, l1_x, l1_y = (distributed.add(terms) / len(data)).tolist()
-        row = {
-            "epoch": epoch,
-            "loss": LAMBDA * cross_entropy + l1_x + l1_y,
-            "heatmap_bce": cross_entropy,
-            "offset_x_l1": l1_x,
-            "offset_y_l1": l1_y,
-            "lr": optimizer.param_groups[0]["lr"],
-            "seconds": round(time.perf_counter() - start, 2),
-        }
-        bar.set_postfix(epoch=epoch, loss=f"{row['loss']:.3f}")
-
-        is_checkpoint = (epoch + 1) % args.checkpoint_every == 0 or epoch == args.epochs - 1
-        with distributed.together():
-            check_finite(model, row["loss"], epoch, folder)
-            if is_checkpoint and is_main():
-                write_tensors(checkpoint_path(folder, epoch), model.state_dict())
-            if is_checkpoint and monitor:
-                save(epoch, step)  # monitoring may take minutes
-        if is_checkpoint and monitor:
-            points = predict(freeze(copy.deepcopy(model)), monitor.images, args.batch_size, device)
-            metrics = summarize(radial_errors(points, monitor).numpy()).loc["all"]
-            row |= {"monitored_split": monitored} | metrics.to_dict()
-        rows.append(row)
-        step, seconds = 0, 0.0
-        terms.zero_()
-        with distributed.together():
-            save(epoch + 1, step)
-            if is_main():
-                save_log(folder, rows, chart=is_checkpoint)
-        if epoch + 1 < args.epochs and distributed.any_of(stop.is_set()):
-            raise Stopped(f"stopped by SIGTERM after epoch {epoch}; go on with --resume")
+    with command.sigterm_event() as stop:
+        while state.epoch < args.epochs:
+            stopped = train_one_epoch(network, state, data, args, device, bar, stop)
+            if not stopped:
+                end_epoch(state, evaluate(state, monitor, args, device), len(data))
+                bar.set_postfix(epoch=state.epoch - 1, loss=f"{state.rows[-1]['loss']:.3f}")
+            with distributed.guard():  # publish
+                save(state, folder, args)
+            if stopped:
+                raise Stopped(f"stopped by SIGTERM in epoch {state.epoch}, step {state.step}; continue with --resume")
     bar.close()
-    signal.signal(signal.SIGTERM, before)
-    if distributed.any_of(stop.is_set()):
-        raise Stopped("stopped by SIGTERM after the last epoch; training is finished")
     if is_main():
         print(f"written to {folder}/")
 
 
-def update(model, optimizer, images, points, batch_size, device):
-    """One step of training on a batch.
+def train_one_epoch(network, state, data, args, device, bar, stop):
+    """The remaining steps of an epoch, its images in random order; ends early, returning True, when ``stop`` is set."""
+    begin, stopped = time.perf_counter() - state.seconds, False
+    batches = in_batches(image_order(args.seed, state.epoch, len(data)), args.batch_size)
+    for batch in batches[state.step :]:
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(state.epoch + (state.step + 0.5) / len(batches), args)
+        mine = distributed.shard(batch)
+        state.terms += train_step(
+            network, state.optimizer, data.images[mine], data.landmarks[mine], len(batch), device
+        )
+        state.step += 1
+        bar.update(len(batch))
+        stopped = distributed.any_process(stop.is_set())
+        if stopped:
+            break
+    distributed.all_reduce(state.terms)
+    state.seconds = time.perf_counter() - begin
+    return stopped
+
+
+def train_step(network, optimizer, images, landmarks, batch_size, device):
+    """One step of Adam on a batch.
 
     Args:
         images: (B, H, W) uint8, this process's part of the batch.
-        points: (B, K, 2) float32 x, y in px.
-        batch_size: images of the whole batch.
+        landmarks: (B, K, 2) float32 x, y in px.
+        batch_size: number of images of the whole batch.
 
     Returns:
-        (3,) terms of the loss, as ``model.loss_terms``, mean over landmarks, sum over these images.
+        (3,) terms of the loss, see ``model.loss_terms``: mean over landmarks, sum over these images.
     """
     optimizer.zero_grad()
-    goal = encode(points.to(device, non_blocking=True), images.shape[-2:])
-    terms = loss_terms(model(to_input(images, device)), goal).mean(2).sum(1)
+    goal = encode(landmarks.to(device, non_blocking=True), images.shape[-2:])
+    terms = loss_terms(network(to_input(images, device)), goal).mean(2).sum(1)
     loss = (LAMBDA * terms[0] + terms[1] + terms[2]) / batch_size
-    (world_size() * loss).backward()  # of the processes' gradients the mean is taken
+    (world_size() * loss).backward()  # gradients are averaged over processes
     optimizer.step()
     return terms.detach()
 
 
-def check_finite(model, loss, epoch, folder):
-    """Refuse to go on from, or to save, a training that has failed."""
-    if not math.isfinite(loss) or not all(weight.isfinite().all() for weight in model.parameters()):
+def learning_rate(epoch, args):
+    """Learning rate at an epoch, a real number.
+
+    step: x 0.1 every 150 epochs (paper). cosine: linear warm-up, then a half cosine to zero at the last epoch.
+    """
+    if args.schedule == "step":
+        return args.lr * 0.1 ** (int(epoch) // 150)
+    warmup = WARMUP * args.epochs
+    if epoch < warmup:
+        return args.lr * epoch / warmup
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (args.epochs - warmup)))
+
+
+def image_order(seed, epoch, count):
+    """The order of the images in an epoch, the same in every process and after any stop: (count,) int64."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def is_checkpoint(epoch, args):
+    return (epoch + 1) % args.checkpoint_every == 0 or epoch == args.epochs - 1
+
+
+def evaluate(state, monitor, args, device):
+    """{name: metric} on the monitored split after an epoch that gets a checkpoint; else, or without a split, empty."""
+    if monitor is None or not is_checkpoint(state.epoch, args):
+        return {}
+    points = predict(freeze(copy.deepcopy(state.model)), monitor.images, args.batch_size, device)
+    return {"monitored_split": monitor.split} | summarize(radial_errors(points, monitor).numpy()).loc["all"].to_dict()
+
+
+def end_epoch(state, metrics, images):
+    """Append the epoch's row to the log and advance the state to the next epoch."""
+    cross_entropy, l1_x, l1_y = (state.terms / images).tolist()
+    row = {
+        "epoch": state.epoch,
+        "loss": LAMBDA * cross_entropy + l1_x + l1_y,
+        "heatmap_bce": cross_entropy,
+        "offset_x_l1": l1_x,
+        "offset_y_l1": l1_y,
+        "lr": state.optimizer.param_groups[0]["lr"],
+        "seconds": round(state.seconds, 2),
+    }
+    state.rows.append(row | metrics)
+    state.epoch, state.step, state.seconds = state.epoch + 1, 0, 0.0
+    state.terms.zero_()
+
+
+# --- starting and saving ---------------------------------------------------------------------------------------------
+
+
+def check_folder(folder, resume):
+    """Raise InputError where the run's folder is in use, or cannot be resumed."""
+    if folder.is_dir() and any(folder.iterdir()) and not resume:
+        raise InputError(f"{folder}: this --tag is in use; add --resume to continue, or choose another")
+    epochs = checkpoint_epochs(folder)
+    if epochs and not (folder / "resume.pth").exists():
         raise InputError(
-            f"{folder}: the loss of epoch {epoch} is {loss:g}, and weights of that epoch are no use; what was saved "
-            "before is kept; train under another --tag with a smaller --lr"
+            f"{folder}: has checkpoints but no resume.pth, so it cannot be resumed; choose another --tag, and "
+            f"--init {checkpoint_path(folder, epochs[-1])} to start from its weights"
         )
 
 
-def save_log(folder, rows, chart):
-    """train_log.csv and, if wanted, its chart; nothing before the first epoch."""
+def initial_state(args, folder, device):
+    """The state of a new run, or the one that resume.pth holds."""
+    torch.manual_seed(args.seed)
+    resume = folder / "resume.pth"
+    new = not resume.exists()
+    source = args.encoder_weights if new and is_main() else "none"  # data_parallel copies the main process's weights
+    model = UNet(len(LANDMARKS), source, args.encoder_batch_norm)
+    if args.init and new and is_main():
+        load_weights(model, args.init)
+    place(model, device, args.precision).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=1e-4, fused=True)
+    state = State(model, optimizer)
+    if not new:
+        load_state(state, resume)
+    state.terms = state.terms.to(device) * is_main()  # other processes add their images to the sum so far
+    return state
+
+
+def load_data(args):
+    """The training images, and those of the first test split that exists, or None, for monitoring."""
+    options = {"mm_per_px": args.mm_per_px, "unusual": args.unusual, "progress": command.loading_bar}
+    monitored = next((split for split in available_splits(args.data) if split != "train"), None)
+    data = Cephalograms(args.data, "train", args.size, **options)
+    monitor = Cephalograms(args.data, monitored, args.size, **options) if monitored else None
+    if monitor:
+        check_disjoint(data, monitor)
+    return data, monitor
+
+
+def check_config(folder, config, defaults):
+    """Raise InputError where the run was begun with other arguments; only --epochs may grow."""
+    file = folder / "config.json"
+    if file.exists():
+        check_same_config(file, config, defaults, ["device", "data", "compile", "epochs"], "--tag")
+        if (epochs := read_config(file).get("epochs", config["epochs"])) > config["epochs"]:
+            raise InputError(f"{folder}: was begun with --epochs {epochs}; --resume takes as many or more")
+
+
+def save(state, folder, args):
+    """Write the checkpoint, resume.pth and the log, unless the training has diverged."""
+    if not all(weight.isfinite().all() for weight in state.model.parameters()):
+        raise InputError(
+            f"{folder}: weights are nan or inf, the training has diverged; what was saved before is kept; use another "
+            "--tag and a smaller --lr"
+        )
+    if not is_main():
+        return
+    weights, checkpoint = state.model.state_dict(), state.step == 0 and is_checkpoint(state.epoch - 1, args)
+    if checkpoint:
+        write_tensors(checkpoint_path(folder, state.epoch - 1), weights)
+    content = {"epoch": state.epoch, "step": state.step, "terms": state.terms.cpu(), "seconds": state.seconds}
+    content |= {"rows": state.rows, "model": weights, "optimizer": state.optimizer.state_dict()}
+    write_tensors(folder / "resume.pth", content)
+    save_log(state.rows, folder, chart=checkpoint)
+
+
+def save_log(rows, folder, chart=True):
+    """train_log.csv and its chart, if an epoch is finished."""
     if rows:
         log = pd.DataFrame(rows)
-        write(folder / "train_log.csv", lambda path: log.to_csv(path, index=False))
+        with atomic(folder / "train_log.csv") as temporary:
+            log.to_csv(temporary, index=False)
         if chart:
-            write(folder / "train_log.png", lambda path: plot_training(log, path))
+            with atomic(folder / "train_log.png") as temporary:
+                plot_training(log, temporary)
 
 
-def load_resume(path, model, optimizer):
-    """Put the saved weights and optimizer back; return the rest of the state."""
+def load_state(state, path):
+    """Read resume.pth into a state.
+
+    Raises:
+        InputError: not such a file, or damaged.
+    """
     try:
-        state = load_file(path)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        return {name: state[name] for name in ("epoch", "step", "terms", "seconds", "rows")}
-    except Exception as error:  # of any type, see load_file
+        content = load_file(path)
+        state.model.load_state_dict(content["model"])
+        state.optimizer.load_state_dict(content["optimizer"])
+        for name in ("epoch", "step", "terms", "seconds", "rows"):
+            setattr(state, name, content[name])
+    except Exception as error:  # of many types, see load_file
         raise InputError(
-            f"{path}: not a state to go on from, or damaged ({type(error).__name__}); use another --tag"
+            f"{path}: not the state of a training, or damaged ({type(error).__name__}); use another --tag"
         ) from None
 
 

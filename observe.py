@@ -1,0 +1,203 @@
+"""What a detector finds on attacked images: while the attack runs, and again after they were stored as 8-bit PNG.
+
+    adversarial/<method>_input/<id>.png       the attacked input, rounded to grey levels
+    adversarial/<method>_original/<id>.png    the original image with the perturbation enlarged to its size
+    adversarial/in_memory.csv                 predictions on the attacked images before they were stored
+
+PNGs are in colour, or grey where the perturbation is.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pandas as pd
+import torch.nn.functional as F
+from PIL import Image
+
+from attack import UNTARGETED
+from dataset import LANDMARKS, read_image, read_images
+from eval import predict, read_records, record_attack, to_px0
+from model import decode
+from support import distributed
+from support.errors import InputError
+from support.files import atomic
+
+RECORDED = (0, 1, 5, 10, 20, 30, 50, 99, 150, 200, 250, 299)  # iterations; the last one of an attack is recorded too
+SIZES = ("input", "original")
+
+
+class Observer:
+    """Measures an attack on a batch while it runs.
+
+    Landmarks and L-infinity norms of the recorded iterations stay on the device, so that the attack never waits.
+
+    Args:
+        image: (B, C, H, W) clean input, C = 1 or 3.
+        steps: the attack's last iteration.
+        subpixel: see ``model.decode``.
+
+    Attributes:
+        points: {iteration: (B, K, 2) px}.
+        norms: {iteration: (B,) in units of the [-1, 1] scale}.
+        adversarial: like ``image``, of the last iteration observed.
+    """
+
+    def __init__(self, image, steps, subpixel=False):
+        self.image, self.steps, self.subpixel = image, steps, subpixel
+        self.points, self.norms, self.adversarial = {}, {}, image
+
+    def observe(self, iteration, adversarial, maps):
+        """Take what an attack yields."""
+        self.adversarial = adversarial
+        if iteration in RECORDED or iteration == self.steps:
+            self.points[iteration] = decode(maps, self.subpixel)
+            self.norms[iteration] = (adversarial - self.image).abs().amax((1, 2, 3))
+
+    def records(self, data, batch, targets_px0, method):
+        """The predictions at all recorded iterations, see ``eval.record_attack``.
+
+        Args:
+            data: dataset.Cephalograms.
+            batch: indices of the images in it.
+            targets_px0: (B, K, 2), or None for an untargeted attack.
+            method: name of the attack.
+        """
+        tables = []
+        for iteration, points in self.points.items():
+            points_px0 = to_px0(points.cpu(), data, batch).numpy()
+            norms = self.norms[iteration].cpu().numpy() * 127.5
+            tables.append(record_points(data, batch, points_px0, targets_px0, method, iteration, norms))
+        return pd.concat(tables)
+
+
+def record_points(data, batch, points_px0, targets_px0, method, iteration, norms):
+    """``eval.record_attack`` of images ``batch`` (indices) of ``data``; norms (B,) in grey levels."""
+    ids, truth = [data.ids[i] for i in batch], data.landmarks_px0[batch].numpy()
+    return record_attack(
+        ids, points_px0, truth, targets_px0, method, iteration, norms, data.mm_per_px0[batch].numpy()
+    )
+
+
+# --- storing ---------------------------------------------------------------------------------------------------------
+
+
+def stored_file(folder, method, size, id):
+    """The PNG of an attacked image below the folder adversarial/; size is "input" or "original"."""
+    return folder / f"{method}_{size}" / f"{id}.png"
+
+
+def stored_files(folder, method, id):
+    return [stored_file(folder, method, size, id) for size in SIZES]
+
+
+def save_adversarial(folder, method, data, i, adversarial):
+    """Store an attacked image at both sizes.
+
+    In the original's size, each pixel gets the perturbation of the input pixel that contains it. The L-infinity norm
+    stays the same; resizing back to the input's size averages neighbours.
+
+    Args:
+        folder: the folder adversarial/.
+        method: name of the attack.
+        data: dataset.Cephalograms.
+        i: index of the image in it.
+        adversarial: (C, H, W) float in [-1, 1], C = 1 or 3.
+
+    Raises:
+        InputError: the original no longer exists, or the file cannot be written.
+    """
+    adversarial = (adversarial.cpu() + 1) * 127.5
+    original, size0 = read_image(data.files[i], None)
+    delta = F.interpolate((adversarial - data.images[i])[None], size0, mode="nearest-exact")[0]
+    for size, image in zip(SIZES, (adversarial.numpy(), original + delta.numpy()), strict=True):
+        levels = image.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+        picture = Image.fromarray(levels.squeeze(-1) if levels.shape[-1] == 1 else levels)
+        with atomic(stored_file(folder, method, size, data.ids[i])) as temporary:
+            picture.save(temporary, compress_level=1)
+
+
+# --- reading back ----------------------------------------------------------------------------------------------------
+
+
+def in_memory_file(folder):
+    return folder / "in_memory.csv"
+
+
+def find_in_memory(folder):
+    """``in_memory_file`` of an existing folder of attacked images.
+
+    Raises:
+        InputError: it does not exist.
+    """
+    file = in_memory_file(folder)
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; --adversarial takes the folder adversarial/ of --save-adversarial")
+    return file
+
+
+def read_in_memory(folder, data):
+    """Predictions before storing, by method.
+
+    Returns:
+        list of (method, DataFrame, indices of its images in ``data``, targets (N, K, 2) px0 or None if untargeted).
+
+    Raises:
+        InputError: no such record, or one of images that ``data`` does not have.
+    """
+    file = find_in_memory(folder)
+    table, attacks = read_records([file]), []
+    for method, rows in table.groupby("method", sort=False):
+        ids = list(rows["image"].unique())
+        if missing := set(ids) - set(data.ids):
+            raise InputError(f"{file}: image {min(missing)} is not in this --data, --split, --limit, --images")
+        targets = rows[["target_x_px0", "target_y_px0"]].to_numpy(float).reshape(len(ids), len(LANDMARKS), 2)
+        attacks.append((method, rows, [data.ids.index(id) for id in ids], None if method == UNTARGETED else targets))
+    return attacks
+
+
+def read_back(folder, model, data, batch_size, device, subpixel=False):
+    """Predictions on stored attacked images.
+
+    Args:
+        folder: a folder adversarial/.
+        model: see ``eval.predict``; not necessarily the attacked one, but of the same input size.
+        data: dataset.Cephalograms with the same images, not attacked.
+
+    Returns:
+        DataFrame like ``eval.record_attack``'s with the column stored: "in memory" (predictions before storing),
+        "8-bit input", "8-bit original".
+
+    Raises:
+        InputError: a file is missing, damaged, or of another size.
+    """
+    tables = []
+    for method, rows, batch, targets in read_in_memory(folder, data):
+        tables.append(rows.assign(stored="in memory"))
+        for size in SIZES:
+            with distributed.guard():
+                images, norms = load_stored(folder, method, size, data, batch)
+            points = to_px0(predict(model, images, batch_size, device, subpixel), data, batch).numpy()
+            table = record_points(data, batch, points, targets, method, rows["iteration"].iloc[0], norms)
+            tables.append(table.assign(stored=f"8-bit {size}"))
+    return pd.concat(tables)
+
+
+def load_stored(folder, method, size, data, batch):
+    """Stored images (N, H, W, 3) uint8 at the input's size, and their L-infinity norms (N,) in grey levels."""
+    files = [stored_file(folder, method, size, data.ids[i]) for i in batch]
+    clean = [data.images[i].numpy() if size == "input" else data.files[i] for i in batch]
+    images, _ = read_images(files, data.images.shape[-2:], "RGB")
+    with ThreadPoolExecutor() as pool:
+        return images, list(pool.map(largest_change, clean, files))
+
+
+def largest_change(clean, file):
+    """L-infinity distance in grey levels of a stored image from a clean one, (H, W) uint8 or its file."""
+    clean = clean if isinstance(clean, np.ndarray) else read_image(clean, None)[0]
+    attacked, _ = read_image(file, None, "RGB")
+    if attacked.shape[:2] != clean.shape:
+        raise InputError(
+            f"{file}: size {attacked.shape[:2]} (H, W), but the clean image has {clean.shape}; use a detector of the same "
+            "--size and the same data"
+        )
+    return np.abs(attacked.astype(np.int16) - clean[..., None]).max()

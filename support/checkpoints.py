@@ -1,0 +1,85 @@
+"""Files of weights: where a run keeps them, and how they are read without running code that they may hold."""
+
+import hashlib
+import re
+import warnings
+
+import torch
+
+from support.errors import InputError
+from support.files import atomic
+
+
+def checkpoint_path(folder, epoch):
+    """The file of the weights after an epoch, counted from 0."""
+    return folder / f"model_epoch_{epoch}.pth"
+
+
+def checkpoint_epochs(folder):
+    """The epochs of a run's checkpoints, in order."""
+    names = [path.stem.removeprefix("model_epoch_") for path in folder.glob("model_epoch_*.pth")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def find_checkpoint(folder, epoch=None):
+    """(epoch, path) of a checkpoint, the newest for ``epoch`` None.
+
+    Raises:
+        InputError: there is none; the message names those that exist.
+    """
+    epochs = checkpoint_epochs(folder)
+    if not epochs:
+        raise InputError(f"{folder}: no checkpoint model_epoch_<e>.pth yet; continue training by train.py --resume")
+    if epoch is None:
+        epoch = max(epochs)
+    path = checkpoint_path(folder, epoch)
+    if epoch not in epochs:
+        raise InputError(f"{path}: no such checkpoint; --iteration takes one of: {', '.join(map(str, epochs))}")
+    return epoch, path
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_tensors(path, content):
+    """``torch.save`` by ``files.atomic``."""
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # it hides its cause, a full disk say
+            raise OSError(str(error.__context__ or error)) from None
+
+
+def load_file(path):
+    """``torch.load`` on the CPU with ``weights_only``; raises a dozen types of exceptions on damaged files."""
+    with warnings.catch_warnings(action="ignore"):  # about old pickle protocols, which are refused anyway
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_tensors(path):
+    """Read a state dict (name to tensor), bare or within {"state_dict": ...} or a run's resume.pth.
+
+    Prefixes of its names that ``DataParallel`` ("module.") and ``torch.compile`` ("_orig_mod.") leave are removed.
+
+    Raises:
+        InputError: no such file, not a readable one, or one that holds more than tensors.
+    """
+    try:
+        state = load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:
+        raise InputError(
+            f"{path}: not a readable file of weights: damaged, or more than weights ({type(error).__name__})"
+        ) from None
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+        for key, value in state.items()
+    ):
+        raise InputError(f"{path}: not a state dict, which maps names to tensors")
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}

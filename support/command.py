@@ -1,0 +1,214 @@
+"""The command line: arguments, progress bars, and errors as one line with exit status 2."""
+
+import argparse
+import contextlib
+import gc
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from support.distributed import is_main, local_rank, rank, world_size
+from support.errors import InputError, Stopped
+
+STOPPED = 128 + signal.SIGTERM  # exit status
+TRY_AGAIN = 75  # exit status EX_TEMPFAIL of sysexits.h
+
+
+def progress(*args, **options):
+    """A tqdm bar, shown by the main process only."""
+    if not is_main():
+        options["disable"] = True
+    return tqdm(*args, **options)
+
+
+def loading_bar(iterable, **options):
+    """A bar that disappears when its work is done, and is silent where the output is no terminal."""
+    return progress(iterable, unit="image", leave=False, disable=None, **options)
+
+
+@contextlib.contextmanager
+def sigterm_event():
+    """An event that SIGTERM sets, instead of ending the command at once: a step can be finished first."""
+    event = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that accepts no abbreviations and reports a wrong argument in one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False)
+
+    def add_argument(self, *names, **options):
+        if options.get("default") is not None and options["default"] is not argparse.SUPPRESS:
+            options["help"] = f"{options['help']} (default: %(default)s)"
+        return super().add_argument(*names, **options)
+
+    def error(self, message):
+        line = f"{self.prog}: error: {message} (--help lists all arguments)\n"
+        self.exit(2, line if is_main() else None)
+
+    def defaults(self):
+        """{name: default} of all arguments."""
+        return {action.dest: action.default for action in self._actions if action.dest != "help"}
+
+
+def run(main):
+    """Call a command's ``main()``; errors become one line on standard error and an exit status.
+
+    2: wrong input, or another condition that the user must resolve (a full disk); 75: another process was lost; 130:
+    Ctrl-C; 143: SIGTERM. An error that all processes have is reported by the main process only.
+    """
+    name = Path(sys.argv[0]).name
+    warnings.filterwarnings("ignore", module="PIL")  # about damaged images, which are refused by name
+    warnings.showwarning = lambda message, *_: is_main() and print(f"{name}: warning: {message}", file=sys.stderr)
+    # PyTorch then requests huge pages from Linux: a tenth of all time on CPUs is the first touch of large tensors
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+    def stop(*_):
+        raise Stopped("stopped by SIGTERM; finished work is kept")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        try:
+            main()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            return
+        except BaseException as error:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from torchrun, if other processes ended for the same reason
+            status, message = explain(error)
+        gc.collect()  # closes the progress bars that the error holds, each of which ends its line
+        if message:
+            print(f"{name}: {message}", file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            os._exit(status)  # the communication threads may hang or abort in a normal exit
+        sys.exit(status)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def explain(error):
+    """(exit status, line) of an error that is not a bug; any other is raised again."""
+    if isinstance(error, (InputError, OSError)):  # an OSError names its file
+        return 2, f"error: {' '.join(str(error).split())}"
+    if isinstance(error, SystemExit):  # already reported
+        return error.code or 0, None
+    if isinstance(error, Stopped):
+        return STOPPED, str(error) if is_main() else None
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted" if is_main() else None
+    reason = str(error).partition("\n")[0]
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in reason):
+        return TRY_AGAIN, f"process {rank()}: lost another process of this run, run it again ({reason})"
+    out_of_memory = "out of memory", "can't allocate memory", "ALLOC_FAILED"  # CUDA, PyTorch, cuBLAS and cuDNN
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in out_of_memory)
+    ):
+        return 2, f"error: out of memory; use a smaller --batch-size ({reason})"
+    raise error
+
+
+# --- types of arguments ----------------------------------------------------------------------------------------------
+
+
+def positive_int(text):
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def natural_int(text):
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^63 - 1")
+    return value
+
+
+def positive_float(text):
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def tag(text):
+    """A run's name: one folder below runs/."""
+    if not text or text in (".", "..") or "/" in text or "\\" in text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a plain name")
+    return text
+
+
+# --- arguments that commands share -----------------------------------------------------------------------------------
+
+
+def add_data_arguments(parser):
+    """--data, --mm-per-px and --unusual."""
+    parser.add_argument("--data", default="dataset", help="folder of the ISBI 2015 data, see docs/data.md")
+    parser.add_argument(
+        "--mm-per-px", type=positive_float, metavar="MM", help="pixel spacing of the original images (default: 0.1)"
+    )
+    parser.add_argument("--unusual", action="store_true", help="skip the checks for implausible annotations")
+
+
+def add_device_arguments(parser):
+    """--device and --compile."""
+    parser.add_argument("--device", default="auto", help="auto (cuda if available), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network, with CUDA graphs on a GPU")
+
+
+def add_compute_arguments(parser):
+    """--device, --compile, --precision and --seed."""
+    add_device_arguments(parser)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast of the network")
+    parser.add_argument("--seed", type=natural_int, default=0, help="seed of everything random")
+
+
+def fast_precision():
+    """The faster --precision on this machine: bf16 unless the processor would emulate it."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if torch.cuda.is_available() or capabilities.get("avx512_bf16", False) else "fp32"
+
+
+def find_device(name):
+    """The torch.device of a ``--device`` argument; a GPU becomes the current one, with cuDNN's autotuner on.
+
+    Under torchrun, each process takes the GPU of its local rank.
+
+    Raises:
+        InputError: no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if kind is None:
+        raise InputError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N")
+    if name == "cpu":
+        return torch.device(name)
+    index = int(kind[1] or 0)
+    if world_size() > 1:
+        if kind[1]:
+            raise InputError(f"--device {name}: several processes cannot use one GPU; use --device cuda")
+        index = local_rank()
+        name = f"cuda:{index}"
+    if index >= torch.cuda.device_count():
+        raise InputError(
+            f"--device {name}: CUDA finds {torch.cuda.device_count()} devices; use --device cpu or fewer processes"
+        )
+    torch.cuda.set_device(index)
+    torch.backends.cudnn.benchmark = True
+    return torch.device(name)
