@@ -1,13 +1,21 @@
 PYTHON ?= python3
+PYTEST = .venv/bin/python -m pytest
 
-.PHONY: test demo
-test: .venv/installed
-	.venv/bin/python -m pytest
+.PHONY: test quick demo lint
+test: lint
+	$(PYTEST) -n 2
+
+quick: lint
+	$(PYTEST) -n 2 -m "not slow"
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 
 demo: .venv/installed
-	.venv/bin/python demo.py
+	.venv/bin/python reproduce.py --scale demo
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
