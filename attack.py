@@ -1,9 +1,9 @@
 """Targeted adversarial attacks on a landmark detector: FGSM, I-FGSM, ATI-FGSM, and the choice of targets.
 
-A white-box attacker moves chosen ("targeted") landmarks of the detector's output to target positions and keeps the others
-("stationary") where they are, by a perturbation of L-infinity norm at most epsilon/256 of an image in [-1, 1] (epsilon = 8
-is 4 of 255 grey levels). After "Miss the Point: Targeted Adversarial Attack on Multiple Landmark Detection" (MICCAI 2020),
-called "the paper" below.
+A white-box attacker moves chosen ("targeted") landmarks of the detector's output to target positions and keeps the
+others ("stationary") where they are, by a perturbation of L-infinity norm at most epsilon/256 of an image in [-1, 1]
+(epsilon = 8: 4 of 255 grey levels). After "Miss the Point: Targeted Adversarial Attack on Multiple Landmark Detection"
+(MICCAI 2020), called "the paper" below.
 
     goal = goal_maps(model(image), targets, targeted)
     for iteration, adversarial, maps in ati_fgsm(model, image, goal):
@@ -29,7 +29,7 @@ RANDOM_Y = (250, 750)  # and of y
 
 
 def pgd(model, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE):
-    """Projected gradient descent in an L-infinity ball: gradient, step, project, clip. All attacks here are calls of it.
+    """Projected gradient descent in an L-infinity ball: gradient, step, project, clip. Every attack here calls it.
 
     Args:
         model: callable, image -> maps; freeze its weights, so that only the gradient of the image is computed.
@@ -195,8 +195,8 @@ def goal_maps(clean, targets, targeted):
 
 
 # --- targets ---------------------------------------------------------------------------------------------------------
-# Each function returns targets (K, 2) float64 x, y in px0, nan for stationary landmarks. They depend only on the seed and
-# the image (its id, size and ground truth), not on model, method, input size or batch.
+# Each function returns targets (K, 2) float64 x, y in px0, nan for stationary landmarks. They depend only on the seed
+# and the image (its id, size and ground truth), not on model, method, input size or batch.
 
 
 def generator(seed, id):
@@ -258,12 +258,12 @@ def choose_targets(source, data, seed, count, shift_mm):
         data: dataset.Cephalograms.
         seed: of "random" and "shift".
         count: number of landmarks that "shift" targets.
-        shift_mm: displacement of "shift" in mm.
+        shift_mm: displacement of "shift" in mm, from ``data.reference_px0``.
 
     Raises:
         InputError: the file is wrong, or a target lies outside its image.
     """
-    landmarks, sizes = data.landmarks_px0.numpy(), data.sizes.tolist()
+    landmarks, sizes = data.reference_px0.numpy(), data.sizes.tolist()
     if source == "random":
         rows = [
             random_targets(generator(seed, id), landmarks.shape[1], size0)
@@ -276,13 +276,13 @@ def choose_targets(source, data, seed, count, shift_mm):
             for id, points, size0, displacement in zip(data.ids, landmarks, sizes, displacements, strict=True)
         ]
     else:
-        rows = read_targets(source, data.ids)
+        rows = read_targets(source, data.ids, landmarks.shape[1])
         for id, targets, (height, width) in zip(data.ids, rows, sizes, strict=True):
             outside = (targets < 0) | (targets > (width - 1, height - 1))  # False for nan
             if outside.any():
                 k = outside.any(1).argmax()
                 raise InputError(
-                    f"{source}: the target ({targets[k, 0]:g}, {targets[k, 1]:g}) of landmark {k + 1} lies outside image "
-                    f"{id} of {width} x {height} px"
+                    f"{source}: the target ({targets[k, 0]:g}, {targets[k, 1]:g}) of landmark {k + 1} lies outside "
+                    f"image {id} of {width} x {height} px"
                 )
     return torch.from_numpy(np.stack(rows))

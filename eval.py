@@ -1,7 +1,7 @@
 """The metrics of the ISBI 2015 challenge, tables of predictions, line charts and pictures.
 
-A radial error is the Euclidean distance in mm: in px0 times the spacing of the image, 0.1 mm in the official data. MRE is
-the mean radial error, SDR (successful detection rate) the percentage of errors up to a threshold.
+A radial error is the Euclidean distance in mm: in px0 times the spacing of the image, 0.1 mm in the official data. MRE
+is the mean radial error, SDR (successful detection rate) the percentage of errors up to a threshold.
 """
 
 import numpy as np
@@ -64,8 +64,8 @@ def summarize(errors):
     """The official metrics of radial errors, an array (N, K) in mm.
 
     Returns:
-        DataFrame with a row for each landmark ("1".."K") and one for "all": MRE, SD (population) and median in mm, SDR in
-        %. MRE and SD of "all" are means over landmarks; its median and SDR are those of all errors.
+        DataFrame with a row for each landmark ("1".."K") and one for "all": MRE, SD (population) and median in mm, SDR
+        in %. MRE and SD of "all" are means over landmarks; its median and SDR are those of all errors.
     """
     table = pd.DataFrame(
         {"mre_mm": errors.mean(0), "sd_mm": errors.std(0), "median_mm": np.median(errors, axis=0)}
@@ -163,24 +163,34 @@ def record(ids, points_px0, truth_px0, reference_px0=None, mm_per_px0=MM_PER_PX0
 
 
 def record_attack(
-    ids, points_px0, truth_px0, targets_px0, method, iteration, largest_change, mm_per_px0=MM_PER_PX0
+    ids,
+    points_px0,
+    truth_px0,
+    targets_px0,
+    method,
+    iteration,
+    largest_change,
+    mm_per_px0=MM_PER_PX0,
+    reference_px0=None,
 ):
     """The predictions of an attack at one iteration, see ``record``.
 
     Args:
         targets_px0: (B, K, 2), nan for stationary landmarks; None for an untargeted attack.
         largest_change: (B,) L-infinity norm of each perturbation, in grey levels of 255.
+        reference_px0: (B, K, 2) positions of landmarks without a target (default: the ground truth).
 
     The column role is targeted (radial error: distance from the target), stationary or untargeted (distance from the
-    ground truth).
+    reference).
     """
+    reference_px0 = truth_px0 if reference_px0 is None else reference_px0
     if targets_px0 is None:
-        role, reference = "untargeted", truth_px0
+        role, reference = "untargeted", reference_px0
         targets_px0 = np.full_like(truth_px0, np.nan)
     else:
         targeted = ~np.isnan(targets_px0).any(-1)
         role = np.where(targeted, "targeted", "stationary")
-        reference = np.where(targeted[..., None], targets_px0, truth_px0)
+        reference = np.where(targeted[..., None], targets_px0, reference_px0)
     table = record(ids, points_px0, truth_px0, reference, mm_per_px0, method=method, iteration=iteration, role=role)
     table["target_x_px0"], table["target_y_px0"] = targets_px0.reshape(-1, 2).T
     table["largest_change"] = np.repeat(largest_change, points_px0.shape[1])
@@ -208,10 +218,10 @@ def summarize_attack(records, by="iteration"):
     """Mean and median radial error, percentage within 4 mm and largest L-infinity norm, over images and landmarks.
 
     Returns:
-        DataFrame with a row for each role, method and value of the column ``by``.
+        DataFrame with a row for each role, method and value of the column or columns ``by``.
     """
     records = records.sort_values("role", key=lambda role: role.map(ROLES.index), kind="stable")
-    groups = records.groupby(["role", "method", by], sort=False)
+    groups = records.groupby(["role", "method", *([by] if isinstance(by, str) else by)], sort=False)
     table = groups["radial_error_mm"].agg(landmarks="size", mre_mm="mean", median_mm="median")
     table["within_4mm_%"] = groups["radial_error_mm"].agg(lambda errors: 100 * (errors <= SUCCESS_MM).mean())
     table["largest_change"] = groups["largest_change"].max()
@@ -241,12 +251,13 @@ def draw(path, title, image, truth, predicted, adversarial=None, attacked=None, 
     axes = figure.subplots(1, panels, squeeze=False)[0]
     figure.suptitle(title)
     axes[0].imshow(image[0], cmap="gray", vmin=-1, vmax=1)
-    axes[0].scatter(*truth.T, label="truth", **TRUTH)
+    if not np.isnan(truth).all():
+        for panel in axes[:2]:
+            panel.scatter(*truth.T, label="ground truth", **TRUTH)
     axes[0].scatter(*predicted.T, label="prediction", **PREDICTED)
     axes[0].set_title("clean")
     if adversarial is not None:
         axes[1].imshow(adversarial.transpose(1, 2, 0) / 2 + 0.5)
-        axes[1].scatter(*truth.T, label="truth", **TRUTH)
         axes[1].scatter(*attacked.T, label="prediction", **PREDICTED)
         axes[1].set_title("attacked")
         if targets is not None:

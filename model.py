@@ -296,9 +296,9 @@ def mean_weights(mask):
 def decode(maps, subpixel=False):
     """Maps to landmarks, by voting (paper, method section).
 
-    The int(3.14 R^2) highest pixels q of each heatmap vote for pixel q + R * offset(q), rounded; votes outside the image
-    are dropped; the pixel with most votes is the landmark. Ties are broken by the heatmap's highest pixel, which also
-    wins if no vote is left, then by reading order.
+    The int(3.14 R^2) highest pixels q of each heatmap vote for pixel q + R * offset(q), rounded; votes outside the
+    image are dropped; the pixel with most votes is the landmark. Ties are broken by the heatmap's highest pixel, which
+    also wins if no vote is left, then by reading order.
 
     Args:
         maps: (B, 3, K, H, W), heatmap (logits or probabilities: only their order counts) and offsets.

@@ -1,10 +1,12 @@
-"""What a detector finds on attacked images: while the attack runs, and again after they were stored as 8-bit PNG.
+"""What detectors find on attacked images: while the attack runs, and again under other conditions.
 
-    adversarial/<method>_input/<id>.png       the attacked input, rounded to grey levels
-    adversarial/<method>_original/<id>.png    the original image with the perturbation enlarged to its size
-    adversarial/in_memory.csv                 predictions on the attacked images before they were stored
+A condition is a form in which the images are stored, and a detector that sees them, the attacked one or another:
 
-PNGs are in colour, or grey where the perturbation is.
+    adversarial/<method>_input/<id>.png, .jpg       the attacked input, rounded to grey levels
+    adversarial/<method>_original/<id>.png, .jpg    the original image with the perturbation enlarged to its size
+    adversarial/in_memory.csv                       predictions on the attacked images before they were stored
+
+Files are in colour, or grey where the perturbation is. JPEGs have quality 95 and no chroma subsampling.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +26,7 @@ from support.files import atomic
 
 RECORDED = (0, 1, 5, 10, 20, 30, 50, 99, 150, 200, 250, 299)  # iterations; the last one of an attack is recorded too
 SIZES = ("input", "original")
+FORMATS = {".png": ("8-bit", {"compress_level": 1}), ".jpg": ("JPEG", {"quality": 95, "subsampling": 0})}
 
 
 class Observer:
@@ -39,6 +42,7 @@ class Observer:
     Attributes:
         points: {iteration: (B, K, 2) px}.
         norms: {iteration: (B,) in units of the [-1, 1] scale}.
+        clean_peak: (B, K), maxima of the clean heatmaps.
         adversarial: like ``image``, of the last iteration observed.
     """
 
@@ -49,6 +53,8 @@ class Observer:
     def observe(self, iteration, adversarial, maps):
         """Take what an attack yields."""
         self.adversarial = adversarial
+        if iteration == 0:
+            self.clean_peak = maps[:, 0].sigmoid().amax((-2, -1))
         if iteration in RECORDED or iteration == self.steps:
             self.points[iteration] = decode(maps, self.subpixel)
             self.norms[iteration] = (adversarial - self.image).abs().amax((1, 2, 3))
@@ -67,31 +73,32 @@ class Observer:
             points_px0 = to_px0(points.cpu(), data, batch).numpy()
             norms = self.norms[iteration].cpu().numpy() * 127.5
             tables.append(record_points(data, batch, points_px0, targets_px0, method, iteration, norms))
-        return pd.concat(tables)
+        peaks = self.clean_peak.cpu().numpy().ravel()
+        return pd.concat([table.assign(clean_peak=peaks) for table in tables])
 
 
 def record_points(data, batch, points_px0, targets_px0, method, iteration, norms):
     """``eval.record_attack`` of images ``batch`` (indices) of ``data``; norms (B,) in grey levels."""
     ids, truth = [data.ids[i] for i in batch], data.landmarks_px0[batch].numpy()
-    return record_attack(
-        ids, points_px0, truth, targets_px0, method, iteration, norms, data.mm_per_px0[batch].numpy()
-    )
+    spacing, reference = data.mm_per_px0[batch], data.reference_px0[batch].numpy()
+    return record_attack(ids, points_px0, truth, targets_px0, method, iteration, norms, spacing, reference)
 
 
 # --- storing ---------------------------------------------------------------------------------------------------------
 
 
-def stored_file(folder, method, size, id):
-    """The PNG of an attacked image below the folder adversarial/; size is "input" or "original"."""
-    return folder / f"{method}_{size}" / f"{id}.png"
+def stored_file(folder, method, size, id, suffix=".png"):
+    """A stored image below the folder adversarial/; size is "input" or "original"."""
+    return folder / f"{method}_{size}" / f"{id}{suffix}"
 
 
 def stored_files(folder, method, id):
-    return [stored_file(folder, method, size, id) for size in SIZES]
+    """All files of an attacked image."""
+    return [stored_file(folder, method, size, id, suffix) for size in SIZES for suffix in FORMATS]
 
 
 def save_adversarial(folder, method, data, i, adversarial):
-    """Store an attacked image at both sizes.
+    """Store an attacked image in both sizes and formats.
 
     In the original's size, each pixel gets the perturbation of the input pixel that contains it. The L-infinity norm
     stays the same; resizing back to the input's size averages neighbours.
@@ -112,8 +119,9 @@ def save_adversarial(folder, method, data, i, adversarial):
     for size, image in zip(SIZES, (adversarial.numpy(), original + delta.numpy()), strict=True):
         levels = image.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
         picture = Image.fromarray(levels.squeeze(-1) if levels.shape[-1] == 1 else levels)
-        with atomic(stored_file(folder, method, size, data.ids[i])) as temporary:
-            picture.save(temporary, compress_level=1)
+        for suffix, (_, options) in FORMATS.items():
+            with atomic(stored_file(folder, method, size, data.ids[i], suffix)) as temporary:
+                picture.save(temporary, **options)
 
 
 # --- reading back ----------------------------------------------------------------------------------------------------
@@ -146,6 +154,8 @@ def read_in_memory(folder, data):
     """
     file = find_in_memory(folder)
     table, attacks = read_records([file]), []
+    if not {"method", "iteration", "target_x_px0", "target_y_px0"} <= set(table):
+        raise InputError(f"{file}: not the record of an attack; --adversarial takes the folder of --save-adversarial")
     for method, rows in table.groupby("method", sort=False):
         ids = list(rows["image"].unique())
         if missing := set(ids) - set(data.ids):
@@ -155,36 +165,48 @@ def read_in_memory(folder, data):
     return attacks
 
 
-def read_back(folder, model, data, batch_size, device, subpixel=False):
-    """Predictions on stored attacked images.
+def observe(detectors, folder, batch_size, device, subpixel=False):
+    """Predictions on stored attacked images, under every condition.
 
     Args:
+        detectors: list of (name, model, data): the model, see ``eval.predict``, and the clean images, as
+            dataset.Cephalograms of its input size. The first is that of the "in memory" record. Stored inputs are
+            shown to the detectors of their size only, stored originals to all.
         folder: a folder adversarial/.
-        model: see ``eval.predict``; not necessarily the attacked one, but of the same input size.
-        data: dataset.Cephalograms with the same images, not attacked.
 
     Returns:
-        DataFrame like ``eval.record_attack``'s with the column stored: "in memory" (predictions before storing),
-        "8-bit input", "8-bit original".
+        DataFrame like ``eval.record_attack``'s, with the columns detector and stored: "in memory" (predictions before
+        storing), "8-bit input", "8-bit original", "JPEG input", "JPEG original".
 
     Raises:
         InputError: a file is missing, damaged, or of another size.
     """
     tables = []
-    for method, rows, batch, targets in read_in_memory(folder, data):
-        tables.append(rows.assign(stored="in memory"))
-        for size in SIZES:
-            with distributed.guard():
-                images, norms = load_stored(folder, method, size, data, batch)
-            points = to_px0(predict(model, images, batch_size, device, subpixel), data, batch).numpy()
-            table = record_points(data, batch, points, targets, method, rows["iteration"].iloc[0], norms)
-            tables.append(table.assign(stored=f"8-bit {size}"))
-    return pd.concat(tables)
+    for method, rows, batch, targets in read_in_memory(folder, detectors[0][2]):
+        tables.append(rows.assign(detector=detectors[0][0], stored="in memory"))
+        ids, iteration = [detectors[0][2].ids[i] for i in batch], rows["iteration"].iloc[0]
+        for size, suffix in stored_forms(folder, method, ids):
+            for name, model, data in detectors:
+                if size == "input" and data.images.shape != detectors[0][2].images.shape:
+                    continue
+                with distributed.guard():
+                    images, norms = load_stored(folder, method, size, suffix, data, batch)
+                points = to_px0(predict(model, images, batch_size, device, subpixel), data, batch).numpy()
+                table = record_points(data, batch, points, targets, method, iteration, norms)
+                tables.append(table.assign(detector=name, stored=f"{FORMATS[suffix][0]} {size}"))
+    return pd.concat(tables).drop(columns="clean_peak", errors="ignore")
 
 
-def load_stored(folder, method, size, data, batch):
+def stored_forms(folder, method, ids):
+    """The (size, suffix) in which images are stored; PNG inputs and originals, unless all their files are JPEGs."""
+    forms = [(size, suffix) for size in SIZES for suffix in FORMATS]
+    exist = [form for form in forms if any(stored_file(folder, method, form[0], id, form[1]).exists() for id in ids)]
+    return exist or [(size, ".png") for size in SIZES]  # whose absence is then reported
+
+
+def load_stored(folder, method, size, suffix, data, batch):
     """Stored images (N, H, W, 3) uint8 at the input's size, and their L-infinity norms (N,) in grey levels."""
-    files = [stored_file(folder, method, size, data.ids[i]) for i in batch]
+    files = [stored_file(folder, method, size, data.ids[i], suffix) for i in batch]
     clean = [data.images[i].numpy() if size == "input" else data.files[i] for i in batch]
     images, _ = read_images(files, data.images.shape[-2:], "RGB")
     with ThreadPoolExecutor() as pool:
@@ -197,7 +219,7 @@ def largest_change(clean, file):
     attacked, _ = read_image(file, None, "RGB")
     if attacked.shape[:2] != clean.shape:
         raise InputError(
-            f"{file}: size {attacked.shape[:2]} (H, W), but the clean image has {clean.shape}; use a detector of the same "
-            "--size and the same data"
+            f"{file}: size {attacked.shape[:2]} (H, W), but the clean image has {clean.shape}; use a detector of the "
+            "same --size and the same data"
         )
     return np.abs(attacked.astype(np.int16) - clean[..., None]).max()

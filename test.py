@@ -4,17 +4,23 @@
     python test.py --tag baseline --iteration 229 --attack 1 --rand temp             # ATI-FGSM; results in temp/
     python test.py --tag baseline --attack 0 1 --targets shift --epsilon 8           # compared, on displacements
     python test.py --tag baseline --attack 1 --rand temp --save-adversarial          # attacked images as 8-bit PNG,
-    python test.py --tag baseline --adversarial temp/adversarial                     # tested again
+    python test.py --tag other --adversarial temp/adversarial                        # tested on another detector
+    python test.py --tag baseline --image mine.png --attack 1 --targets shift        # own images, without annotation
     torchrun --nproc-per-node 4 test.py --tag baseline --attack 1 --rand temp        # on four GPUs, the same results
 
-Writes into the folder --rand (default: one below runs/<tag>/): config.json, predictions.csv, summary.csv, pictures/, and
-records/, from which the same command resumes after a stop; for an attack also line charts and adversarial/.
+Writes into the folder --rand (default: one below runs/<tag>/): config.json, predictions.csv, summary.csv, pictures/,
+and records/, from which the same command resumes after a stop; for an attack also line charts and adversarial/.
 """
 
 import argparse
 import hashlib
+import math
+import re
+import warnings
+from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from attack import ATTACKS, ONE_STEP, UNTARGETED, choose_targets, goal_maps, grey_model
@@ -31,7 +37,7 @@ from eval import (
     to_px0,
 )
 from model import MIN_SIZE, UNet, compile_network, decode, encode, freeze, load_weights, place
-from observe import Observer, find_in_memory, in_memory_file, read_back, save_adversarial, stored_files
+from observe import Observer, find_in_memory, in_memory_file, observe, save_adversarial, stored_files
 from support import command, distributed
 from support.checkpoints import find_checkpoint, sha256
 from support.command import natural_int, positive_float, positive_int, progress
@@ -57,14 +63,32 @@ def attack_name(text):
     return by_text[text.lower()]
 
 
+def half_grey_levels(text):
+    """A value of --epsilon."""
+    if fraction := re.fullmatch(r"([\d.]+)/255", text):
+        levels = 2 * float(fraction[1])
+        raise argparse.ArgumentTypeError(
+            f"{text}: epsilon counts half grey levels; {text} of an image in [0, 1] is --epsilon {levels:g}"
+        )
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of half grey levels")
+    return value
+
+
 def make_parser():
     parser = command.Parser("Test a trained detector, or attack it.")
     parser.add_argument("--tag", type=command.tag, required=True, help="the run: runs/TAG/, as trained by train.py")
-    parser.add_argument("--iteration", type=natural_int, metavar="EPOCH", help="checkpoint to use (default: the newest)")
+    parser.add_argument(
+        "--iteration", type=natural_int, metavar="EPOCH", help="checkpoint to use (default: the newest)"
+    )
     command.add_data_arguments(parser)
-    parser.add_argument("--split", choices=SPLITS, default="test", help="images; test: test1 and test2, as far as present")
+    parser.add_argument(
+        "--split", choices=SPLITS, default="test", help="images; test: test1 and test2, as far as present"
+    )
     parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N images (default: all)")
     parser.add_argument("--images", nargs="+", metavar="ID", help="only these images (default: all)")
+    parser.add_argument("--image", nargs="+", metavar="FILE", help="own images without annotation, instead of --data")
     parser.add_argument(
         "--rand", metavar="DIR", help="output folder (default: below runs/TAG/, named test, attack or read_back)"
     )
@@ -79,22 +103,30 @@ def make_parser():
         "--targets",
         default="random",
         metavar="SOURCE",
-        help="random (the paper's protocol), shift (displacements), or a CSV file landmark,x,y in px of the original",
+        help="random (the paper's protocol), shift (displacements), or a CSV file [image,]landmark,x,y in px of the "
+        "original",
     )
     parser.add_argument("--shift-count", type=positive_int, default=5, metavar="N", help="landmarks that shift targets")
     parser.add_argument("--shift-mm", type=positive_float, default=8.0, metavar="MM", help="their displacement")
     parser.add_argument(
-        "--epsilon", type=positive_float, default=8.0, help="L-infinity bound in half grey levels (8: 4 of 255)"
+        "--epsilon", type=half_grey_levels, default=8.0, help="L-infinity bound in half grey levels (8: 4 of 255)"
     )
     parser.add_argument("--steps", type=positive_int, default=300, help="iterations of iterative attacks")
     parser.add_argument("--grey", action="store_true", help="the same perturbation in all three channels")
     parser.add_argument(
-        "--save-adversarial", action="store_true", help="store attacked images as 8-bit PNG, and test them again"
+        "--save-adversarial", action="store_true", help="store attacked images as PNG and JPEG, and test them again"
+    )
+    parser.add_argument(
+        "--transfer", type=command.tag, nargs="+", metavar="TAG", help="test the stored images on these runs too"
     )
     parser.add_argument("--adversarial", metavar="DIR", help="test the stored images of a folder adversarial/")
-    parser.add_argument("--subpixel", action="store_true", help="subpixel decoding: the mean of the votes near the winner")
+    parser.add_argument(
+        "--subpixel", action="store_true", help="subpixel decoding: the mean of the votes near the winner"
+    )
     parser.add_argument("--batch-size", type=positive_int, default=4, help="images per batch, in each process")
-    parser.add_argument("--pictures", type=natural_int, default=4, metavar="N", help="draw the first N images")
+    parser.add_argument(
+        "--pictures", type=natural_int, metavar="N", help="draw the first N images (default: 4, or every --image)"
+    )
     command.add_compute_arguments(parser)
     return parser
 
@@ -103,11 +135,23 @@ def parse_arguments(parser, argv):
     args = parser.parse_args(argv)
     if args.shift_count > len(LANDMARKS):
         parser.error(f"--shift-count: there are {len(LANDMARKS)} landmarks")
+    if args.image and (args.images or args.limit or args.adversarial):
+        parser.error("--image: not with --images, --limit or --adversarial")
+    if args.transfer and not (args.save_adversarial or args.adversarial):
+        parser.error("--transfer: needs --save-adversarial or --adversarial")
+    if args.pictures is None:
+        args.pictures = len(args.image) if args.image else 4
     if args.attack and args.adversarial:
         parser.error("--adversarial: tests stored images; omit --attack")
     for name in ("grey", "save_adversarial"):
         if getattr(args, name) and not args.attack:
             parser.error(f"--{name.replace('_', '-')}: needs an --attack")
+    if args.attack and 0 < args.epsilon < 1:
+        warnings.warn(
+            f"--epsilon {args.epsilon:g} is less than half a grey level, of which 8-bit images keep nothing; it counts "
+            "half grey levels: 8/255 of an image in [0, 1] is --epsilon 16",
+            stacklevel=2,
+        )
     return args
 
 
@@ -117,26 +161,36 @@ def main(argv=None):
     distributed.start()
     with distributed.guard() as same:  # prepare: nothing is written before all processes have the same
         device = command.find_device(args.device)
-        model, found = load_detector(args, device)
-        data = load_data(args, found["size"])
-        targets = choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm) if args.attack else None
+        model, found = load_detector(args.tag, args.iteration, args.precision, device)
+        data = load_data(args, found["size"], model, device)
+        others = [load_other(tag, args, device) for tag in args.transfer or []]
+        targets = (
+            choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm) if args.attack else None
+        )
         out = output_folder(args, found["iteration"])
         config = vars(args) | found | fingerprints(args, data, targets)
         check_output(out, config, parser.defaults())
         same |= {"configuration": config}
+    if args.compile:
+        model = compile_network(model, to_input(data.images[: args.batch_size], device))
+    observe_stored = partial(
+        observe, [(args.tag, model, data), *others], batch_size=args.batch_size, device=device, subpixel=args.subpixel
+    )
+    table = observe_stored(Path(args.adversarial)) if args.adversarial else None  # before anything is written
     with distributed.guard():
         if is_main():
             make_folder(out)
             save_config(out / "config.json", config, device)
-    if args.compile:
-        model = compile_network(model, to_input(data.images[: args.batch_size], device))
 
     if args.attack:
         attack(args, model, data, targets, device, out)
-    elif args.adversarial:
-        test_stored(args, model, data, device, Path(args.adversarial), out)
-    else:
+    elif not args.adversarial:
         test(args, model, data, device, out)
+    if args.save_adversarial:
+        table = observe_stored(out / "adversarial")
+    if table is not None:
+        with distributed.guard():  # publish
+            report_stored(table, out)
     if is_main():
         print(f"written to {out}/")
 
@@ -144,14 +198,14 @@ def main(argv=None):
 # --- preparation -----------------------------------------------------------------------------------------------------
 
 
-def load_detector(args, device):
+def load_detector(tag, epoch, precision, device):
     """The frozen network of a checkpoint, and what the configuration says of it: iteration, size, SHA-256."""
-    run = run_folder(args.tag)
-    epoch, checkpoint = find_checkpoint(run, args.iteration)
+    run = run_folder(tag)
+    epoch, checkpoint = find_checkpoint(run, epoch)
     size, encoder_batch_norm = read_architecture(run / "config.json")
     model = UNet(len(LANDMARKS), encoder_batch_norm=encoder_batch_norm)
     load_weights(model, checkpoint)
-    freeze(place(model, device, args.precision))
+    freeze(place(model, device, precision))
     return model, {"iteration": epoch, "size": size, "checkpoint_sha256": sha256(checkpoint)}
 
 
@@ -166,22 +220,28 @@ def read_architecture(path):
     return tuple(size), encoder_batch_norm
 
 
-def load_data(args, size):
-    return Cephalograms(
-        args.data,
-        args.split,
-        size,
-        args.limit,
-        args.images,
-        mm_per_px=args.mm_per_px,
-        unusual=args.unusual,
-        progress=command.loading_bar,
-    )
+def load_data(args, size, model, device):
+    """The split, or own images: those have no ground truth, so an attack refers to their clean predictions."""
+    options = {"mm_per_px": args.mm_per_px, "progress": command.loading_bar}
+    if not args.image:
+        return Cephalograms(args.data, args.split, size, args.limit, args.images, unusual=args.unusual, **options)
+    data = Cephalograms.from_files(args.image, size, **options)
+    batches = in_batches(list(range(len(data))), args.batch_size)
+    found = [points for _, points in predict_batches(model, data.images, batches, device, args.subpixel)]
+    data.reference_px0 = to_px0(torch.cat(found).cpu(), data)
+    return data
+
+
+def load_other(tag, args, device):
+    """Another detector, its newest checkpoint, as (tag, model, the images at its size)."""
+    model, found = load_detector(tag, None, args.precision, device)
+    return tag, model, load_data(args, found["size"], model, device)
 
 
 def output_folder(args, epoch):
     what = "attack" if args.attack else "read_back" if args.adversarial else "test"
-    return Path(args.rand) if args.rand else run_folder(args.tag) / f"{what}_{args.split}_{epoch}"
+    split = "image" if args.image else args.split
+    return Path(args.rand) if args.rand else run_folder(args.tag) / f"{what}_{split}_{epoch}"
 
 
 def fingerprints(args, data, targets):
@@ -197,7 +257,8 @@ def fingerprints(args, data, targets):
 def check_output(out, config, defaults):
     """Raise InputError where the output folder holds anything but earlier results of the same configuration."""
     if (out / "config.json").exists():
-        no_effect = ["device", "data", "batch_size", "rand", "pictures", "compile", "save_adversarial", "adversarial"]
+        no_effect = ["device", "compile", "data", "image", "unusual", "batch_size", "rand", "pictures"]
+        no_effect += ["save_adversarial", "adversarial"]
         check_same_config(out / "config.json", config, defaults, no_effect, "--rand")
     elif out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out}: holds other files than results of test.py; choose another --rand")
@@ -265,7 +326,8 @@ def write_tested(args, data, i, points, out):
         mm_per_px0=data.mm_per_px0[i].item(),
     )
     if i < args.pictures:
-        title = f"{data.ids[i]}, MRE {rows['radial_error_mm'].mean():.2f} mm"
+        mre = rows["radial_error_mm"].mean()
+        title = f"{data.ids[i]}, MRE {mre:.2f} mm" if mre >= 0 else data.ids[i]
         image = to_input(data.images[[i]], "cpu")[0].numpy()
         with atomic(picture_file(out, data, i)) as temporary:
             draw(temporary, title, image, data.landmarks[i].numpy(), points.numpy())
@@ -273,9 +335,12 @@ def write_tested(args, data, i, points, out):
 
 
 def report_test(out, files):
-    """predictions.csv and summary.csv from the records."""
+    """predictions.csv and, where there is a ground truth, summary.csv from the records."""
     table = read_records(files)
     write_table(out / "predictions.csv", table)
+    if table["radial_error_mm"].isna().all():
+        print(table[["image", "landmark", "name", "x_px0", "y_px0"]].to_string(index=False, float_format="%.1f"))
+        return
     errors = table["radial_error_mm"].to_numpy().reshape(len(files), len(LANDMARKS))
     summary = summarize(errors).rename_axis("landmark").reset_index()
     summary.insert(1, "name", [*LANDMARKS, "all landmarks"])
@@ -312,12 +377,10 @@ def attack(args, model, data, targets_px0, device, out):
     with distributed.guard():  # publish
         if is_main():
             report_attack(args, data, methods, steps, out)
-    if args.save_adversarial:
-        test_stored(args, model, data, device, out / "adversarial", out)
 
 
 def run_attack(method, victim, image, targets, epsilon, steps):
-    """The iterations of an attack by its name, see ``attack.pgd``; targets (B, K, 2) px, nan for stationary landmarks."""
+    """What an attack yields, by its name, see ``attack.pgd``; targets (B, K, 2) px, nan for stationary landmarks."""
     with torch.no_grad():
         clean = victim(image)
     if method == UNTARGETED:
@@ -363,19 +426,30 @@ def report_attack(args, data, methods, steps, out):
         with atomic(out / f"{name}.png") as temporary:
             plot_attack(summary, column, label, temporary)
     print(summary.to_string(index=False, float_format="%.2f"))
+    warn_of_weak_goals(table)
     if args.save_adversarial:
         write_table(in_memory_file(out / "adversarial"), table[table["iteration"] == table["method"].map(steps)])
 
 
-def test_stored(args, model, data, device, folder, out):
-    """Test the stored images of a folder adversarial/: read_back.csv, read_back_summary.csv."""
-    table = read_back(folder, model, data, args.batch_size, device, args.subpixel)
-    with distributed.guard():  # publish
-        if is_main():
-            write_table(out / "read_back.csv", table)
-            summary = summarize_attack(table, by="stored")
-            write_table(out / "read_back_summary.csv", summary)
-            print(summary.to_string(index=False, float_format="%.2f"))
+def warn_of_weak_goals(table):
+    """Say how many stationary landmarks the paper's goal maps constrain by the heatmap term alone."""
+    clean = table[(table["iteration"] == 0) & (table["role"] == "stationary")].drop_duplicates(["image", "landmark"])
+    weak = (clean.get("clean_peak", pd.Series(dtype=float)) <= 0.5).sum()
+    if weak:
+        warnings.warn(
+            f"the clean heatmaps of {weak} of {len(clean)} stationary landmarks nowhere exceed 0.5 (clean_peak in "
+            "predictions.csv): the goal maps of the paper's attacks leave their offsets free",
+            stacklevel=2,
+        )
+
+
+def report_stored(table, out):
+    """read_back.csv and read_back_summary.csv of what ``observe`` returns."""
+    if is_main():
+        write_table(out / "read_back.csv", table)
+        summary = summarize_attack(table, by=["detector", "stored"])
+        write_table(out / "read_back_summary.csv", summary)
+        print(summary.to_string(index=False, float_format="%.2f"))
 
 
 if __name__ == "__main__":

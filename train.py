@@ -36,7 +36,9 @@ WARMUP = 0.05  # fraction of a cosine schedule in which the learning rate rises
 
 def make_parser():
     parser = command.Parser("Train the landmark detector.")
-    parser.add_argument("--tag", type=command.tag, help="name of the run, whose files go to runs/TAG/ (default: the time)")
+    parser.add_argument(
+        "--tag", type=command.tag, help="name of the run, whose files go to runs/TAG/ (default: the time)"
+    )
     command.add_data_arguments(parser)
     parser.add_argument(
         "--size", type=positive_int, nargs=2, metavar=("H", "W"), default=[800, 640], help="network input in px"
@@ -142,9 +144,7 @@ def train_one_epoch(network, state, data, args, device, bar, stop):
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(state.epoch + (state.step + 0.5) / len(batches), args)
         mine = distributed.shard(batch)
-        state.terms += train_step(
-            network, state.optimizer, data.images[mine], data.landmarks[mine], len(batch), device
-        )
+        state.terms += train_step(network, state.optimizer, data.images[mine], data.landmarks[mine], len(batch), device)
         state.step += 1
         bar.update(len(batch))
         stopped = distributed.any_process(stop.is_set())
@@ -270,7 +270,7 @@ def check_config(folder, config, defaults):
     """Raise InputError where the run was begun with other arguments; only --epochs may grow."""
     file = folder / "config.json"
     if file.exists():
-        check_same_config(file, config, defaults, ["device", "data", "compile", "epochs"], "--tag")
+        check_same_config(file, config, defaults, ["device", "compile", "data", "unusual", "epochs"], "--tag")
         if (epochs := read_config(file).get("epochs", config["epochs"])) > config["epochs"]:
             raise InputError(f"{folder}: was begun with --epochs {epochs}; --resume takes as many or more")
 

@@ -1,12 +1,12 @@
 #!/bin/bash
-# Train on two machines of four GPUs each, however often the scheduler ends the job. In the folder of this file, with
-# the environment that has PyTorch activated:
+# Train on two machines of four GPUs each, over as many jobs as it takes. Submit from the project's root, with the
+# environment that has PyTorch activated:
 #
-#     sbatch slurm.sh --tag baseline --data DATA
+#     sbatch scripts/slurm.sh --tag baseline --data DATA
 #
-# The arguments are train.py's. Two minutes before the time limit SLURM signals this script. It has SIGTERM sent to every
-# process, train.py finishes its step and saves, and the job goes back into the queue. A machine that fails brings the
-# job back by itself; a process that dies is started again by torchrun, up to three times.
+# The arguments are those of train.py. SLURM signals this script two minutes before the time limit; the script sends
+# SIGTERM to every process, train.py finishes its step and saves, and the job is requeued. SLURM also requeues the job if
+# a machine fails; torchrun restarts a process that dies, up to three times.
 
 #SBATCH --job-name=landmarks
 #SBATCH --nodes=2
@@ -20,10 +20,10 @@
 #SBATCH --output=%x_%j.log
 
 stopped=
-# scancel signals the job's steps; srun itself must not get SIGTERM, it would kill them
+# scancel signals the steps of the job; srun itself must not get SIGTERM, it would kill them
 trap 'stopped=yes; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 
-# without this, processes that are started again look for the dead ones (PyTorch issue 135712)
+# otherwise restarted processes wait for the dead ones (PyTorch issue 135712)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" torchrun \
@@ -31,7 +31,7 @@ srun --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" torchrun \
     --rdzv-backend c10d --rdzv-endpoint "$first:29500" --rdzv-id "$SLURM_JOB_ID" train.py --resume "$@" &
 step=$!
 while :; do
-    wait "$step" # which the signal breaks off
+    wait "$step" # the signal interrupts it
     status=$?
     kill -0 "$step" 2>/dev/null || break
 done

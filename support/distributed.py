@@ -69,8 +69,8 @@ def guard():
     gathered = [None] * world_size()
     dist.all_gather_object(gathered, (message, same))
     messages = [text for text, _ in gathered if text is not None] or [
-        f"process {process} of {len(gathered)} has another {name} than process 0: {values[name]} instead of {expected}; "
-        "all processes must see the same files"
+        f"process {process} of {len(gathered)} has another {name} than process 0: {values[name]} instead of {expected};"
+        " all processes must see the same files"
         for process, (_, values) in enumerate(gathered)
         for name, expected in gathered[0][1].items()
         if values[name] != expected

@@ -72,7 +72,7 @@ def make_folder(path):
 
 
 def save_config(path, config, device, update=()):
-    """Write a configuration as JSON with the versions of what it runs on; of an existing file only ``update`` changes."""
+    """Write a configuration as JSON with the versions of what it runs on; in an existing one change ``update`` only."""
     if path.exists():
         kept = read_config(path)
         changed = {name: config[name] for name in update if kept.get(name) != config[name]}

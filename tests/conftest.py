@@ -1,4 +1,4 @@
-"""Small data that the tests draw themselves, in all three layouts, and a way to run the commands."""
+"""Small data that the tests draw, in all three layouts, and a fixture that runs the commands."""
 
 import csv
 import os
@@ -16,24 +16,24 @@ from PIL import Image
 from dataset import FOLDERS
 
 ROOT = Path(__file__).resolve().parent.parent
-REAL = ROOT.parent / "shared" / "isbi2015"
+REAL = Path(os.environ.get("ISBI2015", ROOT.parent / "shared" / "isbi2015"))  # the real data, if present
 SIZE0 = (300, 240)  # H0, W0
 IDS = {"train": ("001", "002", "003", "004"), "test1": ("151", "152", "153"), "test2": ("301",)}
 K = 19
 
 TRAIN = ["train.py", "--tag", "small", "--size", 64, 48, "--encoder-weights", "none", "--batch-size", 2, "--lr", 3e-4]
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)  # tests run in two workers
 
 
 def draw_landmarks(rng):
-    """A grid of 19 landmarks, each image's moved and jittered; whole numbers, as doctors mark them."""
+    """A jittered grid of 19 landmarks in whole numbers, as doctors mark them."""
     grid = np.stack(np.meshgrid(np.linspace(50, 190, 4), np.linspace(60, 240, 5)), axis=-1).reshape(-1, 2)[:K]
     return (grid + rng.uniform(-20, 20, 2) + rng.uniform(-4, 4, (K, 2))).round()
 
 
 def draw_image(rng, landmarks, size0=SIZE0):
-    """Bright dots of different size on the landmarks of a dim gradient with grain."""
+    """A dot on each landmark, of a size and brightness of its own, on a noisy gradient."""
     rows, columns = np.mgrid[: size0[0], : size0[1]]
     image = 40 + 0.2 * rows + rng.normal(0, 4, size0)
     for k, (x, y) in enumerate(landmarks):
@@ -47,7 +47,7 @@ def write_points(path, points):
 
 
 def damage(rng, content):
-    """Bytes with one to three faults: cut off, changed, lost, repeated, or with something odd put in."""
+    """Bytes with one to three faults: truncated, changed, deleted, repeated or inserted."""
     odd = [
         b"nan",
         b"inf",
@@ -82,7 +82,7 @@ def damage(rng, content):
 
 
 class Code:
-    """What a malicious pickle does: call something as it is loaded."""
+    """A malicious pickle: calls a function when it is loaded."""
 
     def __init__(self, path):
         self.path = path
@@ -92,13 +92,13 @@ class Code:
 
 
 def spread(goal):
-    """A goal's offsets (B, 2, K, H, W), zero outside its mask, and that mask (B, K, H, W), as full maps."""
+    """Full maps of a goal: offsets (B, 2, K, H, W), zero outside the mask, and the mask (B, K, H, W)."""
     size = goal.heatmap.shape[-2:]
     marked = goal.weight > 0
     mask = torch.zeros(*goal.heatmap.shape[:2], size.numel()).scatter_add_(-1, goal.pixels, marked.float())
     offset = torch.zeros(len(mask), 2, *mask.shape[1:], dtype=goal.offset.dtype)
     offset.scatter_add_(-1, goal.pixels[:, None].expand_as(goal.offset), goal.offset * marked[:, None])
-    assert mask.max() <= 1  # no pixel counts twice
+    assert mask.max() <= 1  # each pixel counts once
     return offset.unflatten(-1, size), mask.unflatten(-1, size).bool()
 
 
@@ -132,7 +132,7 @@ def write_kaggle(root, drawn):
         with open(root / f"{split}_senior.csv", "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["image_path"] + [f"{k}_{axis}" for k in range(1, K + 1) for axis in "xy"])
-            for id, (image, senior, _) in reversed(images.items()):  # rows come in any order
+            for id, (image, senior, _) in reversed(images.items()):  # rows may be in any order
                 image.save(root / "cepha400" / f"{id}.png")
                 writer.writerow([f"{id}.png", *senior.astype(int).ravel()])
 
@@ -153,11 +153,11 @@ def kaggle(drawn, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, official):
-    """A working folder with a run that train.py made, in a process of its own as a user would."""
+    """A working folder with a run that train.py made in a process of its own."""
     folder = tmp_path_factory.mktemp("work")
     command = [*TRAIN, "--data", official, "--epochs", 3, "--checkpoint-every", 2]
     command = [sys.executable, ROOT / command[0], *map(str, command[1:])]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as many as here: then weights are equal bit for bit
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as here, so that weights are equal bit for bit
     done = subprocess.run(command, cwd=folder, env=os.environ | threads, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     return folder
@@ -165,12 +165,12 @@ def trained(tmp_path_factory, official):
 
 @pytest.fixture
 def data(official, tmp_path):
-    """A copy of the official layout for a test to spoil."""
+    """A copy of the official layout that a test may modify."""
     return Path(shutil.copytree(official, tmp_path / "data"))
 
 
 def assert_refused(result, message, *untouched):
-    """Status 2, one line that says why, and no traceback."""
+    """Status 2, one line with the message, no traceback, nothing written."""
     status, _, err = result
     assert status == 2, err
     assert err.count("\n") == 1 and err.endswith("\n"), err

@@ -104,14 +104,14 @@ def kills(root, times):
     status, err = finish(start(ATTACK, root / "unbroken"))
     assert status == 0, err
     seconds = time.perf_counter() - begin
-    attacked = contents(root / "unbroken" / "runs" / "small" / "attack")
+    attacked = contents(root / "unbroken" / "attack")
     for n in range(times):
         folder = root / f"training_{n}"
         moment = kill(start(ATTACK, folder), random.uniform(0.3, 1) * seconds)
-        left = len(list(folder.glob("runs/small/attack/records/[!.]*")))
+        left = len(list(folder.glob("attack/records/[!.]*")))
         status, err = finish(start(ATTACK, folder))
         assert status == 0, err
-        assert_same(contents(folder / "runs" / "small" / "attack"), attacked)
+        assert_same(contents(folder / "attack"), attacked)
         print(f"attack killed after {moment:.1f} of {seconds:.1f} s, {left} records: went on to the same end")
 
 
@@ -137,7 +137,9 @@ def disk(root):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=450m", "tmpfs", folder], check=True)
     try:
         status, err = finish(start(TRAIN, folder))
-        assert status == 2 and "runs/small/resume.pth: can't be written ([Errno 28] No space left on device" in err, err
+        assert status == 2 and "runs/small/resume.pth: cannot be written ([Errno 28] No space left on device" in err, (
+            err
+        )
         assert not [file for file in (folder / "runs").rglob(".*")]
         assert torch.load(folder / "runs" / "small" / "resume.pth", weights_only=True)["epoch"] == 1
         print(f"full disk: {err}")
@@ -189,7 +191,7 @@ def slurm(root):
     (folder / "train.py").symlink_to(ROOT / "train.py")
     environment = {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": "1"}
     environment |= {"PATH": f"{stand_ins}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    command = ["bash", ROOT / "slurm.sh", *TRAIN.removesuffix(" --resume").split()[1:]]
+    command = ["bash", ROOT / "scripts" / "slurm.sh", *TRAIN.removesuffix(" --resume").split()[1:]]
 
     def turn():
         return subprocess.Popen(command, cwd=folder, env=os.environ | environment, stderr=subprocess.DEVNULL)

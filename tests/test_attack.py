@@ -205,7 +205,7 @@ def test_random_targets_follow_the_papers_protocol():
 def test_shifts_are_as_long_as_asked_and_inside():
     landmarks = np.array([[0.0, 0.0], [239.0, 299.0], [120.0, 150.0]])
     for seed in range(50):
-        targets = shift_targets(np.random.default_rng(seed), landmarks, SIZE0, count=2, shift_mm=8)
+        targets = shift_targets(np.random.default_rng(seed), landmarks, SIZE0, count=2, displacement=80)
         chosen = ~np.isnan(targets).any(1)
         assert chosen.sum() == 2
         assert np.linalg.norm(targets[chosen] - landmarks[chosen], axis=1) == pytest.approx([80, 80])

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,9 +18,9 @@ from conftest import ROOT, TRAIN, Code, K, assert_refused, write_kaggle
 from PIL import Image
 
 import eval
-from command import find_device
-from eval import summarize, summarize_attack
-from model import UNet
+from eval import read_records, summarize, summarize_attack
+from model import UNet, load_weights
+from support.command import find_device
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_training_writes_its_files(trained):
 def test_accuracy(here, official, run):
     status, out, err = run("test.py", "--tag", "small", "--data", official, "--iteration", 1, "--rand", "clean")
     assert status == 0, err
-    folder = here / "runs" / "small" / "clean"
+    folder = here / "clean"
     table = pd.read_csv(folder / "predictions.csv", dtype={"image": str})
     assert table["image"].unique().tolist() == ["151", "152", "153", "301"] and len(table) == 4 * K
     distance = np.hypot(table["x_px0"] - table["true_x_px0"], table["y_px0"] - table["true_y_px0"]) * 0.1
@@ -78,26 +80,162 @@ def test_an_attack(here, official, run):
     arguments = ["--tag", "small", "--data", official, "--attack", 1, "--rand", "temp", "--steps", 3, "--limit", 2]
     status, _, err = run("test.py", *arguments)
     assert status == 0, err
-    table = pd.read_csv(here / "runs" / "small" / "temp" / "predictions.csv")
+    table = pd.read_csv(here / "temp" / "predictions.csv")
     assert table["method"].unique().tolist() == ["ATI-FGSM"]
     assert table["iteration"].unique().tolist() == [0, 1, 3]
     assert len(table) == 2 * 3 * K
-    assert json.loads((here / "runs" / "small" / "temp" / "config.json").read_text())["iteration"] == 2  # the newest
+    assert json.loads((here / "temp" / "config.json").read_text())["iteration"] == 2  # the newest
+
+
+def test_the_paper_repositorys_commands(official, tmp_path, monkeypatch, run):
+    """As in the README of 2020: data in dataset/, results of an attack in temp/."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dataset").symlink_to(official)
+    small = ["--size", 64, 48, "--encoder-weights", "none", "--epochs", 1, "--batch-size", 2]
+    assert run("train.py", "--tag", "baseline", *small)[0] == 0
+    assert run("test.py", "--tag", "baseline", "--iteration", 0)[0] == 0
+    attack = ["--attack", 1, "--rand", "temp", "--steps", 2]
+    assert run("test.py", "--tag", "baseline", "--iteration", 0, *attack)[0] == 0
+    names = {file.name for file in (tmp_path / "temp").iterdir()}
+    assert {"predictions.csv", "summary.csv", "mre.png", "median.png", "within_4mm.png"} < names
+    for chart in ("mre.png", "within_4mm.png"):
+        assert Image.open(tmp_path / "temp" / chart).size[0] > 500
+    assert (tmp_path / "runs" / "baseline" / "test_test_0" / "summary.csv").exists()
+
+
+def test_without_a_tag_the_time_is_the_tag(official, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run("train.py", "--data", official, *TRAIN[3:], "--epochs", 1)
+    assert status == 0, err
+    (folder,) = (tmp_path / "runs").iterdir()
+    datetime.strptime(folder.name, "%Y-%m-%d_%H-%M-%S")
+    assert f"--tag {folder.name}" in out and (folder / "model_epoch_0.pth").exists()
+
+
+def test_a_run_of_before_an_argument_existed(here, official, run):
+    """Results stay usable: an argument that their config.json does not have counts as its default."""
+    arguments = ["test.py", "--tag", "small", "--data", official, "--rand", "older", "--limit", 1]
+    assert run(*arguments)[0] == 0
+    file = here / "older" / "config.json"
+    config = json.loads(file.read_text())
+    del config["subpixel"], config["mm_per_px"], config["targets"]
+    file.write_text(json.dumps(config))
+    assert run(*arguments)[0] == 0
+    assert_refused(run(*arguments, "--subpixel"), "subpixel was False, now it is True")
+
+
+def test_more_epochs_for_a_finished_run(here, official, run):
+    arguments = [TRAIN[0], "--tag", "longer", *TRAIN[3:], "--data", official]
+    assert run(*arguments, "--epochs", 1)[0] == 0
+    status, _, err = run(*arguments, "--epochs", 3, "--checkpoint-every", 5, "--resume")
+    assert status == 0, err
+    assert json.loads((here / "runs" / "longer" / "config.json").read_text())["epochs"] == 3
+    weights = [torch.load(here / "runs" / tag / "model_epoch_2.pth", weights_only=True) for tag in ("longer", "small")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_checkpoints_without_their_resume_state_are_not_overwritten(here, official, run):
+    arguments = [TRAIN[0], "--tag", "stateless", *TRAIN[3:], "--data", official, "--epochs", 1]
+    assert run(*arguments)[0] == 0
+    folder = here / "runs" / "stateless"
+    (folder / "resume.pth").unlink()
+    before = (folder / "model_epoch_0.pth").stat().st_mtime_ns
+    assert_refused(run(*arguments, "--resume"), "--init runs/stateless/model_epoch_0.pth to start from its weights")
+    assert (folder / "model_epoch_0.pth").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("epsilon, warning", [(0, False), (0.0314, True), (1, False)])
+def test_an_epsilon_below_half_a_grey_level(epsilon, warning, here, official, run):
+    out = f"epsilon_{epsilon}"
+    attack = ["--attack", 1, "--steps", 2, "--limit", 1, "--epsilon", epsilon, "--rand", out]
+    status, _, err = run("test.py", "--tag", "small", "--data", official, *attack)
+    assert status == 0 and ("less than half a grey level" in err) == warning
+    if epsilon == 0:
+        table = pd.read_csv(here / out / "predictions.csv")
+        assert (table["largest_change"] == 0).all()
+
+
+def test_own_images_without_annotation(here, official, run):
+    files = [official / "RawImage" / "Test1Data" / f"{id}.bmp" for id in (151, 152)]
+    status, out, err = run("test.py", "--tag", "small", "--image", *files, "--rand", "own")
+    assert status == 0 and "0.1 mm per pixel is assumed" in err
+    assert run("test.py", "--tag", "small", "--data", official, "--split", "test1", "--rand", "annotated")[0] == 0
+    own, annotated = (pd.read_csv(here / name / "predictions.csv") for name in ("own", "annotated"))
+    found = annotated[annotated["image"].isin([151, 152])]
+    assert np.array_equal(own[["x_px0", "y_px0"]], found[["x_px0", "y_px0"]]) and own["true_x_px0"].isna().all()
+    assert sorted(file.name for file in (here / "own" / "pictures").iterdir()) == ["151.png", "152.png"]
+    assert not (here / "own" / "summary.csv").exists() and "sella" in out
+
+    (here / "own_targets.csv").write_text("landmark,x,y\nmenton,100,200\n")
+    for targets in ("shift", "own_targets.csv"):
+        rand = f"own_{Path(targets).stem}"
+        attack = ["--attack", 1, "--steps", 2, "--targets", targets, "--rand", rand]
+        status, _, err = run("test.py", "--tag", "small", "--image", *files, *attack)
+        assert status == 0, err
+        clean = pd.read_csv(here / rand / "predictions.csv").query("iteration == 0")
+        moved = clean[clean["role"] == "targeted"]
+        assert (
+            clean[clean["role"] == "stationary"]["radial_error_mm"] == 0
+        ).all()  # measured from the clean prediction
+        if targets == "shift":
+            assert len(moved) == 10 and np.allclose(moved["radial_error_mm"], 8, atol=1e-3)
+        else:
+            assert moved["landmark"].tolist() == [8, 8] and moved["target_x_px0"].tolist() == [100, 100]
+
+
+def test_spacing_scales_every_millimetre(here, official, run):
+    arguments = ["test.py", "--tag", "small", "--data", official, "--limit", 2]
+    assert run(*arguments, "--rand", "spaced_1")[0] == 0
+    status, _, err = run(*arguments, "--rand", "spaced_3", "--mm-per-px", 0.3)
+    assert status == 0 and "assumed" not in err
+    tables = [pd.read_csv(here / f"spaced_{n}" / "predictions.csv") for n in (1, 3)]
+    assert np.allclose(3 * tables[0]["radial_error_mm"], tables[1]["radial_error_mm"], atol=3e-4)
+    assert (tables[1]["mm_per_px0"] == 0.3).all()
+    shift = ["--attack", 1, "--steps", 1, "--targets", "shift", "--shift-mm", 3, "--mm-per-px", 0.3, "--rand", "spaced"]
+    assert run(*arguments, *shift)[0] == 0
+    moved = pd.read_csv(here / "spaced" / "predictions.csv").query("role == 'targeted'")
+    way = moved[["target_x_px0", "target_y_px0"]].to_numpy() - moved[["true_x_px0", "true_y_px0"]].to_numpy()
+    assert np.allclose(np.hypot(*way.T), 10, atol=1e-3)  # 3 mm
+
+
+@pytest.mark.parametrize("name", ["NA", "null", "nan", "007"])
+def test_ids_stay_text(name, data, here, run):
+    for file in [*data.rglob("151.*")]:
+        file.rename(file.with_stem(name))
+    arguments = ["--attack", 0, "--steps", 1, "--save-adversarial", "--images", name, "--rand", f"id_{name}"]
+    status, _, err = run("test.py", "--tag", "small", "--data", data, "--split", "test1", *arguments)
+    assert status == 0, err
+    for table in ("predictions.csv", "read_back.csv", "adversarial/in_memory.csv"):
+        assert set(read_records([here / f"id_{name}" / table])["image"]) == {name}
+
+
+@pytest.mark.parametrize("wrap", ["module.", "_orig_mod.", "_orig_mod.module.", "state_dict", "resume.pth"])
+def test_checkpoints_as_other_programs_wrap_them(wrap, here, official, tmp_path, run):
+    weights = torch.load("runs/small/model_epoch_2.pth", weights_only=True)
+    file = tmp_path / "wrapped.pth"
+    if wrap == "resume.pth":
+        file = here / "runs" / "small" / "resume.pth"
+    elif wrap == "state_dict":
+        torch.save({"state_dict": {f"module.{key}": value for key, value in weights.items()}, "epoch": 3}, file)
+    else:
+        torch.save({wrap + key: value for key, value in weights.items()}, file)
+    model = UNet(K)
+    load_weights(model, file)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
 def test_below_a_pixel_on_chosen_images(here, official, run):
     arguments = ["--tag", "small", "--data", official, "--images", 301, 152, "--pictures", 0, "--rand"]
     assert run("test.py", *arguments, "whole")[0] == 0
     assert run("test.py", *arguments, "below", "--subpixel")[0] == 0
-    runs = here / "runs" / "small"
-    whole, below = (pd.read_csv(runs / name / "predictions.csv", dtype={"image": str}) for name in ("whole", "below"))
+    whole, below = (pd.read_csv(here / name / "predictions.csv", dtype={"image": str}) for name in ("whole", "below"))
     assert below["image"].unique().tolist() == ["301", "152"]
     px = [(table["x_px0"] + 0.5) * 48 / 240 - 0.5 for table in (whole, below)]
     assert np.allclose(px[0], px[0].round(), atol=1e-4) and not np.allclose(px[1], px[1].round(), atol=1e-2)
     assert ((px[0] - px[1]).abs() <= 1.5).all()  # the mean of votes that round to places at most a pixel away
     attack = [*arguments, "attacked", "--attack", 1, "--steps", 1, "--subpixel"]
     assert run("test.py", *attack)[0] == 0
-    clean = pd.read_csv(runs / "attacked" / "predictions.csv").query("iteration == 0")
+    clean = pd.read_csv(here / "attacked" / "predictions.csv").query("iteration == 0")
     assert np.allclose(clean["x_px0"], below["x_px0"], atol=1e-3)
     assert_refused(run("test.py", *arguments, "below"), "subpixel was True, now it is False")
 
@@ -133,7 +271,7 @@ def test_attacks_compared_on_the_same_targets_go_on_after_a_stop(here, official,
     arguments += ["--attack", "I-FGSM", "ati-fgsm", "FGSM", "untargeted-FGSM", "--shift-count", 3, "--rand", "compared"]
     status, out, err = run("test.py", *arguments)
     assert status == 0, err
-    folder = here / "runs" / "small" / "compared"
+    folder = here / "compared"
     table = pd.read_csv(folder / "predictions.csv", dtype={"image": str})
     assert table["method"].unique().tolist() == ["I-FGSM", "ATI-FGSM", "FGSM", "untargeted-FGSM"]
     targets = table[table["role"] == "targeted"].groupby(["image", "landmark"])[["target_x_px0", "target_y_px0"]]
@@ -233,7 +371,7 @@ def test_compiling_is_called_for_and_changes_no_result(here, official, run, monk
     for rand in ("plain", "compiled"):
         assert run("test.py", *arguments, "--rand", rand, *(["--compile"] if rand == "compiled" else []))[0] == 0
     assert len(calls) == 3 + 5  # a trial, the clean image for the goal, iterations 0, 1 and 2
-    tables = [pd.read_csv(here / "runs" / "small" / rand / "predictions.csv") for rand in ("plain", "compiled")]
+    tables = [pd.read_csv(here / rand / "predictions.csv") for rand in ("plain", "compiled")]
     pd.testing.assert_frame_equal(*tables)
 
 
@@ -316,7 +454,7 @@ def test_bad_data(case, command, data, here, run):
         pytest.skip("no error in training")
     else:
         result = run(*TRAIN[:1], "--tag", "bad", *TRAIN[3:], "--data", data)
-    assert_refused(result, message, here / "runs" / "bad", here / "runs" / "small" / "bad")
+    assert_refused(result, message, here / "runs" / "bad", here / "bad")
 
 
 def spoil_kaggle(root, old, new):
@@ -348,7 +486,7 @@ def test_bad_kaggle_data(case, drawn, tmp_path, here, run):
     spoil, message = BAD_KAGGLE[case]
     spoil(tmp_path / "data")
     result = run("test.py", "--tag", "small", "--data", tmp_path / "data", "--split", "test1", "--rand", "bad")
-    assert_refused(result, message, here / "runs" / "small" / "bad")
+    assert_refused(result, message, here / "bad")
 
 
 BAD_TARGETS = {
@@ -373,11 +511,13 @@ def test_bad_targets(case, official, tmp_path, here, run):
     (tmp_path / "targets.csv").write_text(text)
     arguments = ["--attack", 0, "--targets", tmp_path / "targets.csv", "--rand", "bad", "--split", "test1"]
     result = run("test.py", "--tag", "small", "--data", official, *arguments)
-    assert_refused(result, message, here / "runs" / "small" / "bad")
+    assert_refused(result, message, here / "bad")
 
 
 BAD_ARGUMENTS = {
-    "epsilon 0": (["--attack", 0, "--epsilon", 0], "--epsilon"),
+    "epsilon of [0, 1]": (["--attack", 0, "--epsilon", "8/255"], "8/255 of an image in [0, 1] is --epsilon 16"),
+    "an own image that is missing": (["--image", "nowhere.png"], "nowhere.png: no such file"),
+    "own images and ids": (["--image", "a.png", "--images", 151], "--image: not with --images"),
     "epsilon negative": (["--attack", 0, "--epsilon", -8], "--epsilon"),
     "epsilon nan": (["--attack", 0, "--epsilon", "nan"], "--epsilon"),
     "steps 0": (["--attack", 0, "--steps", 0], "--steps"),
@@ -386,9 +526,9 @@ BAD_ARGUMENTS = {
     "unknown split": (["--split", "val"], "--split"),
     "unknown argument": (["--epslion", 8], "--epslion"),
     "too many to shift": (["--attack", 0, "--targets", "shift", "--shift-count", 20], "there are 19 landmarks"),
-    "shift too far": (["--attack", 0, "--targets", "shift", "--shift-mm", 900], "can't be moved so far"),
+    "shift too far": (["--attack", 0, "--targets", "shift", "--shift-mm", 900], "cannot be displaced by 9000 px"),
     "no file of targets": (["--attack", 0, "--targets", "nowhere.csv"], "nowhere.csv: not a readable CSV file"),
-    "unknown tag": (["--tag", "large"], "no run of this --tag (there is: "),
+    "unknown tag": (["--tag", "large"], "no such run (existing runs: "),
     "path as tag": (["--tag", "../small"], "is not a plain name"),
     "unknown iteration": (
         ["--iteration", 77],
@@ -399,10 +539,9 @@ BAD_ARGUMENTS = {
     "device of a number": (["--device", "cuda:200"], "--device cuda:200"),
     "seed too large": (["--seed", 2**64], "--seed"),
     "seed negative": (["--seed", -1], "--seed"),
-    "folder elsewhere": (["--rand", "../bad"], "is not a path below the run's folder"),
-    "absolute folder": (["--rand", "/bad"], "is not a path below the run's folder"),
-    "folder below a file": (["--rand", "config.json/bad"], "can't be used as output folder"),
-    "folder of something else": (["--rand", "."], "holds results of another configuration"),
+    "folder below a file": (["--rand", "runs/small/config.json/bad"], "cannot be used as output folder"),
+    "folder of a training": (["--rand", "runs/small"], "holds results of another configuration"),
+    "folder of something else": (["--rand", "."], "holds other files than results of test.py"),
 }
 
 
@@ -425,8 +564,10 @@ BAD_TRAINING = {
     "size": (["--size", 31, 64], "--size: at least 32 32"),
     "epochs": (["--epochs", 0], "--epochs"),
     "learning rate": (["--lr", -1], "--lr"),
-    "used tag": (["--tag", "small"], "this --tag has been used; add --resume"),
-    "another configuration": (["--tag", "small", "--resume", "--epochs", 9], "epochs was 3, now it is 9"),
+    "fewer epochs": (["--tag", "small", "--resume", "--epochs", 2], "was begun with --epochs 3"),
+    "no tag to resume": (["--resume"], "--resume: needs the --tag"),
+    "used tag": (["--tag", "small"], "this --tag is in use; add --resume"),
+    "another configuration": (["--tag", "small", "--resume", "--batch-size", 1], "batch_size was 2, now it is 1"),
     "encoder file": (["--encoder-weights", "nowhere.pth"], "nowhere.pth: no such file"),
     "foreign encoder": (
         ["--encoder-weights", "runs/small/model_epoch_1.pth"],
@@ -450,7 +591,7 @@ def test_a_damaged_or_malicious_cache_of_imagenet_weights(kind, official, here, 
     (tmp_path / "checkpoints").mkdir()
     write_checkpoint(kind, tmp_path / "checkpoints" / "vgg19-dcbb9e9d.pth", tmp_path / "trap")
     result = run("train.py", "--tag", "bad", "--data", official)
-    assert_refused(result, "nor found whole in", here / "runs" / "bad", tmp_path / "trap")
+    assert_refused(result, "nor found intact in", here / "runs" / "bad", tmp_path / "trap")
 
 
 def test_imagenet_weights_offline_name_both_ways_out(official, here, run, monkeypatch, tmp_path):
@@ -464,7 +605,7 @@ def test_imagenet_weights_offline_name_both_ways_out(official, here, run, monkey
 def test_a_runs_folder_that_cannot_be_made(official, tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").write_text("a file")
-    assert_refused(run(*TRAIN, "--data", official), "can't be used as output folder")
+    assert_refused(run(*TRAIN, "--data", official), "cannot be used as output folder")
 
 
 def write_checkpoint(kind, path, trap):
@@ -497,7 +638,7 @@ BAD_CHECKPOINTS = {
     "code": "not a readable file of weights",
     "bare pickle with code": "not a readable file of weights",
     "another network": "weights of another network",
-    "another K": "made for 5 landmarks, 19 are wanted",
+    "another K": "weights for 5 landmarks, 19 are needed",
     "not a state dict": "not a state dict",
     "names that are numbers": "not a state dict",
     "sparse": "not a state dict",
@@ -541,7 +682,7 @@ def test_a_damaged_resume_state(official, tmp_path, monkeypatch, run):
     arguments = [*TRAIN, "--data", official, "--epochs", 1]
     assert run(*arguments)[0] == 0
     cut(tmp_path / "runs" / "small" / "resume.pth", 1000)
-    assert_refused(run(*arguments, "--resume"), "resume.pth: not a state to go on from")
+    assert_refused(run(*arguments, "--resume"), "resume.pth: not the state of a training")
 
 
 def test_a_gpu_is_chosen_by_its_number(monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from distributed import together
+from support.distributed import guard
 
 TRAIN = ["train.py", "--size", 64, 48, "--encoder-weights", "none", "--lr", 1e-3, "--epochs", 3]
 # In float64: in float32, Adam makes much of what differs by rounding, as it does between one thread and two
@@ -70,7 +70,7 @@ def test_two_processes_find_what_one_does(attack, trained, official):
         command = ["--tag", "of_1", "--data", official, "--batch-size", 1, "--pictures", 1, "--rand", out, *attack]
         status, _, err = torchrun(processes, "test.py", *command, folder=trained)
         assert status == 0, err
-        out = trained / "runs" / "of_1" / out
+        out = trained / out
         outputs.append({str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*.*")})
         del outputs[-1]["config.json"]  # has the folder's name
     assert outputs[0].keys() == outputs[1].keys() and len(outputs[0]) > 6
@@ -89,23 +89,24 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch
-import command, distributed
-from command import InputError, rank
+from support import command, distributed
+from support.distributed import rank
+from support.errors import InputError
 
 def main():
     distributed.start()
-    assert distributed.agree(10 + rank()) == 10
-    assert distributed.any_of(rank() == 1) and not distributed.any_of(False)
-    assert distributed.add(torch.tensor([1.0, rank()])).tolist() == [2, 1]
-    assert distributed.share([0, 1, 2, 3, 4]) == [[0, 2, 4], [1, 3]][rank()]
+    assert distributed.broadcast(10 + rank()) == 10
+    assert distributed.any_process(rank() == 1) and not distributed.any_process(False)
+    assert distributed.all_reduce(torch.tensor([1.0, rank()])).tolist() == [2, 1]
+    assert distributed.shard([0, 1, 2, 3, 4]) == [[0, 2, 4], [1, 3]][rank()]
     if rank() == 1:
         time.sleep(1)
         Path("written by 1").touch()
-    distributed.wait()
+    distributed.barrier()
     assert Path("written by 1").exists()
-    with distributed.together():
-        distributed.check_same(number=1)
-    with distributed.together():
+    with distributed.guard() as same:
+        same["number"] = 1
+    with distributed.guard() as same:
         {fault}
     print("never here")
 
@@ -118,8 +119,8 @@ command.run(main)
     [
         ("if rank() == 1: raise InputError('only the second finds out')", "error: only the second finds out"),
         (
-            "distributed.check_same(number=rank())",
-            "error: process 1 of 2 finds another number than the first, 1 instead",
+            "same['number'] = rank()",
+            "error: process 1 of 2 has another number than process 0: 1 instead of 0",
         ),
     ],
 )
@@ -145,7 +146,7 @@ def test_what_several_processes_cannot_do(monkeypatch, official, tmp_path, run):
 
 def test_alone_an_error_passes_as_it_is():
     error = OSError("as it is")
-    with pytest.raises(OSError) as raised, together():
+    with pytest.raises(OSError) as raised, guard():
         raise error
     assert raised.value is error
 

@@ -2,7 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from eval import record_attack, summarize, summarize_attack, summarize_with_confidence
+from eval import record_attack, summarize, summarize_attack
+from experiments.statistics import summarize_with_confidence
 
 
 def test_official_metrics_by_hand():

@@ -8,7 +8,6 @@ import torchvision
 from conftest import spread
 from torch import nn
 
-from command import InputError
 from container import Sequential
 from model import (
     UNet,
@@ -16,12 +15,12 @@ from model import (
     decode,
     encode,
     freeze,
-    highest,
     landmark_loss,
     load_weights,
     loss_terms,
     place,
 )
+from support.errors import InputError
 
 
 def maps_of(goal):
@@ -131,7 +130,7 @@ def test_a_failing_compiler_costs_a_warning_only(trained, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda model, **_: broken)
     image = torch.zeros(1, 3, 32, 32)
-    with pytest.warns(UserWarning, match=r"--compile: going on without \(RuntimeError: no compiler\)"):
+    with pytest.warns(UserWarning, match=r"--compile: continuing without \(RuntimeError: no compiler\)"):
         network = compile_network(trained.train(), image)
     assert network is trained and trained.training
 
@@ -175,7 +174,7 @@ def test_weights_round_trip_and_other_k_is_refused(tmp_path):
     torch.save(UNet(3).state_dict(), tmp_path / "three.pth")
     model = UNet(3)
     load_weights(model, tmp_path / "three.pth")
-    with pytest.raises(InputError, match="made for 3 landmarks, 5 are wanted"):
+    with pytest.raises(InputError, match="weights for 3 landmarks, 5 are needed"):
         load_weights(UNet(5), tmp_path / "three.pth")
 
 
@@ -290,18 +289,6 @@ def test_decoding_is_batched_over_images_and_landmarks():
     for b in range(3):
         for k in range(4):
             assert torch.equal(decode(maps[b : b + 1, :, k : k + 1])[0, 0], together[b, k])
-
-
-@pytest.mark.parametrize("length", [8, 100, 4099, 20000])
-@pytest.mark.parametrize("count", [1, 7, 300])
-def test_highest_is_topk(length, count):
-    torch.manual_seed(0)
-    rows = torch.stack([torch.randn(length), torch.arange(length) / 9, torch.arange(length).flip(0) / 9])
-    count = min(count, length)
-    values, indices = highest(rows, count)
-    assert torch.equal(values, rows.gather(-1, indices))
-    assert torch.equal(values.sort(descending=True).values, rows.topk(count).values)
-    assert all(len(row.unique()) == count for row in indices)
 
 
 def test_voting_against_a_plain_loop():

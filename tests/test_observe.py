@@ -1,5 +1,6 @@
 """Attacked images as files."""
 
+import json
 import shutil
 
 import numpy as np
@@ -9,8 +10,8 @@ import torch
 from conftest import SIZE0, assert_refused
 from PIL import Image
 
-from adversarial import largest_change, save_adversarial
 from dataset import Cephalograms
+from observe import largest_change, save_adversarial
 
 ATTACK = ["--attack", 0, "--steps", 2, "--split", "test1", "--limit", 2, "--batch-size", 2, "--targets", "shift"]
 
@@ -43,7 +44,7 @@ def test_largest_change(tmp_path):
 def attacked(trained, official, monkeypatch, run):
     """An attack's folder; its noise is of less than half a grey level, so that rounding takes it away."""
     monkeypatch.chdir(trained)
-    out = trained / "runs" / "small" / "stored"
+    out = trained / "stored"
     arguments = ["--tag", "small", "--data", official, *ATTACK, "--epsilon", 1, "--rand", out.name]
     status, printed, err = run("test.py", *arguments, "--save-adversarial")
     assert status == 0, err
@@ -53,7 +54,9 @@ def attacked(trained, official, monkeypatch, run):
 
 def test_read_back(attacked, official, run):
     table = pd.read_csv(attacked / "read_back.csv", dtype={"image": str})
-    assert table["stored"].unique().tolist() == ["in memory", "8-bit input", "8-bit original"]
+    assert table["stored"].unique().tolist() == [
+        *["in memory", "8-bit input", "JPEG input", "8-bit original", "JPEG original"]
+    ]
     predictions = pd.read_csv(attacked / "predictions.csv", dtype={"image": str})
     columns = ["image", "landmark", "x_px0", "y_px0", "role", "target_x_px0", "target_y_px0", "radial_error_mm"]
     parts = {stored: part[columns].reset_index(drop=True) for stored, part in table.groupby("stored")}
@@ -72,38 +75,60 @@ def test_read_back(attacked, official, run):
     assert again.read_text() == (attacked / "read_back.csv").read_text()
 
 
+def test_jpegs_that_replace_the_pngs(attacked, official, tmp_path, run):
+    folder = shutil.copytree(attacked / "adversarial", tmp_path / "adversarial")
+    for file in folder.rglob("*.png"):
+        file.unlink()
+    arguments = ["--tag", "small", "--data", official, "--split", "test1", "--rand", "jpegs", "--adversarial", folder]
+    assert run("test.py", *arguments)[0] == 0
+    expected, found = (pd.read_csv(path / "read_back.csv") for path in (attacked, attacked.parent / "jpegs"))
+    kept = expected[~expected["stored"].str.startswith("8-bit")].reset_index(drop=True)
+    pd.testing.assert_frame_equal(found, kept)
+    assert found["stored"].unique().tolist() == ["in memory", "JPEG input", "JPEG original"]
+
+
+def test_transfer_to_other_detectors(attacked, trained, official, run):
+    """One of the same size sees all stored images, one of another size the originals; equal weights find the same."""
+    for tag, size in (("twin", [64, 48]), ("larger", [96, 80])):
+        folder = shutil.copytree(trained / "runs" / "small", trained / "runs" / tag, dirs_exist_ok=True)
+        config = json.loads((folder / "config.json").read_text()) | {"size": size}
+        (folder / "config.json").write_text(json.dumps(config))
+    arguments = ["--tag", "small", "--data", official, "--split", "test1", "--rand", "transfer"]
+    arguments += ["--adversarial", attacked / "adversarial", "--transfer", "twin", "larger"]
+    status, printed, err = run("test.py", *arguments)
+    assert status == 0, err
+    table = pd.read_csv(attacked.parent / "transfer" / "read_back.csv")
+    forms = table.groupby("detector")["stored"].unique()
+    assert list(forms["twin"]) == ["8-bit input", "JPEG input", "8-bit original", "JPEG original"]
+    assert list(forms["larger"]) == ["8-bit original", "JPEG original"]
+    points = table.set_index(["detector", "stored", "image", "landmark"])["x_px0"]
+    assert points["twin"].equals(points["small"].drop("in memory"))
+    assert not points["larger"].equals(points["small"].loc[["8-bit original", "JPEG original"]])
+    assert "larger" in printed
+
+
 WRONG = {
     "no such folder": (lambda folder: shutil.rmtree(folder), "in_memory.csv"),
     "a picture is missing": (
         lambda folder: (folder / "I-FGSM_original" / "152.png").unlink(),
-        "152.png: not a readable",
+        "152.png: no such file",
     ),
     "a picture is of another size": (
         lambda folder: Image.new("L", (99, 99)).save(folder / "I-FGSM_original" / "152.png"),
-        "152.png: of (99, 99) px (H, W), the clean image of (300, 240)",
+        "152.png: size (99, 99) (H, W), but the clean image has (300, 240)",
     ),
     "a test's record": (
         lambda folder: shutil.copy(folder.parent / "test.csv", folder / "in_memory.csv"),
         "not the record of an attack",
     ),
-    "all iterations": (
-        lambda folder: shutil.copy(folder.parent / "attack.csv", folder / "in_memory.csv"),
-        "not one record of each image",
-    ),
-    "no method": (lambda folder: blank(folder / "in_memory.csv", "method"), "not one record of each image"),
-    "a record is damaged": (lambda folder: (folder / "in_memory.csv").write_text("image\n"), "not a readable record"),
+    "no record": (lambda folder: (folder / "in_memory.csv").write_text("image\n"), "not the record of an attack"),
 }
-
-
-def blank(file, column):
-    pd.read_csv(file, dtype=str).assign(**{column: ""}).to_csv(file, index=False)
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_folders(case, attacked, official, tmp_path, run):
     spoil, message = WRONG[case]
     table = pd.read_csv(attacked / "predictions.csv", dtype=str)
-    table.to_csv(tmp_path / "attack.csv", index=False)
     table.drop(columns=["role", "method", "target_x_px0"]).to_csv(tmp_path / "test.csv", index=False)
     folder = shutil.copytree(attacked / "adversarial", tmp_path / "adversarial")
     spoil(folder)
@@ -117,7 +142,9 @@ def test_wrong_folders(case, attacked, official, tmp_path, run):
     "wrong, message",
     [
         (["--save-adversarial"], "--save-adversarial: needs an --attack"),
-        (["--attack", 0, "--adversarial", "somewhere"], "--adversarial: reads attacked images; leave --attack out"),
+        (["--transfer", "small"], "--transfer: needs --save-adversarial or --adversarial"),
+        (["--attack", 0, "--save-adversarial", "--transfer", "nowhere"], "no such run (existing runs: "),
+        (["--attack", 0, "--adversarial", "somewhere"], "--adversarial: tests stored images; omit --attack"),
         (["--adversarial", "nowhere"], "nowhere"),
     ],
 )
@@ -129,4 +156,4 @@ def test_wrong_arguments(wrong, message, attacked, official, run):
 def test_other_images_than_were_attacked(attacked, official, run):
     arguments = ["--tag", "small", "--data", official, "--split", "test2", "--rand", "other"]
     result = run("test.py", *arguments, "--adversarial", attacked / "adversarial")
-    assert_refused(result, "image 151 is not of this --data, --split, --limit", attacked.parent / "other")
+    assert_refused(result, "image 151 is not in this --data, --split, --limit, --images", attacked.parent / "other")
