@@ -1,18 +1,17 @@
-"""Synthetic lateral cephalograms in the official ISBI 2015 layout: for trying and testing without the data.
+"""Draw synthetic lateral cephalograms (phantoms) in the official ISBI 2015 layout, to try and test without the data.
 
     python phantom.py --out phantoms --train 150 --test1 150 --test2 100 --seed 0
 
-Landmarks come from the shape statistics of the real population (shape_model.json). The anatomy around them
-(atlas.json), outlined on the mean shape, is warped to them, so that each landmark lies on the structure that it lies on
-in a real head. Structures add up their attenuation, as on a film; anatomy, exposure, blur and grain differ from patient
-to patient.
+Landmarks are sampled from the shape statistics of the real population (assets/shape_model.json). The anatomy, outlined
+on the mean shape (assets/atlas.json), is warped to them, so that each landmark lies on the structure that it marks in a
+real head. The attenuations of all structures add up, as on a film; anatomy, exposure, blur and grain vary between
+patients.
 
 Annotations are x, y in px0 (0.1 mm), the atlas is in units of 0.25 mm.
 """
 
 import hashlib
 import json
-import os
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -20,32 +19,36 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-import command
-from command import InputError, natural_int, progress
-from dataset import FOLDERS, IDS
-from runs import check_same_config, make_folder, write, write_json, write_text
+from dataset import FOLDERS, IDS, cores
+from support import command
+from support.command import natural_int, progress
+from support.errors import InputError
+from support.files import atomic, check_same_config, make_folder, write_json, write_text
 
-WIDTH, HEIGHT = 1935, 2400
-UNIT = 2.5  # px0 a unit of the atlas
-STEP = 3  # px0 a pixel of the drawing, before it is enlarged
-NASION = 1
+WIDTH, HEIGHT = 1935, 2400  # px0
+UNIT = 2.5  # px0 per unit of the atlas
+STEP = 3  # px0 per pixel of the drawing, before it is enlarged
+NASION = 1  # index of the landmark
 INCISORS = [10, 11]  # landmarks: the tips of the lower and of the upper incisor
 PAIRED = [2, 3, 9, 18]  # landmarks that exist left and right: orbitale, porion, gonion, articulare
-SHAPE = Path(__file__).with_name("shape_model.json")
-ATLAS = Path(__file__).with_name("atlas.json")
+ASSETS = Path(__file__).parent / "assets"
+SHAPE, ATLAS = ASSETS / "shape_model.json", ASSETS / "atlas.json"
 
 
 # --- landmarks -------------------------------------------------------------------------------------------------------
 
 
 def sample_landmarks(rng, shape):
-    """A patient's landmarks (19, 2), and the senior's and the junior's annotations of them, whole numbers; px0.
+    """Sample the landmarks of a patient, and two doctors' annotations of them.
 
-    The doctors differ as the real ones do, and their mean is the landmark but for rounding.
+    The doctors differ as the real ones do; their mean is the landmark, up to rounding.
 
     Args:
         rng: numpy random generator.
-        shape: the content of shape_model.json.
+        shape: content of shape_model.json.
+
+    Returns:
+        landmarks, senior's and junior's annotations: (19, 2) float64 x, y in px0 each, annotations in whole numbers.
     """
     weights = rng.standard_normal(len(shape["mode_std"])).clip(-2, 2) * shape["mode_std"]
     landmarks = np.array(shape["mean"]) + np.tensordot(weights, np.array(shape["modes"]), 1)
@@ -60,7 +63,15 @@ def sample_landmarks(rng, shape):
 
 
 def spline(places, moved, stiffness=400.0):
-    """The thin-plate spline that takes places (n, 2) to ``moved`` (n, 2), nearly: a function of points (m, 2)."""
+    """Thin-plate spline that maps places (n, 2) to ``moved`` (n, 2).
+
+    Args:
+        places, moved: (n, 2).
+        stiffness: regularisation: 0 interpolates exactly, infinity is the affine fit.
+
+    Returns:
+        function (m, 2) -> (m, 2).
+    """
 
     def kernel(points):
         squared = ((points[:, None] - places) ** 2).sum(-1)
@@ -84,22 +95,26 @@ def spline(places, moved, stiffness=400.0):
 
 
 def warps(rng, landmarks, mean, anchors):
-    """Two functions from the atlas (n, 2) in units to this patient in px0: for the left side and for the right.
+    """Warps of the atlas to a patient, for the left and for the right side of the head.
 
-    Both put the mean landmarks on the patient's, nearly; but those that exist left and right lie between the sides.
-    Away from the landmarks anatomy varies by itself. The incisors' tips, which can pass each other, pull at nothing.
+    Both map the mean landmarks to the patient's, approximately. Of paired structures, the landmark is the mean of both
+    sides. Away from landmarks, the anatomy varies independently of them. The incisors' tips, which can pass each other,
+    are left out.
 
     Args:
         rng: numpy random generator.
         landmarks, mean: (19, 2) the patient's and the population's, px0.
-        anchors: (n, 3) x, y in units and the standard deviation there in px0.
+        anchors: (n, 3) x, y in units, and the standard deviation of the anatomy there in px0.
+
+    Returns:
+        left, right: functions (m, 2) units -> (m, 2) px0.
     """
     shift = np.zeros(landmarks.shape)
     anchors, deviation = np.split(np.array(anchors, dtype=float), [2], axis=1)
-    noise = rng.normal(0, 1, anchors.shape) * deviation
+    jitter = rng.normal(0, 1, anchors.shape) * deviation
     shift[PAIRED] = rng.normal(0, (13, 10)) + rng.normal(0, 7, (len(PAIRED), 2))
     mean, landmarks, shift = (np.delete(part, INCISORS, 0) for part in (mean / UNIT, landmarks, shift))
-    anchored = spline(mean, landmarks)(anchors) + noise
+    anchored = spline(mean, landmarks)(anchors) + jitter
     places = np.concatenate([mean, anchors])
     return [spline(places, np.concatenate([landmarks + side * shift, anchored])) for side in (1, -1)]
 
@@ -108,11 +123,12 @@ def warps(rng, landmarks, mean, anchors):
 
 
 def vary(rng, amount):
+    """A random factor in 1 - amount .. 1 + amount."""
     return rng.uniform(1 - amount, 1 + amount)
 
 
 def curve(points, closed=False, steps=6):
-    """A smooth curve (Catmull-Rom) through points (n, 2), ``steps`` points for each; a closed one ends as it began."""
+    """Catmull-Rom spline through points (n, 2), ``steps`` points for each; if closed, its last point is its first."""
     points = np.asarray(points, dtype=float)
     around = [points[-1:], points, points[:2]] if closed else [points[:1], points, points[-1:]]
     around = np.concatenate(around)
@@ -124,22 +140,29 @@ def curve(points, closed=False, steps=6):
 
 
 def ellipse(centre, radii, angle=0.0):
+    """Points (25, 2) of an ellipse, closed."""
     t = np.linspace(0, 2 * np.pi, 25)
     cos, sin = np.cos(angle), np.sin(angle)
     return centre + np.stack([np.cos(t) * radii[0], np.sin(t) * radii[1]], axis=-1) @ [[cos, sin], [-sin, cos]]
 
 
 def add(film, outline, amount, blur=1.5, width=0.0, body=False):
-    """Add attenuation to the film, in place: inside an outline (n, 2) in px0, or with ``width`` along it.
+    """Add attenuation to the film, in place: inside an outline or, with a width, along it.
 
-    Blur (the Gaussian's standard deviation) and width are in units. A body is thin at its outline.
+    Args:
+        film: (h, w) float32, a pixel for STEP px0.
+        outline: (n, 2) x, y in px0.
+        amount: attenuation to add.
+        blur: standard deviation of a Gaussian, in units.
+        width: of the line, in units; 0: fill the outline.
+        body: the attenuation falls to zero at the outline.
     """
     points, blur, width = np.asarray(outline) / STEP, blur * UNIT / STEP, width * UNIT / STEP
     margin = 3 * blur + width + 2
     low = np.maximum(np.floor(points.min(0) - margin), 0).astype(int)
     high = np.minimum(np.ceil(points.max(0) + margin), film.shape[::-1]).astype(int)
     if (high <= low).any():
-        return  # outside the film
+        return  # not on the film
     mask = Image.new("L", (int(high[0] - low[0]), int(high[1] - low[1])))
     pen = ImageDraw.Draw(mask)
     path = [tuple(point) for point in points - low]
@@ -154,41 +177,41 @@ def add(film, outline, amount, blur=1.5, width=0.0, body=False):
 
 
 def draw_parts(film, rng, left, right, parts):
-    """The parts of atlas.json, each more or less dense, wide and sharp."""
+    """The parts of atlas.json, with random density, width and blur."""
     for part in parts:
         line = curve(part["path"], closed=part["kind"] != "line")
         amount = part["amount"] * rng.lognormal(0, 0.35)
         paired = part.get("paired", False)
         for warp in (left, right) if paired else (left,):
-            share = 0.5 * vary(rng, 0.4) if paired else 1
+            factor = 0.5 * vary(rng, 0.4) if paired else 1
             width = part.get("width", 0) * vary(rng, 0.2)
             blur = part["blur"] * vary(rng, 0.3)
-            add(film, warp(line), share * amount, blur, width, body=part["kind"] == "body")
+            add(film, warp(line), factor * amount, blur, width, body=part["kind"] == "body")
 
 
 def draw_texture(film, rng, warp):
-    """What differs most: walls and air of the middle face's cells, mastoid cells, vessels and sutures of the vault."""
-    for _ in range(rng.integers(40, 110)):
+    """What varies most: cells of the middle face, mastoid cells, vessels and sutures of the skull's vault."""
+    for _ in range(rng.integers(40, 110)):  # walls of the face's cells
         start = rng.uniform((330, 370), (540, 570))
         angle, bend, length = rng.uniform(0, np.pi), rng.normal(0, 0.5), rng.uniform(8, 28)
         steps = np.array([(np.cos(a), np.sin(a)) for a in (angle, angle + bend, angle + 2 * bend)]) * length
         line = warp(curve(start + np.concatenate([[(0, 0)], np.cumsum(steps, 0)])))
         add(film, line, rng.uniform(0.04, 0.22), rng.uniform(0.7, 1.5), rng.uniform(1.5, 4))
-    for _ in range(rng.integers(8, 20)):  # air
+    for _ in range(rng.integers(8, 20)):  # air in them
         centre = rng.uniform((350, 390), (510, 560))
         add(film, warp(ellipse(centre, rng.uniform(6, 22, 2), rng.uniform(0, 3))), rng.uniform(-0.2, 0.05), 3)
     reach = vary(rng, 0.5)
     for _ in range(rng.integers(40, 200)):  # mastoid
         centre = (200, 490) + rng.normal(0, 1, 2) * (32 * reach, 26)
         add(film, warp(ellipse(centre, rng.uniform(2, 7, 2), rng.uniform(0, 3))), rng.uniform(-0.5, 0.3), 1.2)
-    for _ in range(rng.integers(3, 9)):
+    for _ in range(rng.integers(3, 9)):  # vessels and sutures
         start = rng.uniform((40, 90), (430, 330))
         line = start + np.cumsum(rng.normal((0, 12), (16, 10), (6, 2)), 0)
         add(film, warp(curve(line)), rng.uniform(-0.08, 0.1), 1.5, rng.uniform(2, 5))
 
 
 def draw_ear(film, rng, warp):
-    """The ear canal and the rods of the head holder."""
+    """The ear canal and, on most films, the ear rods of the head holder."""
     canal = (240, 493)
     add(film, warp(ellipse(canal, rng.uniform(5, 10, 2))), -0.8 * vary(rng, 0.6), 2)
     if rng.random() < 0.75:
@@ -201,27 +224,14 @@ def draw_ear(film, rng, warp):
 
 
 def draw_teeth(film, rng, left, right, incisors):
-    """Teeth on both sides, some with fillings or brackets, and the incisors, whose tips (2, 2) px0 are landmarks."""
+    """Teeth on both sides, some missing, some with fillings, and the incisors; rarely brackets.
 
-    def tooth(warp, tip, apex, width, amount, filled=0.0):
-        tip, axis = np.array(tip), np.subtract(apex, tip)
-        length = np.linalg.norm(axis)
-        across = np.array([-axis[1], axis[0]]) / length * width / 2
-
-        def shape(outline):
-            return warp(curve([tip + u * axis + v * across for u, v in outline], True, 4))
-
-        crown = [(0.0, -0.7), (0.1, -1), (0.38, -0.85), (0.38, 0.85), (0.1, 1), (0.0, 0.7)]
-        add(film, shape([*crown[:3], (1.0, -0.25), (1.0, 0.25), *crown[3:]]), amount, 1.2)
-        add(film, shape(crown), amount, 1)
-        add(film, shape([(0.45, -0.1), (0.9, -0.06), (0.9, 0.06), (0.45, 0.1)]), -0.4 * amount, 1)  # pulp
-        if filled:
-            low, high = rng.uniform(0.1, 0.3, 2)
-            add(film, shape([(0.0, -0.7), (low, -0.7), (high, 0.7), (0.0, 0.7)]), filled, 1)
-
+    Args:
+        incisors: (2, 2) landmarks at the tips of the lower and of the upper incisor, px0.
+    """
     amount = 0.22 * rng.lognormal(0, 0.3)
-    metal = rng.choice([0, 0.1, 0.5], p=[0.5, 0.35, 0.15])
-    rise = rng.normal(0.13, 0.06)
+    metal = rng.choice([0, 0.1, 0.5], p=[0.5, 0.35, 0.15])  # probability of a filling
+    rise = rng.normal(0.13, 0.06)  # slope of the occlusal plane
     missing = rng.choice([0, 0.15, 0.6], p=[0.7, 0.25, 0.05])
     for warp in (left, right):
         front = 558.0
@@ -236,11 +246,11 @@ def draw_teeth(film, rng, left, right, incisors):
                 tip = (x + rng.normal(0, 2), y + 1.5 * side + rng.normal(0, 1.5))
                 apex = (x - 12 + rng.normal(0, 5), y + side * rng.uniform(68, 88))
                 dense, filled = amount / 2 * vary(rng, 0.3), rng.uniform(0.4, 2) * (rng.random() < metal)
-                tooth(warp, tip, apex, 0.92 * width, dense, filled)
+                draw_tooth(film, rng, warp, tip, apex, 0.92 * width, dense, filled)
     for tip, apex in zip(incisors, ((513, 748), (526, 602)), strict=True):
         apex = left([apex + rng.normal(0, 4, 2)])[0] / UNIT
         width, filled = 21 * vary(rng, 0.15), rng.uniform(0.4, 1.5) * (rng.random() < metal / 2)
-        tooth(lambda points: points * UNIT, tip / UNIT, apex, width, 0.9 * amount, filled)
+        draw_tooth(film, rng, lambda points: points * UNIT, tip / UNIT, apex, width, 0.9 * amount, filled)
     if rng.random() < 0.1:  # brackets
         for x in range(400, 570, 26):
             for side in (-1, 1):
@@ -248,8 +258,26 @@ def draw_teeth(film, rng, left, right, incisors):
                 add(film, left(ellipse(spot, (5, 5))), 1.5, 0.8)
 
 
+def draw_tooth(film, rng, warp, tip, apex, width, amount, filled):
+    """Crown, root and pulp of a tooth from tip to apex, in units; ``filled`` is the attenuation of a filling, or 0."""
+    tip, axis = np.array(tip), np.subtract(apex, tip)
+    length = np.linalg.norm(axis)
+    across = np.array([-axis[1], axis[0]]) / length * width / 2
+
+    def shape(outline):
+        return warp(curve([tip + u * axis + v * across for u, v in outline], True, 4))
+
+    crown = [(0.0, -0.7), (0.1, -1), (0.38, -0.85), (0.38, 0.85), (0.1, 1), (0.0, 0.7)]
+    add(film, shape([*crown[:3], (1.0, -0.25), (1.0, 0.25), *crown[3:]]), amount, 1.2)
+    add(film, shape(crown), amount, 1)
+    add(film, shape([(0.45, -0.1), (0.9, -0.06), (0.9, 0.06), (0.45, 0.1)]), -0.4 * amount, 1)  # pulp
+    if filled:
+        low, high = rng.uniform(0.1, 0.3, 2)
+        add(film, shape([(0.0, -0.7), (low, -0.7), (high, 0.7), (0.0, 0.7)]), filled, 1)
+
+
 def draw_spine(film, rng, warp):
-    """The vertebrae with their processes, from the dens of the second down; the arch of the first."""
+    """The cervical vertebrae with their processes, from the dens of the second down, and the arch of the first."""
     amount = 0.3 * rng.lognormal(0, 0.3)
     spot = np.array([222.0, 612.0]) + rng.normal(0, (8, 14))
     add(film, warp(curve(spot + [(-14, -48), (14, -48), (18, 50), (-18, 50)], True)), amount, 2)  # dens
@@ -299,12 +327,15 @@ def draw_holder(film, rng, nasion):
 
 
 def draw_film(rng, landmarks, mean, atlas):
-    """The radiograph (2400, 1935) uint8 of a patient.
+    """The radiograph of a patient.
 
     Args:
         rng: numpy random generator.
         landmarks, mean: (19, 2) the patient's and the population's, px0.
-        atlas: the content of atlas.json.
+        atlas: content of atlas.json.
+
+    Returns:
+        (2400, 1935) uint8.
     """
     film = np.zeros((HEIGHT // STEP, WIDTH // STEP), np.float32)
     left, right = warps(rng, landmarks, mean, atlas["anchors"])
@@ -314,41 +345,58 @@ def draw_film(rng, landmarks, mean, atlas):
     draw_teeth(film, rng, left, right, landmarks[INCISORS])
     draw_spine(film, rng, left)
     draw_holder(film, rng, landmarks[NASION])
-    for scale, amount in ((150, 0.04), (400, 0.06)):  # tissue that the atlas does not know
+    film = make_uneven(film, rng)
+    image = scan(rng, expose(film, rng, landmarks[NASION, 0]))
+    mark_edges(image, rng)
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def make_uneven(film, rng):
+    """The attenuation (h, w), positive and with the texture of bone and tissue, on several scales (px0)."""
+    for scale, amount in ((150, 0.04), (400, 0.06)):  # tissue that is not in the atlas
         film += rng.uniform(0, 2) * amount * smooth_noise(rng, scale, film.shape)
     film = np.logaddexp(0, film / 0.05) * 0.05  # positive, smoothly
-
-    # bone and tissue are uneven on several scales (px0), in proportion to what is there
-    unevenness = sum(
+    texture = sum(
         amount * smooth_noise(rng, scale, film.shape)
         for scale, amount in ((6, 0.02), (12, 0.025), (30, 0.03), (90, 0.04), (300, 0.06))
     )
-    film *= 1 + rng.uniform(0.4, 1.3) * unevenness
+    film *= 1 + rng.uniform(0.4, 1.3) * texture  # in proportion to the attenuation
+    return film
 
-    # exposure: base fog; scatter that grows away from the face; one end brighter
+
+def expose(film, rng, nasion_x):
+    """Grey levels (h, w), 0 to 255, of an attenuation: fog, scatter, uneven exposure, the film's saturation.
+
+    Scatter grows from the face, at ``nasion_x`` px0, to the border of the film.
+    """
     rows, columns = np.mgrid[: film.shape[0], : film.shape[1]].astype(np.float32) * STEP
-    film += rng.uniform(0.0, 0.1)
-    edge = landmarks[NASION, 0] + rng.uniform(0, 350)
+    film += rng.uniform(0.0, 0.1)  # fog
+    edge = nasion_x + rng.uniform(0, 350)
     beyond = (columns - edge) / WIDTH + rng.normal(0, 0.06) * (rows / HEIGHT - 0.5)
-    film += rng.uniform(0.5, 4.0) * beyond.clip(0) ** rng.uniform(0.8, 1.4)
+    film += rng.uniform(0.5, 4.0) * beyond.clip(0) ** rng.uniform(0.8, 1.4)  # scatter
     film *= np.exp(rng.normal(0, 0.15) * (rows / HEIGHT - 0.5) + rng.normal(0, 0.15) * (columns / WIDTH - 0.5))
     if rng.random() < 0.6:  # the shoulder
         x, y = rng.uniform(300, 900), HEIGHT - rng.uniform(0, 380)
         shoulder = [(-200, y), (0.4 * x, y - 20), (0.8 * x, y + 90), (x, HEIGHT + 200), (-200, HEIGHT + 200)]
         add(film, curve(shoulder, True), rng.uniform(0.5, 2.5), 4)
-    # the film's own curve, which saturates
     grey = 255 * (1 - np.exp(-rng.lognormal(0, 0.2) * film.clip(0))) ** rng.uniform(0.85, 1.25)
     if rng.random() < 0.25:
         grey = np.minimum(grey, rng.uniform(205, 245))
+    return grey
 
-    # full size, blur of the tube's focus, grain of the film and of the scanner
+
+def scan(rng, grey):
+    """Grey levels (2400, 1935) float32: full size, the blur of the tube's focus, the grain of film and scanner."""
     image = Image.fromarray(grey.clip(0, 255).astype(np.uint8)).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
     image = np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 3.0))), np.float32)
     coarse = rng.standard_normal((HEIGHT // 2, WIDTH // 2 + 1), dtype=np.float32).repeat(2, 0).repeat(2, 1)
     image = image + rng.uniform(0.5, 3.0) * coarse[:, :WIDTH]
     image += rng.uniform(0.5, 2.0) * rng.standard_normal(image.shape, dtype=np.float32)
+    return image
 
-    # unexposed edges of the collimation with the marks of the cassette
+
+def mark_edges(image, rng):
+    """Draw the white borders outside the collimation and the marks of the cassette, in place."""
     white = rng.uniform(235, 254)
     top, bottom, side = rng.choice([0, 8, 15, 30, 60, 90]), rng.choice([0, 8, 15, 40]), rng.choice([0, 0, 5, 15, 40])
     image[:top] = white
@@ -357,11 +405,10 @@ def draw_film(rng, landmarks, mean, atlas):
     for x in rng.integers(330, 530) + np.array([0, 460, 920]):
         image[: top + 50, x : x + 120] = white
         image[HEIGHT - bottom - 50 :, x : x + 120] = white
-    return image.clip(0, 255).astype(np.uint8)
 
 
 def smooth_noise(rng, scale, shape):
-    """Normal noise (h, w) of a scale in px0."""
+    """Normal noise (h, w) float32 with a correlation length ``scale`` in px0."""
     coarse = rng.standard_normal((HEIGHT // scale, WIDTH // scale), dtype=np.float32)
     return np.asarray(Image.fromarray(coarse).resize(shape[::-1], Image.Resampling.BICUBIC))
 
@@ -373,13 +420,8 @@ def image_file(root, split, id):
     return root / "RawImage" / FOLDERS[split] / f"{id}.bmp"
 
 
-def program():
-    """What decides how a phantom looks: this file, the shape model and the atlas."""
-    return Path(__file__).read_bytes() + SHAPE.read_bytes() + ATLAS.read_bytes()
-
-
 def draw_patient(task):
-    """Draw one patient and write annotations, then the image; ``task`` = (root, split, id, seed)."""
+    """Draw a patient: two files of annotations, then the image; ``task`` = (root, split, id, seed)."""
     root, split, id, seed = task
     rng = np.random.default_rng([seed, int(id)])
     shape, atlas = json.loads(SHAPE.read_text()), json.loads(ATLAS.read_text())
@@ -388,45 +430,76 @@ def draw_patient(task):
     for doctor, points in (("400_senior", senior), ("400_junior", junior)):
         text = "".join(f"{x:.0f},{y:.0f}\n" for x, y in points)
         write_text(root / "AnnotationsByMD" / doctor / f"{id}.txt", text)
-    write(image_file(root, split, id), image.save)
+    with atomic(image_file(root, split, id)) as temporary:
+        image.save(temporary)
 
 
-def main():
+def program_sha256():
+    """Of all that decides how a phantom looks: this file, the shape model and the atlas."""
+    return hashlib.sha256(Path(__file__).read_bytes() + SHAPE.read_bytes() + ATLAS.read_bytes()).hexdigest()
+
+
+# --- command ---------------------------------------------------------------------------------------------------------
+
+
+def make_parser():
     parser = command.Parser("Draw synthetic cephalograms in the official ISBI 2015 layout.")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to create")
     for split, ids in IDS.items():
         parser.add_argument(f"--{split}", type=natural_int, default=len(ids), metavar="N", help=f"images of {split}")
-    parser.add_argument("--seed", type=natural_int, default=0, help="the same seed gives the same bytes")
-    args = parser.parse_args()
-    root = Path(args.out)
+    parser.add_argument("--seed", type=natural_int, default=0, help="the same seed gives the same files")
+    return parser
+
+
+def main(argv=None):
+    parser = make_parser()
+    args = parser.parse_args(argv)
     counts = {split: getattr(args, split) for split in IDS}
+    check_counts(counts)
+    root = Path(args.out)
+    prepare_folder(root, {**counts, "seed": args.seed, "program_sha256": program_sha256()}, parser.defaults())
+
+    tasks = [(root, split, f"{id:03d}", args.seed) for split in IDS for id in IDS[split][: counts[split]]]
+    draw_all([task for task in tasks if not image_file(*task[:3]).exists()])  # a repeated command continues
+    print(f"written to {root}/")
+
+
+def check_counts(counts):
+    """Raise InputError unless there is something to draw, and no more than ids in the official data."""
     for split, count in counts.items():
         if count > len(IDS[split]):
             raise InputError(f"--{split} {count}: at most {len(IDS[split])}, the number in the official data")
     if not any(counts.values()):
-        raise InputError("--train, --test1, --test2: nothing to draw; one of them should be positive")
+        raise InputError("--train, --test1, --test2: nothing to draw; at least one of them must be positive")
 
-    config = {**counts, "seed": args.seed, "program_sha256": hashlib.sha256(program()).hexdigest()}
+
+def prepare_folder(root, config, defaults):
+    """Create the folder with its phantom.json.
+
+    Raises:
+        InputError: it holds other files than phantoms of the same configuration.
+    """
+    file = root / "phantom.json"
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        if not (root / "phantom.json").exists():
-            raise InputError(f"--out {root}: exists already and is not of phantom.py; choose another folder")
-        check_same_config(root / "phantom.json", config, [], "--out")
+        if not file.exists():
+            raise InputError(f"--out {root}: exists already and was not made by phantom.py; choose another folder")
+        check_same_config(file, config, defaults, [], "--out")
     make_folder(root)
-    write_json(root / "phantom.json", config)
+    write_json(file, config)
 
-    folders = [root / "RawImage" / FOLDERS[split] for split in counts if counts[split]]
-    for folder in (*folders, root / "AnnotationsByMD" / "400_senior", root / "AnnotationsByMD" / "400_junior"):
-        make_folder(folder)
-    tasks = [(root, split, f"{id:03d}", args.seed) for split in IDS for id in IDS[split][: counts[split]]]
-    tasks = [task for task in tasks if not image_file(*task[:3]).exists()]  # a repeated command goes on
-    if tasks:
-        try:
-            with ProcessPoolExecutor(min(os.cpu_count(), len(tasks))) as pool:
-                for _ in progress(pool.map(draw_patient, tasks), "drawing", len(tasks), unit="image"):
-                    pass
-        except BrokenProcessPool:
-            raise InputError(f"--out {root}: a process that draws was killed; repeat the command to go on") from None
-    print(f"written to {root}/")
+
+def draw_all(tasks):
+    """Draw patients on all cores, see ``draw_patient``."""
+    if not tasks:
+        return
+    try:
+        with ProcessPoolExecutor(min(cores(), len(tasks))) as pool:
+            for _ in progress(pool.map(draw_patient, tasks), "drawing", len(tasks), unit="image"):
+                pass
+    except BrokenProcessPool:
+        raise InputError(
+            f"--out {tasks[0][0]}: a process that draws was killed; repeat the command to continue"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -5,10 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-import benchmark
-from attack import ati_fgsm, goal_maps
+from attack import choose_targets
+from benchmark import EPSILON, SHIFT_COUNT, SHIFT_MM, plain_attack, whole_attack
+from dataset import Cephalograms
+from eval import predict, to_px0
+from model import UNet
+from test import run_attack
 
 
+@pytest.mark.slow
 def test_benchmark_writes_its_table(tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     arguments = ["--size", 32, 32, "--batch-size", 1, 2, "--precision", "bf16", "--repeats", 1, "--images", 3]
@@ -40,7 +45,7 @@ def test_benchmark_writes_its_table(tmp_path, monkeypatch, run):
     ("arguments", "message"),
     [
         (["--size", 31, 64], "--size: at least 32 32"),
-        (["--images", 3, "--batch-size", 1, 4], "--images 3: a batch needs 4"),
+        (["--images", 3, "--batch-size", 1, 4], "--images 3: fewer than --batch-size 4"),
         (["--weights", "nowhere.pth"], "nowhere.pth: no such file"),
     ],
 )
@@ -51,19 +56,33 @@ def test_benchmark_refuses(arguments, message, tmp_path, monkeypatch, run):
 
 
 @pytest.mark.parametrize("steps", [1, 6])
-def test_the_plain_way_is_the_same_attack(steps, monkeypatch):
-    """In float64, where no sign of a gradient hangs on rounding."""
+def test_the_plain_implementation_is_the_same_attack(steps):
+    """In float64, where rounding changes no sign of a gradient."""
     torch.manual_seed(0)
     k, size = 4, (48, 40)
     layers = nn.Conv2d(3, 16, 7, padding=3), nn.ReLU(), nn.Conv2d(16, 3 * k, 7, padding=3), nn.Unflatten(1, (3, k))
     model = nn.Sequential(*layers).double()
     image = torch.rand(1, 3, *size, dtype=torch.float64) * 2 - 1
-    targets = torch.tensor([[[5.0, 30.5], [0, 0], [35.25, 2], [0, 0]]], dtype=torch.float64)
-    targeted = torch.tensor([[True, False, True, False]])
-    monkeypatch.setattr(benchmark, "STEPS", steps)
-    plain = benchmark.plain_attack(model, image, targets, targeted)
+    nan = float("nan")
+    targets = torch.tensor([[[5.0, 30.5], [nan, nan], [35.25, 2], [nan, nan]]], dtype=torch.float64)
+    plain = plain_attack(model, image, targets, steps)
     with torch.no_grad():
         clean = model(image)
     assert (clean[:, 0, [1, 3]] > 0).any()  # the stationary landmarks' masks are not empty
-    *_, (_, _, maps) = ati_fgsm(model, image, goal_maps(clean, targets, targeted), benchmark.EPSILON, steps)
+    *_, (_, _, maps) = run_attack("ATI-FGSM", model, image, targets, EPSILON, steps)
     assert not torch.allclose(plain, clean) and torch.allclose(plain, maps)
+
+
+def test_the_whole_attack_reports_the_distance_from_the_targets(official):
+    """With 0 iterations: the distance of the predictions on clean images."""
+    torch.manual_seed(0)
+    model, device = UNet().eval(), torch.device("cpu")
+    data = Cephalograms(official, "train", (64, 48), limit=2, mm_per_px=0.1)
+    plain, optimised = whole_attack(model, data, device, ["fp32"], steps=0)
+    points = to_px0(predict(model, data.images, 1, device), data)
+    targets = choose_targets("shift", data, 0, SHIFT_COUNT, SHIFT_MM)
+    distances = [(points[i, k] - targets[i, k]).norm().item() / 10 for i, k in (~targets.isnan().any(-1)).nonzero()]
+    assert len(distances) == SHIFT_COUNT * len(data)
+    for row in (plain, optimised):
+        assert row["targeted MRE (mm)"] == pytest.approx(sum(distances) / len(distances))
+    assert "ratio" not in plain and optimised["ratio"] == pytest.approx(optimised["ms"] / plain["ms"])
