@@ -1,12 +1,12 @@
 PYTHON ?= python3
-PYTEST = .venv/bin/python -m pytest
+PYTEST = .venv/bin/python -m pytest -n 2 --dist loadgroup
 
 .PHONY: test quick demo lint
 test: lint
-	$(PYTEST) -n 2
+	$(PYTEST)
 
 quick: lint
-	$(PYTEST) -n 2 -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: .venv/installed
 	.venv/bin/ruff check .

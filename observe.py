@@ -80,7 +80,7 @@ class Observer:
 def record_points(data, batch, points_px0, targets_px0, method, iteration, norms):
     """``eval.record_attack`` of images ``batch`` (indices) of ``data``; norms (B,) in grey levels."""
     ids, truth = [data.ids[i] for i in batch], data.landmarks_px0[batch].numpy()
-    spacing, reference = data.mm_per_px0[batch], data.reference_px0[batch].numpy()
+    spacing, reference = data.mm_per_px0[batch].numpy(), data.reference_px0[batch].numpy()
     return record_attack(ids, points_px0, truth, targets_px0, method, iteration, norms, spacing, reference)
 
 

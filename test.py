@@ -259,6 +259,8 @@ def check_output(out, config, defaults):
     if (out / "config.json").exists():
         no_effect = ["device", "compile", "data", "image", "unusual", "batch_size", "rand", "pictures"]
         no_effect += ["save_adversarial", "adversarial"]
+        if config["targets"] not in ("random", "shift"):  # a file, of whose content targets_sha256 is a hash
+            no_effect.append("targets")
         check_same_config(out / "config.json", config, defaults, no_effect, "--rand")
     elif out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out}: holds other files than results of test.py; choose another --rand")

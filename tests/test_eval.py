@@ -3,7 +3,6 @@ import pandas as pd
 import pytest
 
 from eval import record_attack, summarize, summarize_attack
-from experiments.statistics import summarize_with_confidence
 
 
 def test_official_metrics_by_hand():
@@ -35,26 +34,3 @@ def test_untargeted_records_measure_to_the_truth():
     assert table["radial_error_mm"].tolist() == [3.0] and table["role"].tolist() == ["untargeted"]
     assert pd.isna(table["target_x_px0"]).all()
     assert summarize_attack(table)["mre_mm"].tolist() == [pytest.approx(3.0)]
-
-
-def attacked(errors_mm):
-    """Records of an attack whose landmarks, all targeted, end so far (N, K) from their targets."""
-    points = np.zeros((*errors_mm.shape, 2))
-    targets = np.stack([errors_mm * 10, np.zeros_like(errors_mm)], axis=-1)
-    ids = [str(i) for i in range(len(points))]
-    return record_attack(ids, points, points, targets, "I-FGSM", 3, np.ones(len(points)))
-
-
-def test_confidence_is_that_of_images_not_of_landmarks():
-    alike = summarize_with_confidence(attacked(np.tile([1.0, 7.0], (6, 1)))).iloc[0]  # images do not differ at all
-    assert alike["mre_mm_low"] == alike["mre_mm"] == alike["mre_mm_high"] == 4
-    assert alike["within_4mm_%_low"] == alike["within_4mm_%_high"] == 50
-    apart = summarize_with_confidence(attacked(np.array([[0.0, 0.0], [8.0, 8.0]]))).iloc[0]
-    assert (apart["mre_mm_low"], apart["mre_mm"], apart["mre_mm_high"]) == (0, 4, 8)  # a draw may take one image twice
-    assert (apart["within_4mm_%_low"], apart["within_4mm_%_high"]) == (0, 100)
-
-
-def test_confidence_narrows_as_statistics_say():
-    errors = np.random.default_rng(0).normal(10, 2, (100, 1))
-    row = summarize_with_confidence(attacked(errors)).iloc[0]
-    assert row["mre_mm_high"] - row["mre_mm_low"] == pytest.approx(2 * 1.96 * errors.std() / 10, rel=0.1)

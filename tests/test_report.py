@@ -1,74 +1,51 @@
-import itertools
+"""Tables, charts and text of the experiments, from records with known content."""
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import K
 
-import report
 from dataset import LANDMARKS
-from eval import record_attack
-from report import correlation, measures_of, neighbour_distances, partial_correlation, permutation_p
+from eval import record, record_attack
+from experiments import causes, comparison, count, coupling, detection
+from experiments.measures import Result, last, measure, measure_each
 
 
-def test_tables_of_markdown():
-    table = pd.DataFrame({"|T|": [1, 12], "MRE": [0.125, np.nan], "share": ["a|b", ""]})
-    assert (
-        report.markdown(table) == "| \\|T\\| | MRE | share |\n| --- | --- | --- |\n| 1 | 0.12 | a\\|b |\n| 12 |  |  |\n"
-    )
-
-
-def test_neighbours_by_hand():
-    line = np.array([[0.0, 0], [3, 4], [6, 8], [60, 80], [61, 80], [62, 80], [63, 80], [64, 80]])
-    nearest, six = neighbour_distances(line[None])[0].T
-    assert nearest.tolist() == [5, 5, 5, 1, 1, 1, 1, 1]
-    from_first = sorted(np.hypot(*line[1:].T))[:6]
-    assert six[0] == pytest.approx(np.mean(from_first))
-
-
-def test_permutations_against_all_of_them():
-    x, y = np.array([1.0, 2, 4, 8, 16]), np.array([1.0, 3, 2, 5, 4])
-    r = abs(correlation(x, y))
-    exact = np.mean([abs(correlation(x, np.array(p))) >= r - 1e-12 for p in itertools.permutations(y)])
-    assert permutation_p(x, y) == pytest.approx(exact, abs=0.01)
-    assert np.isnan(permutation_p(x, np.ones(5)))
-    assert permutation_p(x, x) == pytest.approx(1 / 120, abs=0.004)  # nothing but itself is as good
-
-
-def test_a_correlation_that_is_the_others_work_vanishes():
-    rng = np.random.default_rng(0)
-    way = rng.normal(size=5000)
-    near, error = way + rng.normal(size=5000), way + rng.normal(size=5000)  # related by the way only
-    assert correlation(near, error) == pytest.approx(0.5, abs=0.05)
-    assert partial_correlation(near, error, way) == pytest.approx(0, abs=0.05)
+def write_attack(folder, truth, steps):
+    """predictions.csv of an attack; ``steps``: list of (method, iteration, points, targets)."""
+    ids = [f"{151 + i}" for i in range(len(truth))]
+    tables = [record_attack(ids, points, truth, *rest, np.ones(len(truth))) for points, *rest in steps]
+    folder.mkdir(parents=True, exist_ok=True)
+    pd.concat(tables).to_csv(folder / "predictions.csv", index=False)
+    return folder
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Records of an attack on three images: landmark 1 ordered 10 mm away, landmark 2 by 20 mm, the others to stay.
+    """An attack on three images: landmark 1 targeted 10 mm away, landmark 2 20 mm, the others stationary.
 
-    I-FGSM gets landmark 1 of the first image to 3 mm from its target, ATI-FGSM those of all three, and loses landmark
-    19 by 5 mm.
+    I-FGSM moves landmark 1 of the first image to 3 mm from its target, ATI-FGSM that of all three, and landmark 19 by
+    5 mm away from the truth.
     """
     truth = np.zeros((3, K, 2)) + 1000
     targets = np.full((3, K, 2), np.nan)
     targets[:, 0], targets[:, 1] = (1100, 1000), (1000, 1200)
-    tables = []
+    steps = []
     for method, reached in (("I-FGSM", 1), ("ATI-FGSM", 3)):
         for iteration in (0, 1, 20):
             points = truth.copy()
             if iteration == 20:
                 points[:reached, 0, 0] += 70
                 points[:, 18, 1] -= 50 * (method == "ATI-FGSM")
-            tables.append(record_attack(["151", "152", "153"], points, truth, targets, method, iteration, np.ones(3)))
-    pd.concat(tables).to_csv(tmp_path / "predictions.csv", index=False)
-    return tmp_path
+            steps.append((points, targets, method, iteration))
+    return write_attack(tmp_path / "shift", truth, steps)
 
 
 def test_measures_by_hand(folder):
-    records = report.read(folder)
-    assert report.last(records).query("method == 'ATI-FGSM' and landmark == 1")["flown_mm"].tolist() == [7, 7, 7]
-    i, ati = measures_of(records).to_dict("records")
+    records = Result({}, folder).attacked()
+    assert last(records).query("method == 'ATI-FGSM' and landmark == 1")["flown_mm"].tolist() == [7, 7, 7]
+    i, ati = measure(records, {"size": "small"}).to_dict("records")
+    assert list(i)[:2] == ["size", "method"]
     assert (i["method"], i["images"], i["targeted"], i["start_mm"]) == ("I-FGSM", 3, 6, 15)
     assert i["targeted_mre_mm"] == pytest.approx((3 + 10 + 10 + 20 * 3) / 6)
     assert i["within_4mm_%"] == pytest.approx(100 / 6) and ati["within_4mm_%"] == 50
@@ -77,34 +54,61 @@ def test_measures_by_hand(folder):
     assert i["stationary_within_4mm_%"] == 100 and ati["stationary_within_4mm_%"] == pytest.approx(100 * 16 / 17)
 
 
-def test_the_difference_of_the_methods_is_paired(folder, monkeypatch):
-    few = report.difference(report.read(folder))
-    assert few.count("(too few to tell)") == 4 and few.count(", 3 images\n") == 2
-    monkeypatch.setattr(report, "ENOUGH", 3)
-    targeted, stationary = report.difference(report.read(folder)).splitlines()[2:]
+@pytest.mark.parametrize("spacing", [0.1, 0.2, None])
+def test_millimetres_follow_the_spacing_of_each_image(folder, spacing):
+    """The spacing that records have; 0.1 mm in those of older versions, which have none."""
+    records = pd.read_csv(folder / "predictions.csv")
+    records = records.drop(columns="mm_per_px0") if spacing is None else records.assign(mm_per_px0=spacing)
+    records.to_csv(folder / "predictions.csv", index=False)
+    found = last(Result({}, folder).attacked()).query("method == 'ATI-FGSM' and landmark == 1")
+    assert found["flown_mm"].tolist() == pytest.approx([70 * (spacing or 0.1)] * 3)
+
+
+def test_an_attack_without_stationary_landmarks(tmp_path):
+    truth = np.random.default_rng(0).uniform(500, 1500, (2, K, 2))
+    steps = [(truth + (10 * i, 0), truth + (80, 0), "ATI-FGSM", i) for i in (0, 5)]
+    (row,) = measure_each([Result({"|T|": 19}, write_attack(tmp_path, truth, steps))]).to_dict("records")
+    assert row["targeted"] == 2 * K and row["within_4mm_%"] == 100 and np.isnan(row["stationary_within_4mm_%"])
+
+
+def test_the_comparison_of_the_methods(folder, tmp_path):
+    text = comparison.publish([Result({"description": "Displacements"}, folder)], None, tmp_path)
+    table = pd.read_csv(tmp_path / "attack_shift.csv")
+    row = table.query("role == 'targeted' and method == 'ATI-FGSM' and iteration == 20").iloc[0]
+    assert row["mre_mm"] == pytest.approx(11.5) and row["within_4mm_%_low"] == 50
+    paired = pd.read_csv(tmp_path / "attack_shift_differences.csv")
+    assert paired["landmarks"].tolist() == ["targeted", "stationary"] and (paired["images"] == 3).all()
     # I-FGSM has moved landmark 1 in the first image too: a draw of that image alone finds no difference
-    assert targeted.startswith(
-        "* targeted: +33.3 points within 4 mm [+0.0, +50.0] (may be chance), -2.3 mm MRE [-3.5, "
-    )
-    assert stationary.startswith(
-        "* stationary: -5.9 points within 4 mm [-5.9, -5.9] (less), +0.3 mm MRE [+0.3, +0.3] (more)"
-    )
+    assert paired["within_4mm_points"].tolist() == pytest.approx([100 / 3, -100 / 17], abs=1e-3)
+    assert paired["within_4mm_points_low"].tolist() == pytest.approx([0, -100 / 17], abs=1e-3)
+    assert paired["mre_mm"].tolist() == pytest.approx([-7 / 3, 5 / 17], abs=1e-3)
+    assert "### Displacements" in text and "| stationary | 3 | -5.9 [-5.9, -5.9] (pilot, n = 3) | +0.3 [" in text
+    assert "| targeted | ATI-FGSM | 20 | 6 | 11.5 [11.5, 11.5] |" in text and "| 1 | 6 |" not in text  # the ends only
+    for chart in ("mre_mm", "median_mm", "within_4mm"):
+        assert (tmp_path / f"attack_shift_{chart}.png").exists() and f"(attack_shift_{chart}.png)" in text
+
+
+def test_neighbours_by_hand():
+    line = np.array([[0.0, 0], [3, 4], [6, 8], [60, 80], [61, 80], [62, 80], [63, 80], [64, 80]])
+    nearest, six = coupling.neighbour_distances(line[None])[0].T
+    assert nearest.tolist() == [5, 5, 5, 1, 1, 1, 1, 1]
+    from_first = sorted(np.hypot(*line[1:].T))[:6]
+    assert six[0] == pytest.approx(np.mean(from_first))
 
 
 def test_coupling_finds_what_was_put_in(tmp_path):
-    """Errors that follow the distance to the nearest neighbour, at ways of equal length."""
-    rng = np.random.default_rng(0)
-    truth = rng.uniform(500, 1500, (12, K, 2))
-    nearest = neighbour_distances(truth)[..., :1]
+    """Errors that follow the distance to the nearest neighbour, at equal distances to the target."""
+    truth = np.random.default_rng(0).uniform(500, 1500, (12, K, 2))
+    nearest = coupling.neighbour_distances(truth)[..., :1]
     targets = truth + (200, 0)
     left = 10 + nearest  # px0 that remain
-    tables = [
-        record_attack([f"{i}" for i in range(12)], points, truth, targets, method, iteration, np.ones(12))
+    steps = [
+        (points, targets, method, iteration)
         for method in ("I-FGSM", "ATI-FGSM")
         for iteration, points in ((0, truth), (5, targets - left * (1, 0)))
     ]
-    pd.concat(tables).to_csv(tmp_path / "predictions.csv", index=False)
-    text = report.coupling(tmp_path, {"shift": (tmp_path, "Displacements")})
+    folder = write_attack(tmp_path / "shift", truth, steps)
+    text = coupling.publish([Result({"description": "Displacements"}, folder)], None, tmp_path)
     found = pd.read_csv(tmp_path / "coupling_shift_correlations.csv")
     first = found[found["error against distance from"] == "its nearest neighbour"]
     assert (first["r over landmarks"] > 0.999).all() and (first["p"] == "< 0.001").all()
@@ -114,6 +118,17 @@ def test_coupling_finds_what_was_put_in(tmp_path):
     assert (tmp_path / "coupling_shift.png").stat().st_size > 10000 and "its nearest six" in text
 
 
+def test_random_targets_are_grouped_by_their_number(tmp_path):
+    truth = np.random.default_rng(0).uniform(500, 1500, (4, K, 2))
+    targets = np.full_like(truth, np.nan)
+    for image, number in enumerate((1, 4, 5, 17)):
+        targets[image, :number] = truth[image, :number] + (0, 100)
+    steps = [(truth, targets, "ATI-FGSM", iteration) for iteration in (0, 5)]
+    table = count.compute_random(Result({}, write_attack(tmp_path, truth, steps)))
+    assert table["|T|"].tolist() == ["1 to 4", "5 to 8", "13 to 17"]
+    assert table["images"].tolist() == [2, 1, 1] and table["targeted"].tolist() == [5, 5, 17]
+
+
 def test_causes_are_compared_on_what_all_answers_have(folder, tmp_path):
     """A second run with one image less, and an iteration more."""
     records = pd.read_csv(folder / "predictions.csv", dtype={"image": str})
@@ -121,9 +136,36 @@ def test_causes_are_compared_on_what_all_answers_have(folder, tmp_path):
     more = fewer[fewer["iteration"] == 20].assign(iteration=30, radial_error_mm=0.0)
     (tmp_path / "other").mkdir()
     pd.concat([fewer, more]).to_csv(tmp_path / "other" / "predictions.csv", index=False)
-    text = report.causes(tmp_path, [("size", "small", folder), ("size", "large", tmp_path / "other")])
+    results = [
+        Result({"question": "size", "answer": answer}, place)
+        for answer, place in (("small", folder), ("large", tmp_path / "other"))
+    ]
+    text = causes.publish(results, None, tmp_path)
     table = pd.read_csv(tmp_path / "causes.csv")
     assert (table["images"] == 2).all() and (table["iteration"] == 20).all() and (table["clean_mre_mm"] == 0).all()
     small, large = (table[table["answer"] == answer]["within_4mm_%"].tolist() for answer in ("small", "large"))
     assert small == large == [25, 50]
-    assert "* size, large against small: I-FGSM +0.0 points within 4 mm [+0.0, +0.0] (too few to tell)" in text
+    assert "| size | large | small | I-FGSM | 2 | +0.0 [+0.0, +0.0] (pilot, n = 2) |" in text
+
+
+def test_detection_beside_the_doctors(official, drawn, tmp_path):
+    """Errors of 1 mm by voting and 0.5 mm subpixel, on drawn data with two doctors."""
+    results = []
+    for split in ("test1", "test2"):
+        images = drawn[split]
+        truth = np.stack([(senior + junior) / 2 for _, senior, junior in images.values()])
+        for decoding, px0 in (("voting", 10), ("subpixel", 5)):
+            folder = tmp_path / f"{split}_{decoding}"
+            folder.mkdir()
+            record(list(images), truth + (px0, 0), truth).to_csv(folder / "predictions.csv", index=False)
+            results.append(Result({"images": split, "landmarks by": decoding}, folder))
+    text = detection.publish(results, official, tmp_path)
+    table = pd.read_csv(tmp_path / "detection.csv").set_index(["images", "landmarks by"])
+    assert table.loc[("test1 + test2", "voting"), ["n", "mre_mm", "sdr_2mm_%"]].tolist() == [4, 1, 100]
+    apart = [np.linalg.norm(senior - junior, axis=-1) for _, senior, junior in drawn["test1"].values()]
+    doctors = table.loc[("test1", "inter-observer (senior vs. junior)")]
+    assert doctors["mre_mm"] == pytest.approx(0.1 * np.mean(apart), abs=1e-4) and doctors["n"] == 3
+    assert "lowers the MRE on test1 + test2 by 0.50 [0.50, 0.50] mm" in text
+    assert "| 1 | sella | 0.50 |" in text and "| 1 | sella | 1.00 |" not in text  # the better decoding
+    landmarks = pd.read_csv(tmp_path / "detection_landmarks.csv")
+    assert landmarks.groupby(["images", "landmarks by"]).size().eq(K).all()

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -12,35 +13,65 @@ from conftest import ROOT, K, assert_refused
 import reproduce
 import test
 import train
-from command import run as run_command
 from dataset import LANDMARKS
-from runs import read_config
+from eval import record_attack, summarize, summarize_attack
+from experiments import scales
+from experiments.report import EXPERIMENTS
+from experiments.scales import BOTH, SCALES, TARGETS, Checkpoint, Scale, arguments
+from support import command
+from support.errors import Stopped
+from support.files import read_config
 
-SMALL = "--encoder-weights none --batch-size 2"
-SHIFT = "--targets shift --steps 2 --limit 3"
-TINY = reproduce.SCALES["cpu"]._replace(
-    detectors={
-        "40x32": f"--size 40 32 {SMALL} --epochs 1",
-        "48x40": "--size 48 40 --init {runs}-40x32/model_epoch_0.pth --batch-size 2 --epochs 1",
-        "normed": f"--size 40 32 {SMALL} --epochs 1 --encoder-batch-norm",
-    },
-    victim="48x40",
-    compared={"shift": ("Displacements", SHIFT), "random": ("Random targets", "--targets random --steps 2 --limit 3")},
-    epsilons={"random": ("--targets random", (4, 64)), "4 mm": ("--targets shift --shift-mm 4", (4,))},
-    epsilon="--attack ATI-FGSM --steps 1 --limit 2",
-    counts=(1, 19),
-    count=f"--attack ATI-FGSM {SHIFT}",
-    fancy="--attack ATI-FGSM --steps 1",
-    baselines=(4, 64),
-    baseline="--limit 2",
-    causes=(
-        ("batch norm", "no", "40x32", None, ""),
-        ("batch norm", "yes", "normed", None, ""),
-        ("input size (px)", "40 x 32", "40x32", 0, ""),
-        ("input size (px)", "48 x 40", "48x40", None, None),
-    ),
-    cause=f"--attack I-FGSM ATI-FGSM {SHIFT}",
-)
+pytestmark = pytest.mark.xdist_group("reproduce")  # runs that are made once for several tests
+
+SMALL = {"size": (40, 32), "encoder_weights": "none", "batch_size": 2, "epochs": 1}
+LARGE = {"size": (48, 40), "init": Checkpoint("40x32", 0), "batch_size": 2, "epochs": 1}
+TEST_PHANTOMS = {"train": 2, "test1": 3, "test2": 0}
+
+
+def tiny(splits, ids):
+    """The scale cpu, made tiny, on three images."""
+    attack = partial(scales.test, "48x40", subpixel=True)
+    ati = partial(attack, attack="ATI-FGSM")
+    near = {**TARGETS["8 mm"], "steps": 2, "limit": 3}
+    shift = attack("attack/shift", {"description": "Displacements"}, attack=BOTH, **near)
+    random = attack("attack/random", {"description": "Random targets"}, attack=BOTH, steps=2, limit=3)
+    vary = partial(scales.variant, {"attack": BOTH, **near, "subpixel": True})
+    experiments = {
+        "detection": [
+            scales.train("40x32", **SMALL),
+            scales.train("48x40", **LARGE),
+            *scales.detection("48x40", splits),
+        ],
+        "attack": [shift, random],
+        "epsilon": scales.sweep_epsilon(partial(ati, steps=1, limit=2), {"random": (4, 64), "4 mm": (4,)}),
+        "count": [*scales.sweep_count(partial(ati, **near), (1, 19)), random],
+        "coupling": [shift, random],
+        "fancy": scales.spell(partial(ati, steps=1), ids, "MI"),
+        "baselines": scales.sweep_one_step(partial(attack, limit=2), (4, 64)),
+        "causes": [
+            scales.train("normed", **SMALL, encoder_batch_norm=True),
+            vary("batch norm", "no", "40x32"),
+            vary("batch norm", "yes", "normed"),
+            vary("input size (px)", "40 x 32", "40x32", iteration=0),
+            scales.reuse(shift, "input size (px)", "48 x 40"),
+        ],
+    }
+    return Scale("48x40", experiments)
+
+
+def tiny_demo():
+    """The scale demo, made tiny."""
+    attack = {"attack": BOTH, **TARGETS["8 mm"], "steps": 2, "limit": 2, "pictures": 1, "batch_size": 1}
+    experiments = {
+        "detection": [
+            scales.draw(**TEST_PHANTOMS),
+            scales.train("40x32", **SMALL),
+            *scales.detection("40x32", ["test1"]),
+        ],
+        "attack": [scales.test("40x32", "attack/shift", {"description": "Displacements"}, **attack)],
+    }
+    return Scale("40x32", experiments)
 
 
 @pytest.fixture(scope="module")
@@ -49,23 +80,16 @@ def work(tmp_path_factory):
 
 
 @pytest.fixture
-def phantoms(work, monkeypatch, run):
-    monkeypatch.chdir(work)
-    if not (work / "phantoms").exists():
-        assert run("phantom.py", "--out", "phantoms", "--train", 2, "--test1", 3, "--test2", 0)[0] == 0
+def reproduced(monkeypatch, capfd):
+    """Runs reproduce.py, its scales made tiny, in the working folder: (status, stdout, stderr)."""
+    monkeypatch.setitem(SCALES, "cpu", tiny)
+    monkeypatch.setitem(SCALES, "demo", tiny_demo)
 
-
-@pytest.fixture
-def reproduced(work, phantoms, monkeypatch, capfd):
-    """Runs reproduce.py --scale cpu, made tiny, on three images, as (status, stdout, stderr)."""
-    monkeypatch.setitem(reproduce.SCALES, "cpu", TINY)
-    monkeypatch.setattr(reproduce, "WORD", "MI")
-
-    def reproduced(*arguments):
-        monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, arguments)])
+    def reproduced(*words):
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, words)])
         capfd.readouterr()
         try:
-            run_command(reproduce.main)
+            command.run(reproduce.main)
             status = 0
         except SystemExit as exit:
             status = exit.code
@@ -74,106 +98,272 @@ def reproduced(work, phantoms, monkeypatch, capfd):
     return reproduced
 
 
-COMMAND = ["--scale", "cpu", "--data", "phantoms"]
+def stamps(folder, pattern="*"):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob(pattern) if path.is_file()}
 
 
-def test_what_builds_on_something_else_asks_for_it(reproduced, work):
-    assert_refused(reproduced(*COMMAND, "--only", "epsilon"), "--only epsilon: builds on detection", work / "results")
-    assert_refused(reproduced(*COMMAND, "--only", "detection", "coupling"), "--only coupling: builds on attack")
-    assert_refused(reproduced("--scale", "cpu", "--data", "nowhere"), "nowhere: no such folder", work / "results")
-    assert_refused(reproduced(*COMMAND, "--only", "everything"), "invalid choice: 'everything'")
+CPU = ["--scale", "cpu", "--data", "runs/demo-phantoms"]  # on the images of the demo
 
 
-def test_one_experiment_then_all(reproduced, work):
-    status, _, err = reproduced(*COMMAND, "--only", "detection")
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["cpu", "--only", "epsilon"], "--only epsilon: depends on detection"),
+        (["cpu", "--only", "detection", "coupling"], "--only coupling: depends on attack"),
+        (["cpu", "--only", "detection", "attack", "fancy"], "omit fancy by --only"),  # the images have another size
+        (["cpu", "--only", "everything"], "invalid choice: 'everything'"),
+        (["cpu", "--data", "nowhere"], "nowhere: no such folder"),
+        (["demo", "--only", "epsilon"], "--only epsilon: not part of --scale demo"),
+        (["demo", "--only", "attack"], "--only attack: depends on detection"),
+        (["demo", "--data", "images"], "--scale demo: draws its own data"),
+    ],
+)
+def test_refused_before_any_work(words, message, reproduced, official, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dataset").symlink_to(official)  # the default of --data
+    assert_refused(reproduced("--scale", *words), message, tmp_path / "results", tmp_path / "runs")
+
+
+def test_a_failing_command_ends_it_with_its_status(reproduced, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    too_many = scales.draw(train=1000)
+    monkeypatch.setitem(
+        SCALES, "demo", lambda: Scale("40x32", {"detection": [too_many, scales.train("40x32", **SMALL)]})
+    )
+    assert_refused(reproduced("--scale", "demo"), "--train 1000: at most 150", tmp_path / "runs" / "demo-40x32")
+
+
+def test_folders_of_somebody_else_are_not_touched(reproduced, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "runs" / "demo-phantoms" / "results.csv"
+    other.parent.mkdir(parents=True)
+    other.write_text("precious")
+    assert_refused(reproduced("--scale", "demo"), "runs/demo-phantoms", tmp_path / "runs" / "demo-40x32")
+    assert other.read_text() == "precious" and len(stamps(tmp_path / "runs")) == 1
+
+
+# --- runs of everything ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def demonstrated(work, reproduced, monkeypatch):
+    """The working folder after the demo."""
+    monkeypatch.chdir(work)
+    if not (work / "demo.out").exists():
+        status, out, err = reproduced("--scale", "demo")
+        assert status == 0, err
+        (work / "demo.out").write_text(out)
+    return work
+
+
+def test_the_demo_from_drawing_to_pictures(demonstrated):
+    out = (demonstrated / "demo.out").read_text()
+    commands = [line.split()[1] for line in out.splitlines() if line.startswith("python ")]
+    assert commands == ["phantom.py", "train.py", "test.py", "test.py", "test.py"]
+    run = demonstrated / "runs" / "demo-40x32"
+    tested = pd.read_csv(run / "detection" / "test1_voting" / "summary.csv").iloc[-1]
+    assert f"{tested['mre_mm']:.2f}" in out
+    assert len(list((run / "attack" / "shift" / "pictures").iterdir())) == 2
+    for picture in ("151_ATI-FGSM.png", "151_I-FGSM.png"):
+        assert f"runs/demo-40x32/attack/shift/pictures/{picture}" in out.splitlines()
+    report = (demonstrated / "results" / "demo" / "report.md").read_text()
+    assert re.findall(r"^## .*", report, re.M) == ["## 1. Detection", "## 2. I-FGSM against ATI-FGSM"]
+
+
+@pytest.mark.slow
+def test_a_stopped_stage_resumes_and_finished_work_is_not_repeated(demonstrated, reproduced, monkeypatch):
+    """An image and some records are lost; a stop in the attack ends everything; the same command does the rest."""
+    runs = demonstrated / "runs"
+    done = {**stamps(runs, "records/*.csv"), **stamps(runs, "*.bmp"), **stamps(runs, "model_epoch_*.pth")}
+    assert len(done) == 2 * 3 + 2 * 2 + 5 + 1
+    shift = runs / "demo-40x32" / "attack" / "shift"
+    lost = [next(path for path in done if path.suffix == ".bmp"), *(shift / "records").glob("ATI*")]
+    for path in (*lost, shift / "predictions.csv"):
+        path.unlink()
+
+    def stop(*_):
+        raise Stopped("stopped by SIGTERM; finished work is kept")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(test, "attack", stop)
+        status, _, err = reproduced("--scale", "demo")
+    assert status == command.STOPPED and "Traceback" not in err and "finished work is kept" in err
+    assert lost[0].exists() and not lost[1].exists()
+
+    status, _, err = reproduced("--scale", "demo")
     assert status == 0, err
-    results = work / "results" / "cpu"
-    report = (results / "report.md").read_text()
-    assert "| test1 | subpixel | 3 |" in report and "Not run yet: `--only epsilon`" in report
-    weights = work / "runs" / "cpu-48x40" / "model_epoch_0.pth"
-    stamp = weights.stat().st_mtime_ns
+    again = stamps(runs)
+    assert (shift / "predictions.csv").exists() and len(lost) == 3
+    for path, stamp in done.items():
+        assert (again[path] == stamp) == (path not in lost), path
 
-    status, out, err = reproduced(*COMMAND)
+
+@pytest.mark.slow
+def test_one_experiment_then_the_others(demonstrated, reproduced):
+    status, first, err = reproduced(*CPU, "--only", "detection")
     assert status == 0, err
-    assert weights.stat().st_mtime_ns == stamp  # trained once
+    results = demonstrated / "results" / "cpu"
     report = (results / "report.md").read_text()
-    assert "Not run yet" not in report and "nan" not in report
+    assert "| test1 | subpixel | 3 |" in report and "Not yet run: `--only epsilon`" in report
+
+    others = [name for name in EXPERIMENTS if name != "detection"]
+    status, second, err = reproduced(*CPU, "--only", *others)
+    assert status == 0, err
+    check_report(results, first + second)
+    check_tables(results)
+    check_numbers(demonstrated)
+    other = "bf16" if command.fast_precision() == "fp32" else "fp32"
+    assert_refused(reproduced(*CPU, "--precision", other), f"now it is '{other}'")
+
+
+def check_report(results, out):
+    """Complete, in order, with all its charts, and with the commands that were printed."""
+    report = (results / "report.md").read_text()
+    assert "Not yet run" not in report and "nan" not in report
     assert [int(n) for n in re.findall(r"^## (\d+)\.", report, re.M)] == [*range(1, 9)]
     for name in re.findall(r"!\[[^]]*\]\(([^)]*)\)", report):
         assert (results / name).stat().st_size > 5000, name
     assert not [file.name for file in results.iterdir() if ".part" in file.name]
     commands = re.findall(r"^python ((?:train|test)\.py .*)$", out, re.M)
-    assert set(commands) == set(re.findall(r"^python (.*)$", report, re.M))
+    assert len(set(commands)) == len(commands) and set(commands) == set(re.findall(r"^python (.*)$", report, re.M))
 
+
+def check_tables(results):
     epsilon = pd.read_csv(results / "epsilon.csv")
     assert epsilon[["targets", "epsilon"]].to_numpy().tolist() == [["random", 4], ["random", 64], ["4 mm", 4]]
     assert pd.read_csv(results / "count.csv")["targeted"].tolist() == [3, 3 * K]
     assert pd.read_csv(results / "causes.csv")["answer"].nunique() == 4
-    flown = pd.read_csv(results / "baselines.csv").groupby("method")["flown_mm"]
-    assert (flown.last() > flown.first()).all()  # the greater epsilon
+    displacement = pd.read_csv(results / "baselines.csv").groupby("method")["flown_mm"]
+    assert (displacement.last() > displacement.first()).all()  # the larger epsilon
     spelt = pd.read_csv(results / "fancy_predictions.csv", dtype={"image": str})
     for image, letter in (("151", "M"), ("152", "I")):
-        targets = pd.read_csv(ROOT / "letters" / f"{letter}.csv").sort_values("landmark")
+        targets = pd.read_csv(scales.LETTERS / f"{letter}.csv").sort_values("landmark")
         rows = spelt[spelt["image"] == image]
         assert np.array_equal(rows[["target_x_px0", "target_y_px0"]], targets[["x", "y"]])
 
 
-def test_results_are_those_of_the_commands(reproduced, work):
-    """After the test above: a number of the report, from the records."""
-    records = pd.read_csv(work / "runs" / "cpu-48x40" / "attack" / "shift" / "predictions.csv")
+def check_numbers(work):
+    """A number of the report, from the records."""
+    folder = work / "runs" / "cpu-48x40" / "attack" / "shift"
+    records = pd.read_csv(folder / "predictions.csv")
     rows = records.query("method == 'ATI-FGSM' and iteration == 2 and role == 'targeted'")["radial_error_mm"]
     table = pd.read_csv(work / "results" / "cpu" / "attack_shift.csv")
     row = table.query("method == 'ATI-FGSM' and iteration == 2 and role == 'targeted'").iloc[0]
     assert row["mre_mm"] == pytest.approx(rows.mean(), abs=1e-3)
     assert row["mre_mm_low"] <= row["mre_mm"] <= row["mre_mm_high"]
-    config = read_config(work / "runs" / "cpu-48x40" / "attack" / "shift" / "config.json")
+    config = read_config(folder / "config.json")
     assert config["subpixel"] is True and config["seed"] == 0
 
 
-def test_another_configuration_under_the_same_name_is_refused(reproduced):
-    other = "bf16" if reproduce.command.fast_precision() == "fp32" else "fp32"
-    assert_refused(reproduced(*COMMAND, "--precision", other), f"now it is '{other}'")
+# --- scales ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", reproduce.SCALES)
-def test_the_real_scales_fit_together(name, phantoms):
-    scale = reproduce.SCALES[name]
-    names = list(scale.detectors)
-    for place, arguments in enumerate(scale.detectors.values()):
-        for origin, epoch in re.findall(r"--init \{runs\}-(\S+)/model_epoch_(\d+)\.pth", arguments):
-            assert origin in names[:place]  # trained before
-            assert f"--epochs {int(epoch) + 1} " in scale.detectors[origin] + " "
-    assert scale.victim in names
-    assert {detector for _, _, detector, *_ in scale.causes} <= set(names)
-    assert all(detector == scale.victim for _, _, detector, _, arguments in scale.causes if arguments is None)
-    plan = reproduce.Plan(scale, name, "phantoms", ("--precision", "fp32"))
-    commands = [plan.train(detector) for detector in names]
-    for experiment, *_ in reproduce.EXPERIMENTS.values():
-        commands += experiment(plan)[0]
-    folders = []
-    for program, *arguments in commands:
-        parsed = {"train.py": train, "test.py": test}[program].parse_arguments(arguments)
-        folders.append((parsed.tag, getattr(parsed, "rand", None)))
-        if getattr(parsed, "iteration", None) is not None:
-            every = train.parse_arguments(plan.train(parsed.tag.removeprefix(f"{name}-"))[1:]).checkpoint_every
-            assert (parsed.iteration + 1) % every == 0
-    tests = [folder for folder in folders if folder[1]]
-    assert len(set(tests)) == len(tests)  # none writes where another does
+def test_options_become_arguments():
+    options = {"size": (40, 32), "shift_mm": 8, "epsilon": 0.5, "grey": True, "attack": ("a", "b")}
+    words = "--size 40 32 --shift-mm 8 --epsilon 0.5 --grey --attack a b"
+    assert arguments(options) == words.split()
 
 
-def test_letters_are_as_drawn_and_legible(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "letters")
+def make_plan(name):
+    scale = SCALES[name]() if name == "demo" else SCALES[name](["test1", "test2"], [f"{i}" for i in range(151, 401)])
+    return reproduce.Plan(scale, list(scale.experiments), name, "images", {"precision": "fp32"})
+
+
+@pytest.mark.filterwarnings("ignore:--epsilon 0.5 is less than half a grey level")
+@pytest.mark.parametrize("name", SCALES)
+def test_the_real_scales_fit_together(name):
+    plan = make_plan(name)
+    commands = [line for experiment in plan.chosen for line in plan.commands(experiment)]
+    trained, folders = {}, []
+    for program, *words in commands:
+        if program == "train.py":
+            parser = train.make_parser()
+            args = train.parse_arguments(parser, words)
+            assert args.tag not in trained
+            if args.init:
+                origin = next(tag for tag in trained if args.init.startswith(f"runs/{tag}/"))  # trained before
+                assert args.init == f"runs/{origin}/model_epoch_{trained[origin].epochs - 1}.pth"
+            trained[args.tag] = args
+        elif program == "test.py":
+            args = test.parse_arguments(test.make_parser(), words)
+            folders.append(args.rand)
+            assert args.rand.startswith(f"runs/{args.tag}/")
+            assert args.iteration is None or (args.iteration + 1) % trained[args.tag].checkpoint_every == 0
+    assert len(set(folders)) == len(folders)  # none writes where another does
+    assert f"{name}-{plan.scale.victim}" in trained
+    results = {str(result.folder) for experiment in plan.chosen for result in plan.results(experiment)}
+    assert results == set(folders)  # each is reported
+
+
+def test_scales_use_the_folders_that_they_always_have():
+    """Finished runs stay finished."""
+    plan = make_plan("cpu")
+    folders = [str(result.folder) for experiment in plan.chosen for result in plan.results(experiment)]
+    for folder in (
+        "runs/cpu-200x160/detection/test1_voting",
+        "runs/cpu-200x160/attack/shift",
+        "runs/cpu-200x160/epsilon/random_0.5",
+        "runs/cpu-200x160/epsilon/16_mm_128",
+        "runs/cpu-200x160/count/19",
+        "runs/cpu-200x160/fancy/6_I",
+        "runs/cpu-200x160/baselines/64",
+        "runs/cpu-short/causes/plain",
+        "runs/cpu-100x80/causes/grey",
+        "runs/cpu-100x80/causes/epsilon_8",
+        "runs/cpu-400x320/causes/limit_3_steps_20",
+    ):
+        assert folder in folders, folder
+    assert "runs/paper-800x640/causes/iteration_9" in {str(r.folder) for r in make_plan("paper").results("causes")}
+
+
+def test_letters_are_as_drawn_and_legible(monkeypatch):
+    monkeypatch.syspath_prepend(scales.LETTERS)
     import draw
 
-    mean = np.array(json.loads((ROOT / "shape_model.json").read_text())["mean"])
-    for letter in set(reproduce.WORD):
-        table = pd.read_csv(ROOT / "letters" / f"{letter}.csv")
+    mean = np.array(json.loads((ROOT / "assets" / "shape_model.json").read_text())["mean"])
+    for letter in set(scales.WORD):
+        table = pd.read_csv(scales.LETTERS / f"{letter}.csv")
         assert table["landmark"].tolist() == [*range(1, len(LANDMARKS) + 1)]
         places = table[["x", "y"]].to_numpy()
         assert len(np.unique(places, axis=0)) == len(LANDMARKS)
         assert (places > (302, 750)).all() and (places < (1814, 2250)).all()  # where the paper draws its targets
         strokes = draw.spread(draw.STROKES[letter], len(mean)) * (draw.WIDTH, draw.HEIGHT) + (draw.LEFT, draw.TOP)
-        assert np.array_equal(draw.share_out(strokes, mean).round(), places)
-        way = np.square(places[None] - mean[:, None]).sum(-1)  # of each landmark to each place
-        swapped = way + way.T <= np.diag(way)[:, None] + np.diag(way) - 1e-6
-        assert not swapped.any()  # no two landmarks would travel less in each other's place
+        assert np.array_equal(draw.assign(strokes, mean).round(), places)
+        cost = np.square(places[None] - mean[:, None]).sum(-1)  # of each landmark at each place
+        swapped = cost + cost.T <= np.diag(cost)[:, None] + np.diag(cost) - 1e-6
+        assert not swapped.any()  # no two landmarks would be nearer in each other's place
+
+
+# --- what the demo prints --------------------------------------------------------------------------------------------
+
+
+def test_the_demo_shows_both_tables(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    plan = make_plan("demo")
+    (tested, _), (attacked,) = plan.results("detection"), plan.results("attack")
+    tested.folder.mkdir(parents=True)
+    (attacked.folder / "pictures").mkdir(parents=True)
+    (attacked.folder / "pictures" / "151_I-FGSM.png").touch()
+    table = summarize(np.full((2, K), 1.25)).rename_axis("landmark")
+    table.insert(0, "name", "some landmark")
+    table.to_csv(tested.folder / "summary.csv")
+    truth = np.full((1, K, 2), 500.0)
+    targets = np.full((1, K, 2), np.nan)
+    targets[0, 0] = 500, 580  # 8 mm away
+    tables = [
+        record_attack(["151"], truth + (0, 10 * iteration / 40), truth, targets, method, iteration, [6.5])
+        for method in BOTH
+        for iteration in (0, 1, 40)
+    ]
+    summarize_attack(pd.concat(tables)).to_csv(attacked.folder / "summary.csv", index=False)
+    reproduce.show_demo(plan)
+    lines = capsys.readouterr().out.splitlines()
+    assert any("1.25" in line and "100.00" in line for line in lines)
+    rows = [line.split() for line in lines if line.strip().startswith(("targeted ", "stationary "))]
+    assert len(rows) == 6  # by role: no attack and each method's end
+    assert ["targeted", "no", "attack", "0", "1", "8.00", "8.00", "0.00", "6.50"] in rows
+    assert ["targeted", "ATI-FGSM", "40", "1", "7.00", "7.00", "0.00", "6.50"] in rows
+    assert lines[-1].endswith("151_I-FGSM.png")

@@ -1,9 +1,9 @@
-"""Draw the letters of the fancy attack: where each of the 19 landmarks shall go, as target files of test.py --targets.
+"""Draw the letters of the fancy attack: a position for each of the 19 landmarks, as files for test.py --targets.
 
-    python letters/draw.py      # writes letters/<letter>.csv, px of the original, 1935 x 2400
+    python experiments/letters/draw.py      # writes <letter>.csv beside this file, px of the original, 1935 x 2400
 
-Points are spread evenly over a letter's strokes, and shared out so that the landmarks of the mean patient travel as
-little as may be: the attack is hard enough.
+Points are spread evenly over a letter's strokes. Landmarks are assigned to them so that the distances from the mean
+shape are small, since the attack is hard enough.
 """
 
 import csv
@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 FOLDER = Path(__file__).parent
-LEFT, TOP, WIDTH, HEIGHT = 600, 1000, 900, 1040  # px0: where the landmarks are anyway
+SHAPE = FOLDER.parent.parent / "assets" / "shape_model.json"
+LEFT, TOP, WIDTH, HEIGHT = 600, 1000, 900, 1040  # px0: where landmarks usually are
 
 STROKES = {  # polylines of (x, y), both from 0 to 1, y downwards
     "A": [[(0, 1), (0.5, 0), (1, 1)], [(0.2, 0.6), (0.8, 0.6)]],
@@ -26,20 +27,20 @@ STROKES = {  # polylines of (x, y), both from 0 to 1, y downwards
 def spread(strokes, count):
     """``count`` points (count, 2) on the strokes, evenly spaced on each."""
     strokes = [np.array(stroke, float) for stroke in strokes]
-    travelled = [np.r_[0, np.linalg.norm(np.diff(stroke, axis=0), axis=1).cumsum()] for stroke in strokes]
-    exact = np.array([lengths[-1] for lengths in travelled])
+    lengths = [np.r_[0, np.linalg.norm(np.diff(stroke, axis=0), axis=1).cumsum()] for stroke in strokes]
+    exact = np.array([along[-1] for along in lengths])
     exact *= count / exact.sum()
     counts = exact.astype(int)
     counts[np.argsort(counts - exact)[: count - counts.sum()]] += 1  # the largest remainders
     points = []
-    for stroke, lengths, n in zip(strokes, travelled, counts, strict=True):
-        places = (np.arange(n) + 0.5) / n * lengths[-1]
-        points.append(np.stack([np.interp(places, lengths, axis) for axis in stroke.T], axis=-1))
+    for stroke, along, n in zip(strokes, lengths, counts, strict=True):
+        places = (np.arange(n) + 0.5) / n * along[-1]
+        points.append(np.stack([np.interp(places, along, axis) for axis in stroke.T], axis=-1))
     return np.concatenate(points)
 
 
-def share_out(points, landmarks):
-    """The points in the order of the landmarks that travel to them: swapped while that shortens the way."""
+def assign(points, landmarks):
+    """The points in the order of their landmarks: pairs are swapped while that reduces the squared distances."""
     order = np.arange(len(points))
     cost = np.square(landmarks[:, None] - points).sum(-1)
     better = True
@@ -54,9 +55,9 @@ def share_out(points, landmarks):
 
 
 def main():
-    mean = np.array(json.loads((FOLDER.parent / "shape_model.json").read_text())["mean"])
+    mean = np.array(json.loads(SHAPE.read_text())["mean"])
     for letter, strokes in STROKES.items():
-        points = share_out(spread(strokes, len(mean)) * (WIDTH, HEIGHT) + (LEFT, TOP), mean)
+        points = assign(spread(strokes, len(mean)) * (WIDTH, HEIGHT) + (LEFT, TOP), mean)
         with open(FOLDER / f"{letter}.csv", "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["landmark", "x", "y"])

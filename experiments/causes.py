@@ -1,0 +1,91 @@
+"""Experiment 8: the same attack on detectors, or with perturbations, that differ in one property."""
+
+import numpy as np
+import pandas as pd
+
+from eval import SUCCESS_MM
+from experiments.charts import grouped_places, panels, save
+from experiments.measures import last, measure, of_role, render_differences, render_measures
+from experiments.statistics import differences
+from support.files import write_table
+
+TITLE = "What makes the attack weak or strong"
+TEXT = (
+    "Displacements of 8 mm on detectors, or with perturbations, that differ in one property; the answers to a question "
+    "are compared on the images, and at the last iteration, that all of them have. Detectors of different input size "
+    "also differ in their training: a larger one starts from the weights of a smaller one. The detector's MRE is that "
+    "on the clean images of the attack."
+)
+
+
+def publish(results, data, out):
+    """Write tables and the chart to ``out``; return the section of the report."""
+    records = collect(results)
+    table, paired = compute(records), compute_differences(records)
+    write_table(out / "causes.csv", table)
+    write_table(out / "causes_differences.csv", paired)
+    plot(table, out / "causes.png")
+    return render(table, paired)
+
+
+def collect(results):
+    """{question: {answer: records}}, cut down to the images and iterations that all answers have."""
+    records = {}
+    for result in results:
+        records.setdefault(result.labels["question"], {})[result.labels["answer"]] = result.attacked()
+    for answers in records.values():
+        images, iterations = (
+            set.intersection(*(set(rows[column]) for rows in answers.values())) for column in ("image", "iteration")
+        )
+        for answer, rows in answers.items():
+            answers[answer] = rows[rows["image"].isin(images) & (rows["iteration"] <= max(iterations))]
+    return records
+
+
+def compute(records):
+    """Measures of each answer."""
+    return pd.concat(
+        measure(rows, {"question": question, "answer": answer, "iteration": rows["iteration"].max()})
+        for question, answers in records.items()
+        for answer, rows in answers.items()
+    )
+
+
+def compute_differences(records):
+    """Targeted landmarks: the last answer minus the first, for each question and method, paired by image."""
+    pairs = []
+    for question, answers in records.items():
+        first, *_, second = answers
+        rows = {answer: of_role(last(answers[answer]), "targeted") for answer in (first, second)}
+        for method in rows[first]["method"].unique():
+            labels = {"question": question, "answer": second, "minus": first, "method": method}
+            pairs.append((labels, *(rows[answer][rows[answer]["method"] == method] for answer in (second, first))))
+    return differences(pairs)
+
+
+def plot(table, path):
+    """Success by question, answer and method."""
+    questions, methods = table["question"].unique(), table["method"].unique()
+    figure, axes = panels(len(questions), width=3.6, height=4.2)
+    for panel, question in zip(axes, questions, strict=True):
+        rows = table[table["question"] == question]
+        answers = rows["answer"].unique()
+        for i, method in enumerate(methods):
+            part = rows[rows["method"] == method].set_index("answer").reindex(answers)
+            places, width = grouped_places(len(answers), len(methods), i)
+            value = part["within_4mm_%"]
+            ends = np.stack([value - part["within_4mm_%_low"], part["within_4mm_%_high"] - value]).clip(0)
+            panel.bar(places, value, width, yerr=ends, capsize=2, error_kw={"linewidth": 0.8}, label=method)
+        panel.set_xticks(np.arange(len(answers)), answers, fontsize=8)
+        panel.set(title=question, ylim=(0, 100))
+        panel.grid(alpha=0.3, axis="y")
+    axes[0].set_ylabel(f"targeted, within {SUCCESS_MM} mm of target (%)")
+    axes[0].legend(fontsize=8)
+    save(figure, path)
+
+
+def render(table, paired):
+    return (
+        f"\n{render_measures(table)}\n![success by cause](causes.png)\n\n"
+        f"Targeted landmarks, differences on the same images:\n\n{render_differences(paired)}"
+    )

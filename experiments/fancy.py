@@ -1,0 +1,93 @@
+"""Experiment 6: all landmarks moved onto the strokes of letters, each letter on another image."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from dataset import index, read_image
+from eval import SUCCESS_MM
+from experiments.charts import panels, save
+from experiments.markdown import markdown
+from experiments.measures import last
+from observe import stored_file
+from support.files import write_table
+
+TITLE = "The fancy attack"
+TEXT = "All 19 landmarks targeted on the strokes of a letter, by ATI-FGSM; each letter of the word on another image."
+SIZE0 = (2400, 1935)  # (H0, W0) of the images that the letters are drawn for
+
+
+def publish(results, data, out):
+    """Write tables and charts to ``out``; return the section of the report."""
+    records = [last(result.attacked()) for result in results]
+    table = compute(results, records)
+    write_table(out / "fancy.csv", table)
+    write_table(out / "fancy_predictions.csv", pd.concat(records))
+    plot(results, records, out / "fancy.png")
+    plot_images(results, records, data, out / "contact_sheet.png")
+    return render(table)
+
+
+def compute(results, records):
+    """A row for each letter; column names are those of the published tables."""
+    return pd.DataFrame(
+        {
+            **result.labels,
+            "to go (mm)": found["start_mm"].mean(),
+            "MRE to target (mm)": found["radial_error_mm"].mean(),
+            "median (mm)": found["radial_error_mm"].median(),
+            "within 4 mm (%)": 100 * (found["radial_error_mm"] <= SUCCESS_MM).mean(),
+            "largest change (of 255)": found["largest_change"].max(),
+        }
+        for result, found in zip(results, records, strict=True)
+    )
+
+
+def plot(results, records, path):
+    """Truth, targets and predictions of each letter."""
+    figure, axes = panels(len(results), width=2.4, height=3.4)
+    for panel, result, found in zip(axes, results, records, strict=True):
+        truth, target, place = (
+            found[[f"{kind}x_px0", f"{kind}y_px0"]].to_numpy().T for kind in ("true_", "target_", "")
+        )
+        panel.plot(*truth, "+", color="tab:gray", label="truth", markersize=5)
+        panel.plot(*np.stack([target, place]).transpose(1, 0, 2), color="tab:blue", linewidth=0.4)
+        panel.plot(*target, "x", color="tab:blue", label="target", markersize=5)
+        panel.plot(*place, "o", color="tab:red", label="prediction", markersize=3)
+        height, width = SIZE0
+        panel.set(title=result.labels["letter"], xlim=(0, width), ylim=(height, 0), aspect="equal", xlabel="x (px0)")
+        panel.tick_params(labelsize=6)
+    axes[0].set_ylabel("y (px0)")
+    axes[0].legend(fontsize=6, loc="upper left")
+    save(figure, path)
+
+
+def plot_images(results, records, data, path):
+    """The attacked images with predictions, above their perturbations."""
+    files = {entry.id: entry.image for entry in index(data, "test")}
+    figure = Figure(figsize=(2.4 * len(results), 6.4), layout="constrained")
+    axes = figure.subplots(2, len(results), squeeze=False)
+    for (above, below), result, found in zip(axes.T, results, records, strict=True):
+        letter, id = result.labels["letter"], result.labels["image"]
+        stored = stored_file(result.folder / "adversarial", found["method"].iloc[0], "input", id)
+        attacked, size = read_image(stored, None, "RGB")
+        clean, (height0, width0) = read_image(files[id], size)
+        frame = {"extent": (-0.5, width0 - 0.5, height0 - 0.5, -0.5)}  # of the original: records are in px0
+        above.imshow(attacked, **frame)
+        above.scatter(found["x_px0"], found["y_px0"], c="red", s=8)
+        above.set_title(f"{letter}: image {id}", fontsize=9)
+        perturbation = attacked.astype(float) - clean[..., None]
+        bound = max(np.abs(perturbation).max(), 1)
+        below.imshow(perturbation / (2 * bound) + 0.5, **frame)
+        below.set_title(f"perturbation, at most {bound:.0f} of 255", fontsize=8)
+        for panel in (above, below):
+            panel.set_axis_off()
+    save(figure, path)
+
+
+def render(table):
+    shown = table.rename(columns={"to go (mm)": "initial distance to target (mm)"})
+    return (
+        f"\n{markdown(shown)}\n![targets and predictions](fancy.png)\n\n`contact_sheet.png` beside this file shows the "
+        "attacked images with the detector's predictions, and below them the perturbations, magnified.\n"
+    )

@@ -1,0 +1,30 @@
+"""DataFrames as tables of Markdown."""
+
+import numpy as np
+
+
+def markdown(table, number=".2f"):
+    """A DataFrame as a table of Markdown; floats in the format ``number``, nan as nothing."""
+
+    def cell(value):
+        if isinstance(value, float):
+            return "" if np.isnan(value) else format(value, number)
+        return str(value).replace("|", "\\|")
+
+    rows = [list(table), ["---"] * table.shape[1], *table.itertuples(index=False, name=None)]
+    return "\n".join(f"| {' | '.join(map(cell, row))} |" for row in rows) + "\n"
+
+
+def with_interval(value, low, high, number=".1f"):
+    """An interval as text: value [low, high]; nan as nothing."""
+    return "" if np.isnan(value) else f"{value:{number}} [{low:{number}}, {high:{number}}]"
+
+
+def fold_intervals(table, number=".1f"):
+    """A table in which each measure with columns <measure>_low and <measure>_high is one column of text."""
+    names = [name for name in table if f"{name}_low" in table]
+    folded = {
+        name: [with_interval(*row, number) for row in table[[name, f"{name}_low", f"{name}_high"]].to_numpy()]
+        for name in names
+    }
+    return table.assign(**folded).drop(columns=[f"{name}_{end}" for name in names for end in ("low", "high")])

@@ -1,0 +1,125 @@
+"""From the records of an attack to its measures, and how tables name them."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from dataset import MM_PER_PX0
+from eval import SUCCESS_MM, read_records
+from experiments.markdown import fold_intervals, markdown
+from experiments.statistics import by_image, interval, named, verdict
+
+
+class Result(NamedTuple):
+    """A finished run of test.py."""
+
+    labels: dict  # column of the experiment's table -> value
+    folder: Path
+
+    def predictions(self):
+        """The run's predictions, see ``eval.record``."""
+        table = read_records([self.folder / "predictions.csv"])
+        return table if "mm_per_px0" in table else table.assign(mm_per_px0=MM_PER_PX0)  # runs of older versions
+
+    def attacked(self):
+        """The predictions of an attack, see ``eval.record_attack``, with the clean ones beside them.
+
+        Further columns: x_px0_clean, y_px0_clean; start_mm, distance of the clean prediction from the target, or from
+        the truth if a landmark has none; flown_mm, displacement of the prediction from the clean one.
+        """
+        table = self.predictions()
+        keys = ["method", "image", "landmark"]
+        clean = table[table["iteration"] == 0][[*keys, "x_px0", "y_px0", "radial_error_mm"]]
+        table = table.merge(clean, on=keys, suffixes=("", "_clean"), validate="many_to_one")
+        table = table.rename(columns={"radial_error_mm_clean": "start_mm"})
+        return table.assign(flown_mm=distance_mm(table, ("x_px0", "y_px0"), ("x_px0_clean", "y_px0_clean")))
+
+
+def distance_mm(records, a, b):
+    """Distances in mm between two places, named by their columns of x and y in px0."""
+    return np.linalg.norm(records[[*a]].to_numpy() - records[[*b]].to_numpy(), axis=1) * records["mm_per_px0"]
+
+
+def error_from_truth(records):
+    """Distances of predictions from the ground truth in mm, whatever a landmark's role."""
+    return distance_mm(records, ("x_px0", "y_px0"), ("true_x_px0", "true_y_px0"))
+
+
+def last(records):
+    """The rows of each method's last iteration."""
+    return records[records["iteration"] == records.groupby("method")["iteration"].transform("max")]
+
+
+def of_role(records, role):
+    return records[records["role"] == role]
+
+
+def rate(rows, success):
+    """(value, low, high): percentage of rows for which ``success`` (a bool each) holds, with its interval."""
+    return interval(by_image(rows, 100.0 * success), np.nanmean) if len(rows) else (np.nan,) * 3
+
+
+def measure(records, labels):
+    """A row for each method: ``labels``, then measures of its last iteration, rates with intervals.
+
+    ``clean_mre_mm`` is the detector's MRE before the attack. ``half_way_%`` is the rate of targeted landmarks whose
+    distance from the target is below half of the initial one: a success that is comparable for near and far targets.
+    """
+    rows = []
+    clean = records[records["iteration"] == 0]
+    clean_mre = error_from_truth(clean).groupby(clean["method"]).mean()
+    for method, found in last(records).groupby("method", sort=False):
+        targeted, stationary = of_role(found, "targeted"), of_role(found, "stationary")
+        error = targeted["radial_error_mm"]
+        rows.append(
+            {
+                **labels,
+                "method": method,
+                "images": found["image"].nunique(),
+                "clean_mre_mm": clean_mre[method],
+                "targeted": len(targeted),
+                "start_mm": targeted["start_mm"].mean(),
+                "targeted_mre_mm": error.mean(),
+                "targeted_median_mm": error.median(),
+                "stationary_mre_mm": stationary["radial_error_mm"].mean(),
+                **named("within_4mm_%", *rate(targeted, error <= SUCCESS_MM)),
+                **named("half_way_%", *rate(targeted, error < targeted["start_mm"] / 2)),
+                **named("stationary_within_4mm_%", *rate(stationary, stationary["radial_error_mm"] <= SUCCESS_MM)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def measure_each(results):
+    """``measure`` of each result."""
+    return pd.concat([measure(result.attacked(), result.labels) for result in results])
+
+
+NAMES = {
+    "clean_mre_mm": "detector MRE (mm)",
+    "targeted": "landmarks",
+    "start_mm": "initial distance to target (mm)",
+    "targeted_mre_mm": "targeted MRE (mm)",
+    "targeted_median_mm": "median (mm)",
+    "within_4mm_%": f"within {SUCCESS_MM} mm (%)",
+    "half_way_%": "more than halfway (%)",
+    "stationary_mre_mm": "stationary MRE (mm)",
+    "stationary_within_4mm_%": f"within {SUCCESS_MM} mm of truth (%)",
+}
+
+
+def render_measures(table):
+    """``measure`` as Markdown."""
+    return markdown(fold_intervals(table).rename(columns=NAMES))
+
+
+def render_differences(table):
+    """``statistics.differences`` as Markdown: each difference with its interval and what it supports."""
+    shown = fold_intervals(table, "+.1f")
+    for name in ("within_4mm_points", "mre_mm"):
+        ends = zip(table[f"{name}_low"], table[f"{name}_high"], table["images"], strict=True)
+        shown[name] = [f"{text} ({verdict(*end)})" for text, end in zip(shown[name], ends, strict=True)]
+    names = {"within_4mm_points": f"within {SUCCESS_MM} mm (points)", "mre_mm": "MRE (mm)"}
+    return markdown(shown.rename(columns=names))

@@ -1,0 +1,293 @@
+"""What is run at each scale: for each experiment a list of runs, which are commands.
+
+A scale is a function of the splits to test on and of the ids of the test images; the demo draws its own.
+"""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+WORD = "MICCAI"
+LETTERS = Path(__file__).parent / "letters"  # <letter>.csv: targets
+
+
+class Checkpoint(NamedTuple):
+    """Weights of a detector after an epoch."""
+
+    detector: str
+    epoch: int
+
+
+class Run(NamedTuple):
+    """One command.
+
+    Attributes:
+        program: phantom.py, train.py or test.py.
+        detector: which is trained, tested or attacked.
+        folder: of the results of test.py, <experiment>/<name> below the detector's folder.
+        options: arguments of the program by name; True stands for a flag.
+        labels: columns of the experiment's table.
+    """
+
+    program: str
+    detector: str
+    folder: str
+    options: dict
+    labels: dict
+
+
+class Scale(NamedTuple):
+    victim: str  # the detector that most experiments attack
+    experiments: dict  # name -> list of Run
+
+
+def arguments(options):
+    """Options as a list of arguments: {"shift_mm": 8, "grey": True} -> ["--shift-mm", "8", "--grey"]."""
+    tokens = []
+    for name, value in options.items():
+        values = () if value is True else value if isinstance(value, tuple) else (value,)
+        tokens += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return tokens
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def draw(**options):
+    """Phantoms, which are then the data of the scale."""
+    return Run("phantom.py", "", "", options, {})
+
+
+def train(detector, **options):
+    return Run("train.py", detector, "", options, {})
+
+
+def test(detector, folder, labels, **options):
+    return Run("test.py", detector, folder, {"pictures": 0, **options}, labels)
+
+
+def detection(detector, splits):
+    """Tests of both decodings on each split."""
+    runs = []
+    for split in splits:
+        for decoding, options in (("voting", {}), ("subpixel", {"subpixel": True})):
+            labels = {"images": split, "landmarks by": decoding}
+            runs.append(test(detector, f"detection/{split}_{decoding}", labels, split=split, **options))
+    return runs
+
+
+def sweep_epsilon(attack, epsilons):
+    """An attack at several epsilons; ``epsilons``: {name of targets: values}."""
+    return [
+        attack(
+            f"epsilon/{targets.replace(' ', '_')}_{value:g}",
+            {"targets": targets, "epsilon": value},
+            **TARGETS[targets],
+            epsilon=value,
+        )
+        for targets, values in epsilons.items()
+        for value in values
+    ]
+
+
+def sweep_count(attack, counts):
+    """An attack on several numbers of landmarks."""
+    return [attack(f"count/{count}", {"|T|": count}, shift_count=count) for count in counts]
+
+
+def sweep_one_step(attack, epsilons):
+    """The one-step attacks at several epsilons."""
+    attack = partial(attack, attack=("FGSM", "untargeted-FGSM"))
+    return [attack(f"baselines/{value:g}", {"epsilon": value}, epsilon=value) for value in epsilons]
+
+
+def spell(attack, ids, word=WORD):
+    """An attack for each letter of a word, each on another image as far as there are enough."""
+    runs = []
+    for place, letter in enumerate(word):
+        labels = {"letter": letter, "image": ids[place % len(ids)]}
+        targets = os.path.relpath(LETTERS / f"{letter}.csv")
+        runs.append(
+            attack(
+                f"fancy/{place + 1}_{letter}", labels, save_adversarial=True, images=labels["image"], targets=targets
+            )
+        )
+    return runs
+
+
+def variant(options, question, answer, detector, **changes):
+    """An attack that answers a question about causes: ``options`` with ``changes``, on a detector."""
+    folder = "causes/" + ("_".join(word.strip("-") for word in arguments(changes)) or "plain")
+    return test(detector, folder, {"question": question, "answer": answer}, **{**options, **changes})
+
+
+def reuse(run, question, answer):
+    """A run of another experiment that answers a question about causes."""
+    return run._replace(labels={"question": question, "answer": answer})
+
+
+# --- scales ----------------------------------------------------------------------------------------------------------
+
+BOTH = "I-FGSM", "ATI-FGSM"
+TARGETS = {"random": {"targets": "random"}}
+TARGETS |= {f"{mm} mm": {"targets": "shift", "shift_mm": mm} for mm in (2, 4, 8, 16)}
+EPSILONS = 0.5, 1, 2, 4, 8  # the paper's
+SMALL = {"encoder_weights": "none", "batch_size": 4, "schedule": "cosine"}
+
+
+def paper(splits, ids):
+    """As published, for GPUs."""
+    attack = partial(test, "800x640", steps=300)
+    near, far, few = TARGETS["8 mm"], TARGETS["random"], {"limit": 50}
+    random = attack("attack/random", {"description": "Random targets, epsilon 8"}, attack=BOTH, **far, epsilon=8)
+    shift = attack("attack/shift", {"description": "Displacements of 8 mm, epsilon 8"}, attack=BOTH, **near, epsilon=8)
+    vary = partial(variant, {"attack": BOTH, **near, "epsilon": 8, "steps": 300, **few})
+    experiments = {
+        "detection": [train("800x640", size=(800, 640)), *detection("800x640", splits)],
+        "attack": [random, shift],
+        "epsilon": sweep_epsilon(partial(attack, attack=BOTH, **few), dict.fromkeys(TARGETS, EPSILONS)),
+        "count": [
+            *sweep_count(partial(attack, attack=BOTH, **near, epsilon=8, **few), (1, 2, 4, 8, 12, 16, 19)),
+            random,
+        ],
+        "coupling": [random, shift],
+        "fancy": spell(partial(attack, attack="ATI-FGSM", epsilon=8), ids),
+        "baselines": sweep_one_step(partial(test, "800x640"), EPSILONS),
+        "causes": [
+            train("400x320", size=(400, 320)),
+            train("200x160", size=(200, 160)),
+            train("batch-norm", size=(800, 640), encoder_batch_norm=True),
+            train("random-encoder", size=(800, 640), encoder_weights="none"),
+            vary("epochs of training", "10", "800x640", iteration=9),
+            vary("epochs of training", "50", "800x640", iteration=49),
+            reuse(shift, "epochs of training", "230"),
+            reuse(shift, "batch norm in the encoder", "no"),
+            vary("batch norm in the encoder", "yes", "batch-norm"),
+            vary("initial weights", "random", "random-encoder"),
+            reuse(shift, "initial weights", "ImageNet"),
+            vary("channels of the perturbation", "one", "800x640", grey=True),
+            reuse(shift, "channels of the perturbation", "three"),
+            vary("input size (px)", "200 x 160", "200x160"),
+            vary("input size (px)", "400 x 320", "400x320"),
+            reuse(shift, "input size (px)", "800 x 640"),
+        ],
+    }
+    return Scale("800x640", experiments)
+
+
+def cpu(splits, ids):
+    """A quarter of the size: two cores, a few hours."""
+    attack = partial(test, "200x160", subpixel=True)
+    ati, near, far = partial(attack, attack="ATI-FGSM"), TARGETS["8 mm"], TARGETS["random"]
+    comparison = partial(attack, attack=BOTH, steps=50)
+    shift = comparison(
+        "attack/shift", {"description": "Displacements of 8 mm, epsilon 16"}, **near, epsilon=16, limit=10
+    )
+    random = comparison("attack/random", {"description": "Random targets, epsilon 128"}, **far, epsilon=128, limit=5)
+    epsilons = {"random": (*EPSILONS, 32, 128), "2 mm": EPSILONS, "4 mm": EPSILONS}
+    epsilons |= {"8 mm": (*EPSILONS, 32), "16 mm": (*EPSILONS, 32, 128)}
+    vary = partial(variant, {"attack": BOTH, **near, "epsilon": 16, "steps": 30, "limit": 10, "subpixel": True})
+    coarse, fine, finest = {"size": (100, 80)}, {"size": (200, 160)}, {"size": (400, 320)}
+    experiments = {
+        "detection": [
+            train("100x80", **coarse, **SMALL, epochs=24, checkpoint_every=8),
+            train("200x160", **fine, **SMALL, init=Checkpoint("100x80", 23), lr=5e-4, epochs=9, checkpoint_every=3),
+            *detection("200x160", splits),
+        ],
+        "attack": [shift, random],
+        "epsilon": sweep_epsilon(partial(ati, steps=20, limit=3), epsilons),
+        "count": [*sweep_count(partial(ati, **near, epsilon=16, steps=20, limit=5), (1, 2, 5, 10, 19)), random],
+        "coupling": [shift, random],
+        "fancy": spell(partial(ati, epsilon=128, steps=40), ids),
+        "baselines": sweep_one_step(partial(attack, limit=5), (*EPSILONS, 16, 32, 64, 128)),
+        "causes": [
+            train("short", **coarse, **SMALL, epochs=6, checkpoint_every=6),
+            train("batch-norm", **coarse, **SMALL, epochs=6, checkpoint_every=6, encoder_batch_norm=True),
+            train("50x40", size=(50, 40), **SMALL, epochs=12, checkpoint_every=12),
+            train("pretrained", **coarse, **SMALL, init=Checkpoint("50x40", 11), epochs=6, checkpoint_every=6),
+            train("400x320", **finest, **SMALL, init=Checkpoint("200x160", 8), lr=3e-4, epochs=1),
+            vary("epochs of training", "6", "short"),
+            vary("epochs of training", "24", "100x80"),
+            vary("batch norm in the encoder", "no", "short"),
+            vary("batch norm in the encoder", "yes", "batch-norm"),
+            vary("initial weights", "random", "short"),
+            vary("initial weights", "of 50 x 40", "pretrained"),
+            vary("channels of the perturbation", "one", "100x80", grey=True),
+            vary("channels of the perturbation", "three", "100x80"),
+            vary("epsilon", "8", "100x80", epsilon=8),
+            vary("epsilon", "16", "100x80"),
+            vary("epsilon", "32", "100x80", epsilon=32),
+            vary("input size (px)", "100 x 80", "100x80"),
+            reuse(shift, "input size (px)", "200 x 160"),
+            reuse(shift, "fine-tuned at (px)", "200 x 160"),
+            vary("fine-tuned at (px)", "400 x 320", "400x320", limit=3, steps=20),
+        ],
+    }
+    return Scale("200x160", experiments)
+
+
+def quick(splits, ids):
+    """To see that everything works, on phantoms for example."""
+    attack = partial(test, "100x80", subpixel=True)
+    ati, near, far = partial(attack, attack="ATI-FGSM"), TARGETS["8 mm"], TARGETS["random"]
+    comparison = partial(attack, attack=BOTH, steps=30, limit=4)
+    shift = comparison("attack/shift", {"description": "Displacements of 8 mm, epsilon 16"}, **near, epsilon=16)
+    random = comparison("attack/random", {"description": "Random targets, epsilon 128"}, **far, epsilon=128)
+    epsilons = dict.fromkeys(TARGETS, (2, 8)) | {"random": (8, 32, 128)}
+    vary = partial(variant, {"attack": BOTH, **near, "epsilon": 16, "steps": 30, "limit": 4, "subpixel": True})
+    coarse, fine = {"size": (50, 40)}, {"size": (100, 80)}
+    experiments = {
+        "detection": [
+            train("50x40", **coarse, **SMALL, epochs=16, checkpoint_every=16),
+            train("100x80", **fine, **SMALL, init=Checkpoint("50x40", 15), epochs=6, checkpoint_every=6),
+            *detection("100x80", splits),
+        ],
+        "attack": [shift, random],
+        "epsilon": sweep_epsilon(partial(ati, steps=20, limit=3), epsilons),
+        "count": [*sweep_count(partial(ati, **near, epsilon=16, steps=20, limit=3), (1, 19)), random],
+        "coupling": [shift, random],
+        "fancy": spell(partial(ati, epsilon=128, steps=30), ids),
+        "baselines": sweep_one_step(partial(attack, limit=5), (8, 32, 128)),
+        "causes": [
+            train("short", **coarse, **SMALL, epochs=6, checkpoint_every=6),
+            train("batch-norm", **coarse, **SMALL, epochs=16, checkpoint_every=16, encoder_batch_norm=True),
+            vary("epochs of training", "6", "short"),
+            vary("epochs of training", "16", "50x40"),
+            vary("batch norm in the encoder", "no", "50x40"),
+            vary("batch norm in the encoder", "yes", "batch-norm"),
+            vary("channels of the perturbation", "one", "50x40", grey=True),
+            vary("channels of the perturbation", "three", "50x40"),
+            vary("input size (px)", "50 x 40", "50x40"),
+            reuse(shift, "input size (px)", "100 x 80"),
+        ],
+    }
+    return Scale("100x80", experiments)
+
+
+def demo():
+    """Phantoms, a detector trained on them, tested and attacked: two cores, ten minutes."""
+    attack = {"attack": BOTH, **TARGETS["8 mm"], "shift_count": 5, "epsilon": 16, "steps": 40, "limit": 6}
+    experiments = {
+        "detection": [
+            draw(train=80, test1=20, test2=0),
+            train("100x80", size=(100, 80), **SMALL, epochs=16, checkpoint_every=16),
+            train(
+                "200x160",
+                size=(200, 160),
+                **SMALL,
+                init=Checkpoint("100x80", 15),
+                lr=5e-4,
+                epochs=8,
+                checkpoint_every=8,
+            ),
+            *detection("200x160", ["test1"]),
+        ],
+        "attack": [
+            test("200x160", "attack/shift", {"description": "Displacements of 8 mm, epsilon 16"}, **attack, pictures=4)
+        ],
+    }
+    return Scale("200x160", experiments)
+
+
+SCALES = {"paper": paper, "cpu": cpu, "quick": quick, "demo": demo}

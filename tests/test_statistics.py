@@ -1,0 +1,142 @@
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import K
+
+from eval import record_attack, summarize_attack
+from experiments.markdown import fold_intervals, markdown
+from experiments.statistics import (
+    ENOUGH,
+    correlation,
+    correlation_interval,
+    interval,
+    paired_difference,
+    partial_correlation,
+    permutation_p,
+    resample,
+    summarize_with_confidence,
+    verdict,
+)
+
+
+def attacked(errors, method="ATI-FGSM", iteration=5, targeted=()):
+    """Records with given radial errors (N, k) in mm; the landmarks ``targeted`` are, the others are stationary."""
+    truth = np.full((*errors.shape, 2), 100.0)
+    targets = np.full_like(truth, np.nan)
+    targets[:, targeted] = 100
+    points = truth + np.stack([10 * errors, np.zeros_like(errors)], axis=-1)
+    ids = [f"{i:03d}" for i in range(len(errors))]
+    return record_attack(ids, points, truth, targets, method, iteration, np.ones(len(errors)))
+
+
+def test_tables_of_markdown():
+    table = pd.DataFrame({"|T|": [1, 12], "MRE": [0.125, np.nan], "name": ["a|b", ""]})
+    assert markdown(table) == "| \\|T\\| | MRE | name |\n| --- | --- | --- |\n| 1 | 0.12 | a\\|b |\n| 12 |  |  |\n"
+    assert markdown(table[["MRE"]], ".4g").splitlines()[2] == "| 0.125 |"
+    intervals = pd.DataFrame({"a": [1, 2], "x": [1.0, np.nan], "x_low": [0.5, np.nan], "x_high": [2.0, np.nan]})
+    assert fold_intervals(intervals).to_dict("list") == {"a": [1, 2], "x": ["1.0 [0.5, 2.0]", ""]}
+
+
+# --- bootstrap -------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_are_percentiles_over_resampled_images():
+    values = np.arange(12.0).reshape(4, 3)
+    found = [values[chosen].mean() for chosen in resample(4)]
+    assert len(found) == 1000
+    assert interval(values, np.mean) == (5.5, *np.percentile(found, [2.5, 97.5]))
+    value, low, high = interval(values, lambda values: values.mean(0))  # of several numbers at once
+    assert value.shape == low.shape == high.shape == (3,) and (low < value).all() and (value < high).all()
+
+
+def test_draws_in_which_nothing_is_defined_do_not_count():
+    value, low, high = interval(np.array([[2.0], [np.nan]]), np.nanmean)
+    assert (value, low, high) == (2, 2, 2)
+
+
+def test_intervals_are_of_images_not_of_landmarks():
+    alike = summarize_with_confidence(attacked(np.tile([1.0, 7.0], (6, 1)))).iloc[0]  # images do not differ at all
+    assert alike["mre_mm_low"] == alike["mre_mm"] == alike["mre_mm_high"] == 4
+    assert alike["within_4mm_%_low"] == alike["within_4mm_%_high"] == 50
+    apart = summarize_with_confidence(attacked(np.array([[0.0, 0.0], [8.0, 8.0]]))).iloc[0]
+    assert (apart["mre_mm_low"], apart["mre_mm"], apart["mre_mm_high"]) == (0, 4, 8)  # a draw may take one image twice
+    assert (apart["within_4mm_%_low"], apart["within_4mm_%_high"]) == (0, 100)
+
+
+def test_intervals_narrow_as_statistics_say():
+    errors = np.random.default_rng(0).normal(10, 2, (100, 1))
+    row = summarize_with_confidence(attacked(errors)).iloc[0]
+    assert row["mre_mm_high"] - row["mre_mm_low"] == pytest.approx(2 * 1.96 * errors.std() / 10, rel=0.1)
+
+
+def test_each_row_of_a_summary_has_its_own_interval():
+    """Roles, methods and iterations; the same draws for all, against a loop."""
+    errors = np.random.default_rng(1).uniform(0, 8, (4, K))
+    records = pd.concat(
+        attacked(errors * scale, method, iteration, targeted=[0, 5])
+        for method, iteration, scale in (("I-FGSM", 0, 1), ("I-FGSM", 5, 2), ("ATI-FGSM", 0, 1), ("ATI-FGSM", 5, 0.5))
+    )
+    table = summarize_with_confidence(records, draws=50)
+    pd.testing.assert_frame_equal(table[list(summarize_attack(records))], summarize_attack(records))
+    row = table.query("role == 'targeted' and method == 'ATI-FGSM' and iteration == 5").iloc[0]
+    drawn = 0.5 * errors[:, [0, 5]][resample(4, 50)].reshape(50, -1)
+    for name, values in (
+        ("mre_mm", drawn.mean(1)),
+        ("median_mm", np.median(drawn, axis=1)),
+        ("within_4mm_%", 100 * (drawn <= 4).mean(1)),
+    ):
+        ends = row[[f"{name}_low", f"{name}_high"]].tolist()
+        assert ends == pytest.approx(np.percentile(values, [2.5, 97.5])), name
+
+
+# --- differences and correlations ------------------------------------------------------------------------------------
+
+
+def test_differences_are_paired_by_image():
+    """Images that differ by far more than the methods do: each still differs by 1 mm."""
+    errors = np.random.default_rng(0).uniform(5, 50, (30, 1))
+    errors[:2] = 4.5
+    row = paired_difference(attacked(errors - 1), attacked(errors[:25]))
+    assert row["images"] == 25
+    assert [row["mre_mm"], row["mre_mm_low"], row["mre_mm_high"]] == pytest.approx([-1, -1, -1])
+    assert row["within_4mm_points"] == pytest.approx(100 * 2 / 25)
+
+
+@pytest.mark.parametrize(
+    "low, high, images, words",
+    [
+        (1, 2, ENOUGH - 1, "pilot, n = 19"),
+        (1, 2, ENOUGH, "higher"),
+        (-2, -1, ENOUGH, "lower"),
+        (-1, 2, ENOUGH, "interval contains 0"),
+        (0, 2, ENOUGH, "interval contains 0"),
+    ],
+)
+def test_what_an_interval_supports(low, high, images, words):
+    assert verdict(low, high, images) == words
+
+
+def test_permutations_against_all_of_them():
+    x, y = np.array([1.0, 2, 4, 8, 16]), np.array([1.0, 3, 2, 5, 4])
+    r = abs(correlation(x, y))
+    exact = np.mean([abs(correlation(x, np.array(p))) >= r - 1e-12 for p in itertools.permutations(y)])
+    assert permutation_p(x, y) == pytest.approx(exact, abs=0.01)
+    assert np.isnan(permutation_p(x, np.ones(5)))
+    assert permutation_p(x, x) == pytest.approx(1 / 120, abs=0.004)  # no other order is as good
+
+
+def test_a_correlation_by_a_third_variable_vanishes_when_that_is_constant():
+    rng = np.random.default_rng(0)
+    way = rng.normal(size=5000)
+    near, error = way + rng.normal(size=5000), way + rng.normal(size=5000)  # related by way only
+    assert correlation(near, error) == pytest.approx(0.5, abs=0.05)
+    assert partial_correlation(near, error, way) == pytest.approx(0, abs=0.05)
+    image = np.arange(5000) % 37  # images with different numbers of rows
+    rows = pd.DataFrame({"image": image, "near": near, "error": error, "way": way})
+    value, low, high = correlation_interval(rows, "near", "error")
+    assert value == correlation(*rows.sort_values("image", kind="stable")[["near", "error"]].to_numpy().T)
+    assert low < 0.5 < high and high - low < 0.1
+    value, low, high = correlation_interval(rows, "near", "error", "way")
+    assert low < 0 < high and high - low < 0.1
