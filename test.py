@@ -161,14 +161,19 @@ def main(argv=None):
     distributed.start()
     with distributed.guard() as same:  # prepare: nothing is written before all processes have the same
         device = command.find_device(args.device)
-        model, found = load_detector(args.tag, args.iteration, args.precision, device)
-        data = load_data(args, found["size"], model, device)
-        others = [load_other(tag, args, device) for tag in args.transfer or []]
+        run = run_folder(args.tag)
+        epoch, checkpoint = find_checkpoint(run, args.iteration)
+        data = load_data(args, run)
+        model = load_detector(run, checkpoint, args.precision, device)
+        others = [load_other(run_folder(tag), args, device) for tag in args.transfer or []]
+        if args.image:
+            data.reference_px0 = to_px0(predict_here(model, data.images, args, device), data)
         targets = (
             choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm) if args.attack else None
         )
-        out = output_folder(args, found["iteration"])
-        config = vars(args) | found | fingerprints(args, data, targets)
+        out = Path(args.rand) if args.rand else run / default_name(args, epoch)
+        config = vars(args) | {"iteration": epoch, "size": list(data.images.shape[-2:])}
+        config |= fingerprints(args, checkpoint, data, targets)
         check_output(out, config, parser.defaults())
         same |= {"configuration": config}
     if args.compile:
@@ -198,15 +203,29 @@ def main(argv=None):
 # --- preparation -----------------------------------------------------------------------------------------------------
 
 
-def load_detector(tag, epoch, precision, device):
-    """The frozen network of a checkpoint, and what the configuration says of it: iteration, size, SHA-256."""
-    run = run_folder(tag)
-    epoch, checkpoint = find_checkpoint(run, epoch)
-    size, encoder_batch_norm = read_architecture(run / "config.json")
-    model = UNet(len(LANDMARKS), encoder_batch_norm=encoder_batch_norm)
+def load_data(args, run):
+    """The images to test or attack, at the input size of a run."""
+    size, _ = read_architecture(run / "config.json")
+    options = {"mm_per_px": args.mm_per_px, "progress": command.loading_bar}
+    if args.image:
+        return Cephalograms.from_files(args.image, size, **options)
+    return Cephalograms(args.data, args.split, size, args.limit, args.images, unusual=args.unusual, **options)
+
+
+def load_detector(run, checkpoint, precision, device):
+    """The frozen network of a checkpoint."""
+    _, encoder_batch_norm = read_architecture(run / "config.json")
+    with torch.device("meta"):  # no initial weights: the checkpoint has them all
+        model = UNet(len(LANDMARKS), encoder_batch_norm=encoder_batch_norm)
+    model.to_empty(device="cpu")
     load_weights(model, checkpoint)
-    freeze(place(model, device, precision))
-    return model, {"iteration": epoch, "size": size, "checkpoint_sha256": sha256(checkpoint)}
+    return freeze(place(model, device, precision))
+
+
+def load_other(run, args, device):
+    """Another detector, its newest checkpoint, as (name, model, the images at its size)."""
+    _, checkpoint = find_checkpoint(run)
+    return run.name, load_detector(run, checkpoint, args.precision, device), load_data(args, run)
 
 
 def read_architecture(path):
@@ -220,33 +239,20 @@ def read_architecture(path):
     return tuple(size), encoder_batch_norm
 
 
-def load_data(args, size, model, device):
-    """The split, or own images: those have no ground truth, so an attack refers to their clean predictions."""
-    options = {"mm_per_px": args.mm_per_px, "progress": command.loading_bar}
-    if not args.image:
-        return Cephalograms(args.data, args.split, size, args.limit, args.images, unusual=args.unusual, **options)
-    data = Cephalograms.from_files(args.image, size, **options)
-    batches = in_batches(list(range(len(data))), args.batch_size)
-    found = [points for _, points in predict_batches(model, data.images, batches, device, args.subpixel)]
-    data.reference_px0 = to_px0(torch.cat(found).cpu(), data)
-    return data
+def predict_here(model, images, args, device):
+    """Landmarks (N, K, 2) px on the CPU, predicted by this process alone."""
+    batches = in_batches(list(range(len(images))), args.batch_size)
+    return torch.cat([found.cpu() for _, found in predict_batches(model, images, batches, device, args.subpixel)])
 
 
-def load_other(tag, args, device):
-    """Another detector, its newest checkpoint, as (tag, model, the images at its size)."""
-    model, found = load_detector(tag, None, args.precision, device)
-    return tag, model, load_data(args, found["size"], model, device)
-
-
-def output_folder(args, epoch):
+def default_name(args, epoch):
     what = "attack" if args.attack else "read_back" if args.adversarial else "test"
-    split = "image" if args.image else args.split
-    return Path(args.rand) if args.rand else run_folder(args.tag) / f"{what}_{split}_{epoch}"
+    return f"{what}_{'image' if args.image else args.split}_{epoch}"
 
 
-def fingerprints(args, data, targets):
+def fingerprints(args, checkpoint, data, targets):
     """SHA-256 of what the results depend on besides the arguments."""
-    found = {"data_sha256": data.sha256}
+    found = {"checkpoint_sha256": sha256(checkpoint), "data_sha256": data.sha256}
     if targets is not None:
         found["targets_sha256"] = hashlib.sha256(targets.numpy().tobytes()).hexdigest()
     if args.adversarial:

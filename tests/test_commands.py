@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TRAIN, Code, K, assert_refused, write_kaggle
+from conftest import ROOT, TRAIN, Code, K, assert_refused
 from PIL import Image
 
 import eval
@@ -413,27 +413,17 @@ def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
 
+# more inputs: tests/test_inputs.py
 BAD_DATA = {
     "no folder": (lambda data: data.rename(data.with_name("elsewhere")), "no such folder"),
     "no layout": (lambda data: (data / "RawImage").rename(data / "Raw"), "looked for RawImage/"),
     "no doctors": (lambda data: (data / "AnnotationsByMD").rename(data / "A"), "400_senior/ and 400_junior/"),
-    "no such split": (
-        lambda data: [image(data, id).unlink() for id in ("151", "152", "153")],
-        "no images in RawImage/Test1Data",
-    ),
     "image without annotation": (lambda data: annotation(data).unlink(), "400_senior/152.txt is missing"),
     "image without a junior's": (lambda data: annotation(data, doctor="400_junior").unlink(), "400_junior/152.txt is"),
-    "annotation without image": (lambda data: image(data).unlink(), "400_senior/152.txt: its image is missing"),
     "image twice": (lambda data: Image.new("L", (9, 9)).save(image(data).with_suffix(".png")), "of the same name"),
-    "truncated image": (lambda data: cut(image(data), 30000), "152.bmp: not a readable image"),
     "empty image": (lambda data: cut(image(data), 0), "152.bmp: not a readable image"),
-    "not x,y": (lambda data: replace_line(annotation(data), 7, "12 34"), "152.txt: line 7: '12 34' is not x,y"),
-    "three numbers": (lambda data: replace_line(annotation(data), 7, "1,2,3"), "line 7: '1,2,3' is not x,y"),
-    "not a number": (lambda data: replace_line(annotation(data), 1, "nan,3"), "line 1: (nan, 3) lies outside"),
-    "too few lines": (lambda data: annotation(data).write_text("1,2\n3,4\n"), "152.txt: 2 lines"),
     "binary annotation": (lambda data: annotation(data).write_bytes(b"\xff\xfe\x00"), "not a readable text file"),
-    "outside the image": (lambda data: replace_line(annotation(data), 19, "240,10"), "line 19: (240, 10) lies outside"),
-    "negative": (lambda data: replace_line(annotation(data), 19, "10,-1"), "line 19: (10, -1) lies outside"),
+    "not marked": (lambda data: replace_line(annotation(data), 7, "0,0"), "line 7: '0,0': pogonion is not marked"),
 }
 
 
@@ -444,70 +434,33 @@ def test_help(command, run):
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
-@pytest.mark.parametrize("command", ["train.py", "test.py"])
-def test_bad_data(case, command, data, here, run):
+def test_bad_data(case, data, here, run):
     spoil, message = BAD_DATA[case]
     spoil(data)
-    if command == "test.py":
-        result = run("test.py", "--tag", "small", "--data", data, "--split", "test1", "--rand", "bad")
-    elif case == "no such split":  # then training has only test2 to monitor
-        pytest.skip("no error in training")
-    else:
-        result = run(*TRAIN[:1], "--tag", "bad", *TRAIN[3:], "--data", data)
-    assert_refused(result, message, here / "runs" / "bad", here / "bad")
-
-
-def spoil_kaggle(root, old, new):
-    table = root / "test1_senior.csv"
-    assert old in table.read_text()
-    table.write_text(table.read_text().replace(old, new, 1))
-
-
-BAD_KAGGLE = {
-    "no image": (lambda root: (root / "cepha400" / "152.png").unlink(), "the image 152 of its list is missing"),
-    "no row": (lambda root: spoil_kaggle(root, "152.png", "151.png"), "line 4: a second row of image 151"),
-    "an image in no list, a table missing": (
-        lambda root: [
-            (root / "test2_senior.csv").unlink(),
-            Image.new("L", (9, 9)).save(root / "cepha400" / "199.png"),
-        ],
-        "199.png: no row in train_senior.csv, test1_senior.csv",
-    ),
-    "an image in no list": (lambda root: Image.new("L", (9, 9)).save(root / "cepha400" / "400.png"), "400.png: no row"),
-    "header": (lambda root: spoil_kaggle(root, "1_x", "x1"), "the header should be image_path,1_x"),
-    "a field less": (lambda root: spoil_kaggle(root, "152.png,", "152.png"), "38 fields, 39 needed"),
-    "no number": (lambda root: spoil_kaggle(root, "152.png,", "152.png,a"), "image 152, landmark 1: 'a"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_KAGGLE)
-def test_bad_kaggle_data(case, drawn, tmp_path, here, run):
-    write_kaggle(tmp_path / "data", drawn)
-    spoil, message = BAD_KAGGLE[case]
-    spoil(tmp_path / "data")
-    result = run("test.py", "--tag", "small", "--data", tmp_path / "data", "--split", "test1", "--rand", "bad")
+    result = run("test.py", "--tag", "small", "--data", data, "--split", "test1", "--rand", "bad")
     assert_refused(result, message, here / "bad")
 
 
-BAD_TARGETS = {
-    "outside": ("landmark,x,y\n3,10,300\n", "target (10, 300) of landmark 3 lies outside image 151 of 240 x 300 px"),
-    "no such landmark": ("landmark,x,y\n20,10,10\n", "line 2: there is no landmark '20', only 1 to 19"),
-    "landmark zero": ("landmark,x,y\n1,1,1\n0,10,10\n", "line 3: there is no landmark '0'"),
-    "not a number": ("landmark,x,y\n3,ten,10\n", "line 2: 'ten,10' is not x,y"),
-    "infinite": ("landmark,x,y\n3,inf,10\n", "line 2: 'inf,10' is no place"),
-    "a field less": ("landmark,x,y\n3,10\n", "line 2: 2 fields, 3 needed"),
-    "a field more": ("landmark,x,y\n3,10,10,10\n", "line 2: 4 fields, 3 needed"),
-    "an empty field": ("landmark,x,y\n3,10,\n", "line 2: '10,' is not x,y"),
-    "twice": ("landmark,x,y\n3,1,1\n3,2,2\n", "line 3: landmark 3 has a target already"),
-    "no header": ("3,10,10\n", "the header should be landmark,x,y"),
-    "no row": ("landmark,x,y\n", "no target"),
-    "empty": ("", "the header should be landmark,x,y"),
-}
+@pytest.mark.parametrize("split, message", [("train", "002.txt: line 7"), ("test1", "152.txt: line 7")])
+def test_bad_training_data(split, message, data, here, run):
+    replace_line(annotation(data, {"train": "002", "test1": "152"}[split]), 7, "1,2,3")
+    assert_refused(run(*TRAIN[:1], "--tag", "bad", *TRAIN[3:], "--data", data), message, here / "runs" / "bad")
 
 
-@pytest.mark.parametrize("case", BAD_TARGETS)
-def test_bad_targets(case, official, tmp_path, here, run):
-    text, message = BAD_TARGETS[case]
+def test_a_split_that_is_empty(data, here, run):
+    shutil.rmtree(data / "RawImage" / "Test1Data")
+    result = run("test.py", "--tag", "small", "--data", data, "--split", "test1", "--rand", "bad")
+    assert_refused(result, "no images in RawImage/Test1Data", here / "bad")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("landmark,x,y\n3,10,300\n", "target (10, 300) of landmark 3 lies outside image 151 of 240 x 300 px"),
+        ("landmark,x,y\n20,10,10\n", "line 2: there is no landmark '20', only 1 to 19"),
+    ],
+)
+def test_bad_targets(text, message, official, tmp_path, here, run):
     (tmp_path / "targets.csv").write_text(text)
     arguments = ["--attack", 0, "--targets", tmp_path / "targets.csv", "--rand", "bad", "--split", "test1"]
     result = run("test.py", "--tag", "small", "--data", official, *arguments)
@@ -564,8 +517,10 @@ BAD_TRAINING = {
     "size": (["--size", 31, 64], "--size: at least 32 32"),
     "epochs": (["--epochs", 0], "--epochs"),
     "learning rate": (["--lr", -1], "--lr"),
-    "fewer epochs": (["--tag", "small", "--resume", "--epochs", 2], "was begun with --epochs 3"),
-    "no tag to resume": (["--resume"], "--resume: needs the --tag"),
+    "fewer epochs": (
+        ["--tag", "small", "--resume", "--epochs", 2, "--checkpoint-every", 2],
+        "was begun with --epochs 3",
+    ),
     "used tag": (["--tag", "small"], "this --tag is in use; add --resume"),
     "another configuration": (["--tag", "small", "--resume", "--batch-size", 1], "batch_size was 2, now it is 1"),
     "encoder file": (["--encoder-weights", "nowhere.pth"], "nowhere.pth: no such file"),
@@ -583,6 +538,10 @@ def test_bad_training_arguments(case, official, here, run):
     before = sorted(here.rglob("*"))
     assert_refused(run(TRAIN[0], "--tag", "bad", *TRAIN[3:], "--data", official, *arguments), message)
     assert sorted(here.rglob("*")) == before
+
+
+def test_resuming_needs_a_tag(official, run):
+    assert_refused(run("train.py", *TRAIN[3:], "--data", official, "--resume"), "--resume: needs the --tag")
 
 
 @pytest.mark.parametrize("kind", ["truncated", "code"])

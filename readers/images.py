@@ -1,0 +1,115 @@
+"""Image files as 8-bit arrays, upright, on black where they are transparent, resized."""
+
+import os
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from support.errors import InputError
+
+SUFFIXES = (".bmp", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
+UNSUPPORTED = (
+    *(".dcm", ".dicom", ".ima", ".nii", ".nrrd", ".mha", ".mhd", ".raw", ".npy", ".pdf", ".svg", ".psd"),
+    *(".webp", ".jp2", ".j2k", ".jpx", ".gif", ".heic", ".heif", ".avif", ".jxl", ".jfif", ".tga", ".pgm", ".ppm"),
+)
+DEPTHS = (8, 10, 12, 14, 16)  # bits of a grey pixel, of which the fewest that hold an image's largest value count
+WHITE_IS_ZERO = 0  # value of the TIFF tag
+PHOTOMETRIC = 262  # number of the TIFF tag
+
+
+def cores():
+    """How many of this machine's cores are this process's own."""
+    return max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun sets it
+
+
+def read_images(files, size, mode="L", progress=None, description="loading"):
+    """Read images on all cores, see ``read_image``.
+
+    Args:
+        progress: wraps the iteration over the images, like tqdm: progress(iterable, total=N, desc=description).
+
+    Returns:
+        (N, H, W) or (N, H, W, 3) uint8, and a list of N (H0, W0).
+    """
+    images = torch.empty(len(files), *size, *((3,) if mode == "RGB" else ()), dtype=torch.uint8)
+
+    def load(i):
+        images.numpy()[i], size0 = read_image(files[i], size, mode)
+        return size0
+
+    with ThreadPoolExecutor(cores()) as pool:  # Pillow decodes and resizes outside the interpreter's lock
+        loaded = pool.map(load, range(len(files)))
+        return images, list(progress(loaded, total=len(files), desc=description) if progress else loaded)
+
+
+def read_image(path, size, mode="L"):
+    """Decode an image, turn it as its EXIF orientation says, and resize it, bilinearly.
+
+    Args:
+        path: file.
+        size: (H, W) px, or None: as it is.
+        mode: "L": as grey, "RGB": in colour.
+
+    Returns:
+        (H, W) or (H, W, 3) uint8, and (H0, W0) px0.
+
+    Raises:
+        InputError: of another suffix, unreadable, or of more than 16 bits.
+    """
+    check_suffix(path)
+    try:
+        # by a file object: of uncompressed TIFFs opened by name, Pillow 11 to 13 scrambles those that have to be turned
+        with open(path, "rb") as file, Image.open(file) as image:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith(("I", "F")):
+                image = to_8_bits(image, path)
+            elif "A" in image.getbands() or "transparency" in image.info:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+            image = image.convert(mode)
+        resized = image if size is None else image.resize(size[::-1], Image.Resampling.BILINEAR)
+        return np.asarray(resized), (image.height, image.width)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    # all that Pillow raises for damaged files
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a readable image, or a truncated one ({error})") from None
+
+
+def read_size(path):
+    """(H0, W0) of an image file as its header says, not turned.
+
+    Raises:
+        InputError: not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except OSError as error:
+        raise InputError(f"{path}: not a readable image ({error})") from None
+
+
+def to_8_bits(image, path):
+    """A grey image of 16 bits as one of 8: 0 stays 0, and the full scale of its depth, see ``DEPTHS``, becomes 255."""
+    values = np.asarray(image)
+    if image.mode.startswith("F") or values.min() < 0 or values.max() >= 2 ** max(DEPTHS):
+        raise InputError(f"{path}: grey values that are not of 16 bits; convert it to 8 or 16 bits")
+    full = next(2**depth - 1 for depth in DEPTHS if values.max() < 2**depth)
+    levels = np.rint(values * (255 / full)).astype(np.uint8)
+    if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow inverts those of 8 bits only
+        levels = 255 - levels
+    return Image.fromarray(levels)
+
+
+def check_suffix(path):
+    """Raise InputError unless the file's suffix is one of those that are read."""
+    suffix = Path(path).suffix
+    if suffix.lower() not in SUFFIXES:
+        raise InputError(
+            f"{path}: {suffix or 'an image without suffix'} is not supported; convert it to one of "
+            f"{', '.join(supported[1:] for supported in SUFFIXES)}"
+        )

@@ -1,0 +1,254 @@
+"""Where images and annotations lie, in the three layouts in which people have the data.
+
+official   RawImage/{TrainingData,Test1Data,Test2Data}/NNN.bmp, AnnotationsByMD/{400_senior,400_junior}/NNN.txt
+2020       the same images, with 400_senior/ and 400_junior/ beside RawImage/
+kaggle     cepha400/NNN.jpg with {train,test1,test2}_senior.csv (senior doctor only)
+
+RawImage/RawImage/, AnnotationsByMD/AnnotationsByMD/ and cepha400/cepha400/ are found too, and one doctor is enough.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from readers.images import SUFFIXES, UNSUPPORTED, check_suffix, read_size
+from readers.points import read_kaggle
+from support.errors import InputError
+
+FOLDERS = {"train": "TrainingData", "test1": "Test1Data", "test2": "Test2Data"}
+IDS = {"train": range(1, 151), "test1": range(151, 301), "test2": range(301, 401)}  # of the official 400 images
+SPLITS = ("train", "test1", "test2", "test")
+SIZE0 = (2400, 1935)  # (H0, W0) of those
+DOCTORS = ("400_senior", "400_junior")
+NO_IMAGE = (".txt", ".csv", ".json", ".xml", ".md")  # suffixes of files that may lie beside an image
+
+
+class Entry(NamedTuple):
+    """One image of a split: its id, its file, and where its landmarks stand.
+
+    annotations: for each doctor a file, or (table, line number, numbers as text).
+    """
+
+    id: str
+    image: Path
+    annotations: tuple
+
+
+class Contents(NamedTuple):
+    """What a folder holds of train, test1 and test2, the parts."""
+
+    places: dict  # {part: name of its folder or table}
+    images: dict  # {part: {id: file}}
+    annotations: dict  # {part: {id: as in Entry}}
+    unused: list  # (part, id) of official images that have an annotation only
+
+
+def available_splits(root):
+    """The splits among train, test1 and test2 that the folder holds."""
+    images = contents(root).images
+    return [part for part in FOLDERS if images[part]]
+
+
+def index(root, split):
+    """The entries of a split, in order of id.
+
+    Raises:
+        InputError: no such folder, none of the layouts, images and annotations do not match, or an image is both in the
+            training and in a test split.
+    """
+    return entries_of(root, contents(root), split)
+
+
+def entries_of(root, found, split):
+    """``index`` with the folder's Contents."""
+    parts = parts_of(split)
+    if not any(found.images[part] for part in parts):
+        raise InputError(f"{root}: no images in {' or '.join(found.places[part] for part in parts)}")
+    for part in parts:
+        for other in FOLDERS:
+            if (other in parts and other != part) or (part == "train") != (other == "train"):
+                check_disjoint_parts(root, found, part, other)
+    entries = []
+    for part in parts:
+        for id, image in found.images[part].items():
+            annotations = found.annotations[part][id]
+            for annotation in annotations:
+                if isinstance(annotation, Path) and not annotation.is_file():
+                    raise InputError(
+                        f"{image}: its annotation {annotation} is missing; add it or remove the image "
+                        "(test.py --image needs none)"
+                    )
+            entries.append(Entry(id, image, annotations))
+    return entries
+
+
+def parts_of(split):
+    return ("test1", "test2") if split == "test" else (split,)
+
+
+def check_disjoint_parts(root, found, part, other):
+    """Raise InputError if both parts have an image: by its id, or, between train and test, a file of the same bytes."""
+    one, two = found.images[part], found.images[other]
+    places = f"{found.places[part]} and {found.places[other]}"
+    if common := sorted(one.keys() & two.keys()):
+        raise InputError(f"{root}: the id {common[0]} is in {places}; remove one")
+    if "train" in (part, other):
+        for pair in find_copies(one.values(), two.values()):
+            if not is_official_repetition([file.stem for file in pair], [read_size(file) for file in pair]):
+                names = " and ".join(file.name for file in pair)
+                raise InputError(f"{root}: {names} in {places} are the same image; remove one")
+
+
+def is_official_repetition(ids, sizes):
+    """Whether two equal images may be a radiograph that the ISBI 2015 data itself has under two ids.
+
+    Args:
+        ids: of the two.
+        sizes: their (H0, W0).
+    """
+    one, two = map(official_part, ids)
+    return None not in (one, two) and one != two and all(tuple(size) == SIZE0 for size in sizes)
+
+
+def find_copies(files, others):
+    """All pairs of a file and another one with the same bytes.
+
+    Few files are read: those of the same size and the same 4 KiB in the middle.
+    """
+    files, others = list(files), list(others)
+    try:
+        sizes = {file: file.stat().st_size for file in files + others}
+        common = {sizes[file] for file in files} & {sizes[other] for other in others}
+        candidates = {}
+        for other in others:
+            if sizes[other] in common:
+                candidates.setdefault(read_middle(other, sizes[other]), []).append(other)
+        return [
+            (file, other)
+            for file in files
+            if sizes[file] in common
+            for other in candidates.get(read_middle(file, sizes[file]), [])
+            if file.read_bytes() == other.read_bytes()
+        ]
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
+
+
+def read_middle(file, size):
+    with open(file, "rb") as stream:
+        stream.seek(max(0, size // 2 - 2048))
+        return size, stream.read(4096)
+
+
+# --- finding the files -----------------------------------------------------------------------------------------------
+
+
+def contents(root):
+    """The Contents of a folder.
+
+    Raises:
+        InputError: no such folder, none of the layouts, or an annotation without image that is not of an official one.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; --data names the folder with the ISBI 2015 data")
+    doctors = [find_folder(*(parent / doctor for parent in parents(root))) for doctor in DOCTORS]
+    doctors = [doctor for doctor in doctors if doctor]
+    raw = find_folder(*nested(root, "RawImage"))
+    cepha = find_folder(*(folder for folder in nested(root, "cepha400") if list_images(folder)))
+    tables = {part: root / f"{part}_senior.csv" for part in FOLDERS if (root / f"{part}_senior.csv").is_file()}
+    if raw and doctors:
+        return contents_of_folders(raw, doctors)
+    if cepha and tables:
+        return contents_of_tables(cepha, tables)
+    raise InputError(
+        f"{root}: not the ISBI 2015 data: looked for RawImage/ with 400_senior/ and 400_junior/ (or one of them) in "
+        "AnnotationsByMD/ or beside it, and for cepha400/ with images and {train,test1,test2}_senior.csv beside it"
+    )
+
+
+def contents_of_folders(raw, doctors):
+    """The Contents of the official and the 2020 layout."""
+    marked = [list_files(doctor, (".txt",)) for doctor in doctors]
+    known = {id for files in marked for id in files}
+    images = {part: list_images(raw / folder, known) for part, folder in FOLDERS.items()}
+    ids = {id for part in images.values() for id in part}
+    unused = {}
+    for files in marked:
+        for id in files.keys() - ids:
+            part = official_part(id)
+            if part is None:
+                raise InputError(f"{files[id]}: its image is missing in {raw}; add it or remove the annotation")
+            unused[id] = part
+
+    def annotations_of(id):
+        return tuple(files.get(id, folder / f"{id}.txt") for folder, files in zip(doctors, marked, strict=True))
+
+    annotations = {part: {id: annotations_of(id) for id in images[part]} for part in FOLDERS}
+    places = {part: f"{raw.name}/{folder}" for part, folder in FOLDERS.items()}
+    return Contents(places, images, annotations, [(part, id) for id, part in sorted(unused.items()) if images[part]])
+
+
+def contents_of_tables(folder, tables):
+    """The Contents of the Kaggle layout; every image needs a row, but official images of a table that is not there."""
+    images = list_images(folder)
+    rows = {part: read_kaggle(table) for part, table in tables.items()}
+    absent = FOLDERS.keys() - tables.keys()
+    for id in sorted(images.keys() - set().union(*rows.values())):
+        if official_part(id) not in absent:
+            raise InputError(f"{images[id]}: no row in {', '.join(table.name for table in tables.values())}; add it")
+    unused = [(part, id) for part in rows for id in rows[part].keys() - images.keys()]
+    for part, id in sorted(unused):
+        if official_part(id) is None:
+            raise InputError(f"{tables[part]}: the image {id} of its list is missing in {folder}")
+    places = {part: f"{part}_senior.csv" for part in FOLDERS}
+    listed = {part: {id: images[id] for id in sorted(rows.get(part, ())) if id in images} for part in FOLDERS}
+    annotations = {part: {id: (row,) for id, row in rows[part].items()} for part in rows}
+    return Contents(places, listed, annotations, [(part, id) for part, id in sorted(unused) if listed[part]])
+
+
+def official_part(id):
+    """Which of train, test1 and test2 has this id among the official 400 images, or None."""
+    number = int(id) if re.fullmatch("[0-9]{3}", id) else 0
+    return next((part for part, numbers in IDS.items() if number in numbers), None)
+
+
+def nested(root, name):
+    """Where a folder may lie: archives that were unpacked into a folder of their name hold it twice."""
+    return root / name / name, root / name
+
+
+def parents(root):
+    """Where the doctors' annotations may lie: in the official and in the 2020 layout."""
+    return *nested(root, "AnnotationsByMD"), root
+
+
+def find_folder(*places):
+    """The first of the places that is a folder, or None."""
+    return next((place for place in places if place.is_dir()), None)
+
+
+def list_files(folder, suffixes):
+    """The files of a folder that have one of the suffixes, by id: {} where there is no such folder."""
+    by_id = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if file.suffix.lower() in suffixes and not file.name.startswith("."):
+            if file.stem in by_id:
+                raise InputError(f"{file}: a second file of the same name lies beside it; remove one")
+            by_id[file.stem] = file
+    return by_id
+
+
+def list_images(folder, annotated=()):
+    """The image files of a folder by id.
+
+    Raises:
+        InputError: an image that is not supported, and not there in another format, too.
+    """
+    images = list_files(folder, SUFFIXES)
+    for file in sorted(folder.iterdir()) if folder.is_dir() else []:
+        suffix = file.suffix.lower()
+        image = suffix in UNSUPPORTED or (file.stem in annotated and suffix not in NO_IMAGE)
+        if image and file.stem not in images and not file.name.startswith("."):
+            check_suffix(file)
+    return images

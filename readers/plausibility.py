@@ -1,0 +1,143 @@
+"""Whether annotations can be true: checks of all images that are read, whose bounds real data keep with a wide margin.
+
+All distances are relative, so that neither the images' size nor their spacing matters. Bounds, and what the 300 images
+of Train and Test1 reach:
+
+doctors      apart in one landmark by 0.3 of the diagonal of the landmarks' box (0.16); in the mean over an image's
+             landmarks by 0.05 (0.030); in the mean over 5 images or more by 0.035 (0.017)
+extent       landmarks span less than 0.2 of the image in both axes (0.41 or more in x), or all of them lie in its upper
+             left quarter (they reach 0.71 in x and 0.75 in y)
+mean shape   after the alignment of ``align``, residuals are relative to the landmarks' root-mean-square distance from
+             their centre: a head is what has a median below 0.35 (0.17; as a mirror image 0.65 or more); of a head, one
+             landmark is off by more than 0.75 (0.30); the same places in another order: ``is_permuted``
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from readers.points import LANDMARKS
+from support.errors import InputError
+
+SHAPE = Path(__file__).resolve().parent.parent / "assets" / "shape_model.json"
+DOCTORS_LANDMARK, DOCTORS_IMAGE, DOCTORS_SPLIT = 0.3, 0.05, 0.035
+EXTENT = 0.2
+HEAD = 0.35
+OUTLIER = 0.75
+SAME_PLACES, OTHER_ORDER = 0.25, 0.5
+TURNS = {  # (mirrored, quarter turns from the mean shape, clockwise): what is wrong
+    (False, 1): "the head is turned by 90 degrees clockwise",
+    (False, 2): "the head is upside down",
+    (False, 3): "the head is turned by 90 degrees counterclockwise",
+    (True, 1): "the head is mirrored and turned by 90 degrees",
+    (True, 2): "y seems to count upwards; it counts downwards from the top",
+    (True, 3): "x and y seem to be swapped; a line is x,y",
+}
+
+
+def check(entries, doctors, sizes):
+    """Raise InputError if the annotations of a split are not plausible; the message names the first such image.
+
+    Args:
+        entries: N layouts.Entry.
+        doctors: (N, D, K, 2) float64 x, y in px0.
+        sizes: N (H0, W0).
+    """
+    points = doctors.mean(1)
+
+    def refuse(bad, reason):
+        """Raise InputError if any of (N,) bool is true. ``reason``: text, or a function of the image's index."""
+        if bad.any():
+            i = int(bad.argmax())
+            annotation = entries[i].annotations[0]
+            where = f"{annotation[0]}: line {annotation[1]}" if isinstance(annotation, tuple) else annotation
+            raise InputError(
+                f"{where}: {reason(i) if callable(reason) else reason} ({bad.sum()} of {len(bad)} images); correct it, "
+                "or add --unusual if the data is right (docs/data.md)"
+            )
+
+    if doctors.shape[1] > 1:
+        check_doctors(doctors, refuse)
+    check_extent(points, np.array(sizes), refuse)
+    check_shape(points, refuse)
+
+
+def named(k):
+    return f"{k + 1} ({LANDMARKS[k]})"
+
+
+def check_doctors(doctors, refuse):
+    """Refuse annotations of two doctors that are not of the same landmarks of the same image."""
+    box = np.hypot(*np.ptp(doctors.mean(1), axis=1).T)
+    distance = np.hypot(*np.moveaxis(doctors[:, 0] - doctors[:, 1], -1, 0))  # (N, K)
+    apart, worst = distance / np.maximum(box, 1)[:, None], distance.argmax(1)
+    refuse(
+        apart.max(1) > DOCTORS_LANDMARK,
+        lambda i: f"the doctors are {distance[i].max():.0f} px apart in landmark {named(worst[i])}",
+    )
+    mean = apart.mean(1)
+    refuse(mean > DOCTORS_IMAGE, "the doctors are far apart in all landmarks: another order, or another image")
+    if len(mean) >= 5 and mean.mean() > DOCTORS_SPLIT:
+        refuse(mean > DOCTORS_SPLIT, "the doctors are far apart in most images: other images, or another order")
+
+
+def check_extent(points, sizes, refuse):
+    """Refuse positions that are not in pixels of these images."""
+    relative = points / sizes[:, None, ::-1]
+    units = "are they pixels of this image (not mm, not 0 to 1, not of a smaller copy)?"
+    refuse((points <= 1).all((1, 2)), f"all landmarks lie within 0 to 1; {units}")
+    refuse((np.ptp(relative, axis=1) < EXTENT).all(1), f"all landmarks lie in a small part of the image; {units}")
+    refuse((relative < 0.5).all((1, 2)), f"all landmarks lie in the upper left quarter of the image; {units}")
+
+
+def check_shape(points, refuse):
+    """Refuse heads that are turned or have a landmark far off, and the landmarks of a head in another order."""
+    shape = np.array(json.loads(SHAPE.read_text(encoding="utf-8"))["mean"]) @ (1, 1j)
+    places = points @ np.array((1, 1j))
+    residuals, turns = zip(*(align(places, mean) for mean in (shape, -shape.conj())), strict=True)
+    medians = np.median(residuals, axis=2)  # (2, N): facing right as the mean shape, mirrored
+    mirrored, image = medians.argmin(0), np.arange(len(points))
+    is_head, turn = medians.min(0) < HEAD, np.array(turns)[mirrored, image]
+    refuse(is_head & (turn != 0), lambda i: TURNS[bool(mirrored[i]), int(turn[i])])
+    residual = np.array(residuals)[mirrored, image]
+    worst = residual.argmax(1)
+    refuse(
+        is_head & (residual.max(1) > OUTLIER),
+        lambda i: f"landmark {named(worst[i])} is far from where the others leave it",
+    )
+    refuse(~is_head & is_permuted(places, shape), "the landmarks of a head, but not in the order of ISBI 2015")
+
+
+def align(places, mean, iterations=20):
+    """Align the mean shape with landmarks by a rotation, scale and shift that minimise the sum of the distances.
+
+    Few landmarks that are far off hardly matter, unlike for least squares.
+
+    Args:
+        places: (N, K) complex x + iy in px0.
+        mean: (K,) complex.
+
+    Returns:
+        (N, K) distances relative to the root-mean-square distance from the centre, and (N,) int quarter turns.
+    """
+    weight = np.ones(places.shape)
+    for _ in range(iterations):  # reweighted least squares
+        weight /= weight.sum(1, keepdims=True)
+        centred = places - (weight * places).sum(1, keepdims=True)
+        model = mean - weight @ mean[:, None]
+        factor = (weight * centred * model.conj()).sum(1) / (weight * abs(model) ** 2).sum(1)
+        distance = abs(centred - factor[:, None] * model)
+        weight = 1 / np.maximum(distance, 1e-3 * distance.max(1, keepdims=True) + 1e-9)
+    size = abs(places - places.mean(1, keepdims=True)) ** 2
+    turns = np.round(np.angle(factor) / (np.pi / 2)).astype(int) % 4
+    return distance / np.maximum(np.sqrt(size.mean(1, keepdims=True)), 1e-9), turns
+
+
+def is_permuted(places, mean):
+    """Whether each landmark lies near some of the mean shape and the reverse, but not near its own: (N,) bool."""
+    places, mean = (points - points.mean(-1, keepdims=True) for points in (places, mean))
+    places, mean = (points / np.sqrt((abs(points) ** 2).mean(-1, keepdims=True)) for points in (places, mean))
+    distance = abs(places[:, :, None] - mean)  # (N, K, K)
+    nearest = np.maximum(distance.min(1).mean(1), distance.min(2).mean(1))
+    return (nearest < SAME_PLACES) & (abs(places - mean).mean(1) > OTHER_ORDER)

@@ -1,0 +1,186 @@
+"""Landmarks in text: the doctors' annotations, and files of targets.
+
+x runs to the right and y down from the centre of the top left pixel of the original image (px0).
+"""
+
+import re
+from pathlib import PureWindowsPath
+
+import numpy as np
+
+from readers.tables import number, read_table, read_text
+from support.errors import InputError
+
+LANDMARKS = (
+    "sella",
+    "nasion",
+    "orbitale",
+    "porion",
+    "subspinale (A)",
+    "supramentale (B)",
+    "pogonion",
+    "menton",
+    "gnathion",
+    "gonion",
+    "incision inferius",
+    "incision superius",
+    "upper lip",
+    "lower lip",
+    "subnasale",
+    "soft tissue pogonion",
+    "posterior nasal spine",
+    "anterior nasal spine",
+    "articulare",
+)
+NOT_MARKED = ("", "nan", "na", "n/a", "none", "null", "-")  # as a field of an annotation
+
+
+# --- annotations -----------------------------------------------------------------------------------------------------
+
+
+def read_doctors(entry, size0):
+    """The landmarks of an image as each of D doctors marked them.
+
+    Args:
+        entry: layouts.Entry.
+        size0: (H0, W0) of its image in px0.
+
+    Returns:
+        (D, K, 2) float64 x, y in px0.
+
+    Raises:
+        InputError: unreadable, not K landmarks, not all of them marked, or one outside the image.
+    """
+    doctors = []
+    for source in entry.annotations:
+        if isinstance(source, tuple):  # a row of a Kaggle table
+            path, line, numbers = source
+            pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
+            places = [f"{path}: line {line}: image {entry.id}, landmark {k + 1}" for k in range(len(LANDMARKS))]
+        else:
+            pairs = read_pairs(source)
+            places = [f"{source}: line {k + 1}" for k in range(len(LANDMARKS))]
+        doctors.append([parse_point(k, *pair, size0) for k, pair in enumerate(zip(pairs, places, strict=True))])
+    return np.array(doctors)
+
+
+def read_pairs(path):
+    """The first K lines of an annotation file, each split into its fields.
+
+    Lines that follow are clinical classes, one number each; a pair of numbers among them is one landmark too many.
+    """
+    lines = [split_fields(line) for line in read_text(path).rstrip().splitlines()]
+    further = [fields for fields in lines[len(LANDMARKS) :] if len(fields) == 2 and None not in map(number, fields)]
+    if len(lines) < len(LANDMARKS) or further:
+        count = f"{len(LANDMARKS) + len(further)} landmarks" if further else f"{len(lines)} lines"
+        raise InputError(
+            f"{path}: {count}, the {len(LANDMARKS)} of ISBI 2015 are needed: one line x,y each, in their order "
+            "(docs/data.md)"
+        )
+    return lines[: len(LANDMARKS)]
+
+
+def split_fields(line):
+    """A line ``x,y``, ``x;y`` or ``x y`` as a list of texts."""
+    separator = ";" if ";" in line else "," if "," in line else None
+    return [field.strip() for field in line.split(separator)]
+
+
+def parse_point(k, fields, place, size0):
+    """Two fields as the position of landmark k inside an image of ``size0`` (H0, W0)."""
+    x, y = map(number, fields) if len(fields) == 2 else (None, None)
+    text = ",".join(fields)[:40]
+    marked = any(field.lower() not in NOT_MARKED for field in fields)
+    if marked and (x is None or y is None):
+        raise InputError(f"{place}: {text!r} is not x,y")
+    if not marked or x == y <= 0:  # 0,0 as in COCO, or -1,-1
+        raise InputError(
+            f"{place}: {text!r}: {LANDMARKS[k]} is not marked, but all {len(LANDMARKS)} landmarks are needed; mark it "
+            "or remove the image"
+        )
+    if not (0 <= x <= size0[1] - 1 and 0 <= y <= size0[0] - 1):
+        hint = "; a line is x,y" if x <= size0[0] - 1 and y <= size0[1] - 1 else ""  # the other way round, it is inside
+        raise InputError(f"{place}: ({x:g}, {y:g}) lies outside the image of {size0[1]} x {size0[0]} px{hint}")
+    return x, y
+
+
+def read_kaggle(path):
+    """A Kaggle table as {id: (path, line number, its 2 K numbers as text)}; columns are found by name."""
+    columns = [f"{k}_{axis}" for k in range(1, len(LANDMARKS) + 1) for axis in "xy"]
+    rows = read_table(path, ["image_path", *columns], f"image_path,1_x,1_y,...,{len(LANDMARKS)}_y")
+    further = [int(k) for k in re.findall(r"\b(\d+)_x\b", read_text(path).lower()) if int(k) > len(LANDMARKS)]
+    if further:
+        raise InputError(f"{path}: {max(further)} landmarks, but the {len(LANDMARKS)} of ISBI 2015 are needed")
+    table = {}
+    for line, row in rows:
+        id = PureWindowsPath(row["image_path"]).stem  # takes slashes and backslashes
+        if id in table:
+            raise InputError(f"{path}: line {line}: a second row of image {id}; remove one")
+        table[id] = path, line, [row[column] for column in columns]
+    return table
+
+
+# --- targets ---------------------------------------------------------------------------------------------------------
+
+
+def read_targets(path, ids, num_landmarks, names=LANDMARKS):
+    """Targets from a CSV file with the columns ``landmark,x,y``, and ``image`` for targets of single images.
+
+    Landmarks are numbers 1..K or names, positions are px0; rows and columns come in any order.
+
+    Args:
+        path: the file.
+        ids: N ids of the images that are attacked.
+        num_landmarks: K.
+        names: of the landmarks.
+
+    Returns:
+        (N, K, 2) float64 x, y in px0, nan for stationary landmarks. Whether they lie inside the images is not checked.
+
+    Raises:
+        InputError: unreadable, a row is wrong, or an image has no target; the message names it.
+    """
+    rows = read_table(path, ["landmark", "x", "y"], "landmark,x,y, or image,landmark,x,y", ["image"])
+    numbers = landmark_numbers(num_landmarks, names)
+    each = bool(rows) and "image" in rows[0][1]  # or the same for all
+    targets = {id: np.full((num_landmarks, 2), np.nan) for id in (ids if each else [None])}
+    for line, row in rows:
+        id, where = row.get("image"), f"{path}: line {line}"
+        if id not in targets:
+            raise InputError(
+                f"{where}: image {id!r} is not among the {len(ids)} to be attacked ({ids[0]} .. {ids[-1]})"
+            )
+        k = find_landmark(row["landmark"], numbers)
+        if k is None:
+            raise InputError(f"{where}: there is no landmark {row['landmark']!r}, only 1 to {num_landmarks} and names")
+        if not np.isnan(targets[id][k]).all():
+            of = f" of image {id}" if each else ""
+            raise InputError(f"{where}: landmark {k + 1}{of} has a target already")
+        position = number(row["x"]), number(row["y"])
+        if None in position:
+            raise InputError(f"{where}: '{row['x']},{row['y']}' is not x,y")
+        targets[id][k] = position
+    for id, points in targets.items():
+        if np.isnan(points).all():
+            of = f" for image {id}" if each else ""
+            raise InputError(f"{path}: no target{of}; at least one row landmark,x,y is needed")
+    return np.stack([targets[id if each else None] for id in ids])
+
+
+def landmark_numbers(num_landmarks, names):
+    """{text: index} of what a landmark may be called: its name, also without or only with what is in parentheses."""
+    numbers = {}
+    for k, name in enumerate(names[:num_landmarks]):
+        short, _, letter = plain(name).partition("(")
+        numbers |= dict.fromkeys([plain(name), short.strip(), letter.rstrip(")")], k)
+    return {name: k for name, k in numbers.items() if name} | {float(k + 1): k for k in range(num_landmarks)}
+
+
+def find_landmark(text, numbers):
+    """Index of the landmark that ``text`` names, or None."""
+    value = number(text)
+    return numbers.get(plain(text) if value is None else value)
+
+
+def plain(name):
+    return " ".join(name.lower().replace("_", " ").replace("-", " ").split())

@@ -1,0 +1,55 @@
+"""How many mm a pixel of the original images is: from the command line or from a file beside the data."""
+
+import numpy as np
+
+from readers.tables import number, read_table, read_text
+from support.errors import InputError
+
+MM_PER_PX0 = 0.1  # of the ISBI 2015 images
+MAX_MM = 10
+
+
+def read_spacing(root, ids, mm_per_px=None):
+    """mm per px0 of images, and where it was found.
+
+    Args:
+        root: folder of the data, in which spacing.txt (one number) or spacing.csv (image,mm_per_px) may lie; or None.
+        ids: N ids.
+        mm_per_px: for all images; the files are then not read.
+
+    Returns:
+        ((N,) float64, None or the source).
+
+    Raises:
+        InputError: not a positive number of at most 10 mm, an image without one, or both files.
+    """
+    if mm_per_px is not None:
+        return np.full(len(ids), check(str(mm_per_px), "--mm-per-px")), "--mm-per-px"
+    text, table = (root / name if root else None for name in ("spacing.txt", "spacing.csv"))
+    if root and text.exists() and table.exists():
+        raise InputError(f"{text}: spacing.csv lies beside it; remove one")
+    if root and text.exists():
+        return np.full(len(ids), check(read_text(text), text)), text
+    if root and table.exists():
+        values = read_rows(table)
+        if missing := [id for id in ids if id not in values]:
+            raise InputError(f"{table}: no row for image {missing[0]}; add it")
+        return np.array([values[id] for id in ids]), table
+    return np.full(len(ids), MM_PER_PX0), None
+
+
+def read_rows(path):
+    """{id: mm per px0} of a spacing.csv."""
+    values = {}
+    for line, row in read_table(path, ["image", "mm_per_px"], "image,mm_per_px", []):
+        if row["image"] in values:
+            raise InputError(f"{path}: line {line}: a second row of image {row['image']}; remove one")
+        values[row["image"]] = check(row["mm_per_px"], f"{path}: line {line}")
+    return values
+
+
+def check(text, where):
+    value = number(text)
+    if value is None or not 0 < value <= MAX_MM:
+        raise InputError(f"{where}: {text.strip()[:40]!r} is not the size of a pixel: above 0 and at most {MAX_MM} mm")
+    return value

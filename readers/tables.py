@@ -1,0 +1,63 @@
+"""Numbers and tables as people write them: CSV with commas, semicolons, tabs or spaces."""
+
+import csv
+import math
+import re
+
+from support.errors import InputError
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+SEPARATORS = (";", "\t", ",", " ")  # the first one that the header holds
+
+
+def number(text):
+    """A finite float, or None where the text is none (unlike for ``float``, 1_0 is none)."""
+    text = text.strip()
+    value = float(text) if NUMBER.fullmatch(text) else math.nan
+    return value if math.isfinite(value) else None
+
+
+def read_text(path):
+    """The content of a text file.
+
+    Raises:
+        InputError: unreadable, or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable text file ({error})") from None
+
+
+def read_table(path, columns, header, optional=None):
+    """The rows of a table with a header, each as (line number, {column: text}).
+
+    Args:
+        columns: names of the columns that it must have, in any order; case does not matter.
+        header: how the message names them.
+        optional: names of those that it may have; None: any others, which are left out.
+
+    Raises:
+        InputError: unreadable, another header, or a row of another length.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            first = next((line for line in file if line.strip()), "")
+            file.seek(0)
+            separator = next((separator for separator in SEPARATORS if separator in first.strip()), ",")
+            lines = (line.strip() for line in file) if separator == " " else file
+            reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
+            rows = [(reader.line_num, [field.strip() for field in row]) for row in reader if any(map(str.strip, row))]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a readable CSV file ({error})") from None
+    names = [name.lower() for name in rows[0][1]] if rows else []
+    wanted = [name for name in names if name in columns or name in (optional or ())]
+    if not set(columns) <= set(wanted) or (optional is not None and len(wanted) < len(names)):
+        raise InputError(f"{path}: the header should be {header}")
+    if len(set(wanted)) < len(wanted):
+        raise InputError(f"{path}: a column of its header occurs twice; the header should be {header}")
+    for line, row in rows[1:]:
+        if len(row) != len(names):
+            raise InputError(f"{path}: line {line}: {len(row)} fields, {len(names)} needed")
+    places = {name: names.index(name) for name in wanted}
+    return [(line, {name: row[place] for name, place in places.items()}) for line, row in rows[1:]]
