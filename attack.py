@@ -10,16 +10,25 @@ others ("stationary") where they are, by a perturbation of L-infinity norm at mo
         ...                                # iteration 0 is the clean image; maps are the model's maps of `adversarial`
 """
 
+import math
 import zlib
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from dataset import read_targets, rescale
-from model import Goal, encode, landmark_loss, mean_weights, offsets_at, radius_of
+from model import Goal, decode, encode, landmark_loss, mean_weights, offsets_at, radius_of
 from support.errors import InputError
 
 STEP_SIZE = 0.05  # in units of epsilon; the paper's eta
+MOMENTUM = 0.75  # of Vote-PGD; also:
+VOTE_WIDTH = (1.0, 0.33)  # of the votes' kernel in units of R, in the first and the last iteration
+TOLERANCE = 1 / 3  # in units of R, 4 mm in the ISBI 2015 images: within it, a landmark is in its place
+TARGETED_WEIGHT = (1.0, 2.5, 1.5)  # of a landmark: lowest, highest, per tolerance of its distance from its place
+STATIONARY_WEIGHT = (0.1, 1.0, 1.0)
 RANDOM_SIZE = (800, 640)  # (H, W) px of the image for which the paper states its random targets,
 RANDOM_X = (100, 600)  # the range of x
 RANDOM_Y = (250, 750)  # and of y
@@ -28,32 +37,61 @@ RANDOM_Y = (250, 750)  # and of y
 # --- attacks ---------------------------------------------------------------------------------------------------------
 
 
-def pgd(model, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE):
+def pgd(model, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentum=0.0, start=None):
     """Projected gradient descent in an L-infinity ball: gradient, step, project, clip. Every attack here calls it.
 
     Args:
         model: callable, image -> maps; freeze its weights, so that only the gradient of the image is computed.
         image: (B, C, H, W) float in [-1, 1].
-        loss: callable, maps -> (B,), which the attack minimises.
+        loss: callable, (maps, progress) -> (B,), which the attack minimises; progress is iteration / steps.
         epsilon: L-infinity norm of the perturbation in half grey levels (1/256 of the [-1, 1] scale).
         steps: number of iterations.
-        step_size: of a sign step, in units of epsilon.
+        step_size: of a sign step, in units of epsilon; a number, or a callable of progress.
+        momentum: of the gradients, each divided by its mean magnitude.
+        start: perturbation to start from, like ``image`` (default: none).
 
     Yields:
-        (iteration, adversarial, maps) for iteration 0 (the clean image) .. steps; adversarial like ``image``, maps as
-        the model returns them, both without gradient.
+        (iteration, adversarial, maps) for iteration 0 .. steps, 0 being the clean image unless there is a ``start``;
+        adversarial like ``image``, maps as the model returns them, both without gradient.
     """
     bound = epsilon / 256
-    delta = torch.zeros_like(image)
+    delta, velocity = torch.zeros_like(image) if start is None else start, torch.zeros_like(image)
     for iteration in range(steps + 1):
         adversarial = (image + delta).clamp(-1, 1).requires_grad_(iteration < steps)
         with torch.set_grad_enabled(iteration < steps):
             maps = model(adversarial)
         yield iteration, adversarial.detach(), maps.detach()
         if iteration < steps:
+            progress = iteration / steps
             with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(loss(maps).sum(), adversarial)
-            delta = (delta - step_size * bound * gradient.sign()).clamp(-bound, bound)
+                (gradient,) = torch.autograd.grad(loss(maps, progress).sum(), adversarial)
+            if momentum:
+                magnitude = gradient.abs().mean((1, 2, 3), keepdim=True)
+                velocity = momentum * velocity + gradient / magnitude.clamp(min=torch.finfo(magnitude.dtype).tiny)
+            else:
+                velocity = gradient
+            step = step_size(progress) if callable(step_size) else step_size
+            delta = (delta - step * bound * velocity.sign()).clamp(-bound, bound)
+
+
+def keep_best(iterates, score):
+    """What ``pgd`` yields, but of each image the iterate with the highest score so far, the latest among equals.
+
+    Args:
+        iterates: iterable of (iteration, adversarial, maps).
+        score: callable, maps -> (B,).
+    """
+    best = None
+    for iteration, *found in iterates:
+        found = [score(found[1]), *found]
+        if best is not None:
+            better = found[0] >= best[0]
+            found = [
+                torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old)
+                for new, old in zip(found, best, strict=True)
+            ]
+        best = found
+        yield iteration, *best[1:]
 
 
 def i_fgsm(model, image, goal, epsilon=8, steps=300, step_size=STEP_SIZE):
@@ -80,7 +118,7 @@ def i_fgsm(model, image, goal, epsilon=8, steps=300, step_size=STEP_SIZE):
         ...     pass
         >>> points = decode(maps)  # of the last adversarial images
     """
-    return pgd(model, image, lambda maps: landmark_loss(maps, goal).sum(-1), epsilon, steps, step_size)
+    return pgd(model, image, lambda maps, _: landmark_loss(maps, goal).sum(-1), epsilon, steps, step_size)
 
 
 def ati_fgsm(model, image, goal, epsilon=8, steps=300, step_size=STEP_SIZE):
@@ -106,7 +144,7 @@ def ati_fgsm(model, image, goal, epsilon=8, steps=300, step_size=STEP_SIZE):
         >>> *_, (iteration, adversarial, maps) = ati_fgsm(model, image, goal, epsilon=4)
     """
 
-    def loss(maps):
+    def loss(maps, _):
         losses = landmark_loss(maps, goal)
         return (adaptive_weights(losses.detach()) * losses).sum(-1)
 
@@ -132,7 +170,7 @@ def fgsm(model, image, goal, epsilon=8):
         >>> goal = goal_maps(model(image), targets, targeted)
         >>> (_, _, clean), (_, adversarial, maps) = fgsm(model, image, goal)
     """
-    return pgd(model, image, lambda maps: landmark_loss(maps, goal).sum(-1), epsilon, steps=1, step_size=1.0)
+    return pgd(model, image, lambda maps, _: landmark_loss(maps, goal).sum(-1), epsilon, steps=1, step_size=1.0)
 
 
 def untargeted_fgsm(model, image, goal, epsilon=8):
@@ -154,7 +192,7 @@ def untargeted_fgsm(model, image, goal, epsilon=8):
         >>> goal = encode(decode(model(image)), image.shape[-2:])
         >>> (_, _, clean), (_, adversarial, maps) = untargeted_fgsm(model, image, goal)
     """
-    return pgd(model, image, lambda maps: -landmark_loss(maps, goal).sum(-1), epsilon, steps=1, step_size=1.0)
+    return pgd(model, image, lambda maps, _: -landmark_loss(maps, goal).sum(-1), epsilon, steps=1, step_size=1.0)
 
 
 def adaptive_weights(losses):
@@ -165,11 +203,6 @@ def adaptive_weights(losses):
 def grey_model(model):
     """The model as a function of grey images (B, 1, H, W), so that all three channels get the same perturbation."""
     return lambda grey: model(grey.expand(-1, 3, -1, -1))
-
-
-ATTACKS = {"I-FGSM": i_fgsm, "ATI-FGSM": ati_fgsm, "FGSM": fgsm, "untargeted-FGSM": untargeted_fgsm}
-ONE_STEP = ("FGSM", "untargeted-FGSM")
-UNTARGETED = "untargeted-FGSM"
 
 
 def goal_maps(clean, targets, targeted):
@@ -192,6 +225,187 @@ def goal_maps(clean, targets, targeted):
     towards = (targets.movedim(-1, 1)[..., None] - places) / radius_of(size)
     own = offsets_at(pixels, clean[:, 1:].flatten(-2))
     return Goal(heatmap, pixels, torch.where(targeted[:, None, :, None], towards, own), mean_weights(values > 0.5))
+
+
+# --- Vote-PGD --------------------------------------------------------------------------------------------------------
+
+
+class VoteGoal(NamedTuple):
+    """Where the decoder shall find the landmarks."""
+
+    places: torch.Tensor  # (B, K, 2) x, y in px
+    targeted: torch.Tensor  # (B, K) bool
+    pixels: torch.Tensor  # (B, K, P) int64, y W + x of the pixels of the disc around each place, padded with others
+    inside: torch.Tensor  # (B, K, P) bool, False for the padding
+
+
+def vote_goal(clean, targets, targeted):
+    """Goal of Vote-PGD: targets, and the clean predictions of stationary landmarks; arguments as in ``goal_maps``."""
+    places = torch.where(targeted[..., None], targets, decode(clean, subpixel=True).to(targets.dtype))
+    return vote_goal_at(places, targeted, clean.shape[-2:])
+
+
+def vote_goal_at(places, targeted, size):
+    """Goal of Vote-PGD from places (B, K, 2) px of all landmarks in an input of ``size`` (H, W)."""
+    disc = encode(places, size)
+    return VoteGoal(places, targeted, disc.pixels, disc.weight > 0)
+
+
+def vote_pgd(model, image, goal, epsilon=8, steps=300, restarts=1, seed=0):
+    """Vote-PGD: moves the votes that the decoder counts, instead of the maps.
+
+    Distance: L-infinity. Minimises ``vote_loss`` with momentum and a falling step size and keeps, for each image, the
+    iterate whose decoded landmarks are best, see ``landmarks_in_place``.
+
+    Args:
+        model: callable, (B, C, H, W) -> (B, 3, K, H, W): heatmap logits, x- and y-offsets, see ``model.UNet``.
+        image: clean images in [-1, 1].
+        goal: from ``vote_goal``.
+        epsilon: L-infinity norm of the perturbation in half grey levels. Default: 8.
+        steps: iterations of each restart; the schedule depends on it. Default: 300.
+        restarts: runs, the first from the clean image, the others from random perturbations. Default: 1.
+        seed: of these.
+
+    Shape:
+        - image: (B, C, H, W) float32, C = 3, or 1 with ``grey_model``.
+        - yields (iteration, adversarial, maps) of the best iterate so far: int, 0 .. restarts * steps; (B, C, H, W);
+          (B, 3, K, H, W).
+
+    Example:
+        >>> goal = vote_goal(model(image), targets, targeted)
+        >>> *_, (iteration, adversarial, maps) = vote_pgd(model, image, goal, epsilon=8, steps=100)
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def iterates():
+        for restart in range(restarts):
+            start = None if restart == 0 else random_start(image, epsilon, generator)
+            run = pgd(model, image, partial(vote_loss, goal=goal), epsilon, steps, falling, MOMENTUM, start)
+            for iteration, adversarial, maps in run:
+                if restart == 0 or iteration > 0:  # the start of a further run counts as no iteration
+                    yield restart * steps + iteration, adversarial, maps
+
+    return keep_best(iterates(), partial(landmarks_in_place, goal=goal))
+
+
+def vote_loss(maps, progress, goal):
+    """Weighted sum over landmarks of -log(share of votes at the landmark's place): (B,).
+
+    Weights follow the decoded landmark's distance from its place, constant in the gradient: a targeted landmark counts
+    more while it is far, a stationary one hardly before it drifts.
+    """
+    distance = distance_in_tolerances(maps.detach(), goal)
+    low, high, slope = (
+        torch.where(goal.targeted, one, other) for one, other in zip(TARGETED_WEIGHT, STATIONARY_WEIGHT, strict=True)
+    )
+    weights = (slope * distance).clamp(low, high)
+    width = VOTE_WIDTH[0] * (VOTE_WIDTH[1] / VOTE_WIDTH[0]) ** progress
+    return -(weights * log_vote_share(maps, goal, width)).sum(-1)
+
+
+def log_vote_share(maps, goal, width):
+    """Logarithm of the share of votes at each landmark's place, differentiable in heatmap and offsets: (B, K).
+
+    Votes are those of the decoder's n = int(3.14 R^2) voters, and of the pixels around the place that may become
+    voters. A pixel counts sigmoid(logit - the voters' lowest logit); of its vote, the fraction 1 / (1 + (d / width)^2)
+    is at the place, where d is the vote's distance from the place in units of R.
+    """
+    size = maps.shape[-2:]
+    radius = radius_of(size)
+    heatmap, offset = maps.flatten(-2).split([1, 2], dim=1)
+    highest, voters = heatmap[:, 0].detach().topk(min(int(3.14 * radius**2), size.numel()))
+    is_voter = torch.zeros_like(heatmap[:, 0], dtype=torch.bool).scatter_(-1, voters, True)
+    pixels = torch.cat([voters, goal.pixels], dim=-1)
+    counted = torch.cat(
+        [torch.ones_like(voters, dtype=torch.bool), goal.inside & ~is_voter.gather(-1, goal.pixels)], -1
+    )
+    logits = heatmap[:, 0].gather(-1, pixels) - highest[..., -1:]
+    weight = F.logsigmoid(logits).masked_fill(~counted, -math.inf)
+    votes = torch.stack([pixels % size[1], pixels // size[1]], dim=1) / radius + offsets_at(pixels, offset)
+    squared = (votes - goal.places.movedim(-1, 1)[..., None] / radius).square().sum(1)
+    at_place = weight - torch.log1p(squared / width**2)
+    return torch.logsumexp(at_place, -1) - torch.logsumexp(weight, -1)
+
+
+def landmarks_in_place(maps, goal):
+    """Number of landmarks that the decoder finds within the tolerance of their place: (B,)."""
+    return (distance_in_tolerances(maps, goal) <= 1).sum(-1)
+
+
+def distance_in_tolerances(maps, goal):
+    """Distance of the decoded landmarks from their places in units of the tolerance, R / 3: (B, K)."""
+    return (decode(maps) - goal.places).norm(dim=-1) / (TOLERANCE * radius_of(maps.shape[-2:]))
+
+
+def universal_vote_pgd(model, image, batches, epsilon=8, steps=300):
+    """Universal Vote-PGD: one perturbation for all images.
+
+    Distance: L-infinity. Source of the idea: Moosavi-Dezfooli et al., "Universal adversarial perturbations" (arXiv
+    1610.08401); here it is ``pgd`` on the perturbation itself, each iteration with the gradient of another batch.
+
+    Args:
+        model: callable, (B, C, H, W) -> (B, 3, K, H, W), see ``vote_pgd``.
+        image: zeros (1, C, H, W), like an image: shape, dtype and device of the perturbation.
+        batches: iterator of (image, goal): (B, C, H, W) in [-1, 1], and ``vote_goal_at`` for them; steps + 1 are taken.
+        epsilon: L-infinity norm of the perturbation in half grey levels. Default: 8.
+        steps: iterations. Default: 300.
+
+    Shape:
+        - yields (iteration, perturbation, maps): int, (1, C, H, W), (B, 3, K, H, W) of the batch.
+
+    Example:
+        >>> *_, (_, delta, _) = universal_vote_pgd(model, torch.zeros(1, 3, 800, 640), batches, epsilon=8)
+        >>> adversarial = (image + delta).clamp(-1, 1)  # of any image
+    """
+    goals = []
+
+    def perturbed(delta):
+        image, goal = next(batches)
+        goals.append(goal)
+        return model((image + delta).clamp(-1, 1))
+
+    def loss(maps, progress):
+        return vote_loss(maps, progress, goals.pop())
+
+    return pgd(perturbed, image, loss, epsilon, steps, falling, MOMENTUM)
+
+
+def falling(progress):
+    """Step size in units of epsilon: from 0.25 to 0.005 along a half cosine."""
+    return 0.005 + 0.245 * (1 + math.cos(math.pi * progress)) / 2
+
+
+def random_start(image, epsilon, generator):
+    """A perturbation like ``image``, uniform in the L-infinity ball."""
+    noise = torch.rand(image.shape, generator=generator, dtype=image.dtype)
+    return ((2 * noise - 1) * epsilon / 256).to(image.device)
+
+
+# --- by name ---------------------------------------------------------------------------------------------------------
+
+ATTACKS = {
+    "I-FGSM": i_fgsm,
+    "ATI-FGSM": ati_fgsm,
+    "FGSM": fgsm,
+    "untargeted-FGSM": untargeted_fgsm,
+    "Vote-PGD": vote_pgd,
+}
+ONE_STEP = ("FGSM", "untargeted-FGSM")
+UNTARGETED = "untargeted-FGSM"
+
+
+def make_goal(method, clean, targets):
+    """The goal of an attack of ``ATTACKS``.
+
+    Args:
+        method: its name.
+        clean: (B, 3, K, H, W) maps of the clean images.
+        targets: (B, K, 2) float x, y in px, nan for stationary landmarks.
+    """
+    if method == UNTARGETED:
+        return encode(decode(clean), clean.shape[-2:])
+    goal = vote_goal if method == "Vote-PGD" else goal_maps
+    return goal(clean, targets.nan_to_num(), ~targets.isnan().any(-1))
 
 
 # --- targets ---------------------------------------------------------------------------------------------------------
@@ -250,15 +464,25 @@ def shift_targets(rng, landmarks, size0, count, displacement):
     return targets
 
 
+def common_displacement(rng, num_landmarks, count, distance):
+    """One displacement for each of ``count`` landmarks, in a random direction: (K, 2), nan for stationary ones."""
+    chosen = rng.choice(num_landmarks, count, replace=False)
+    angles = rng.uniform(0, 2 * np.pi, count)
+    displacement = np.full((num_landmarks, 2), np.nan)
+    displacement[chosen] = distance * np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    return displacement
+
+
 def choose_targets(source, data, seed, count, shift_mm):
     """Targets for a whole split: (N, K, 2) float64 x, y in px0, nan for stationary landmarks.
 
     Args:
-        source: "random", "shift", or the path of a file of targets, see ``dataset.read_targets``.
+        source: "random"; "shift": displacements drawn for each image; "common": displacements drawn once for all; or
+            the path of a file of targets, see ``dataset.read_targets``.
         data: dataset.Cephalograms.
-        seed: of "random" and "shift".
-        count: number of landmarks that "shift" targets.
-        shift_mm: displacement of "shift" in mm, from ``data.reference_px0``.
+        seed: of what is drawn.
+        count: number of landmarks that "shift" and "common" target.
+        shift_mm: their displacement in mm, from ``data.reference_px0``.
 
     Raises:
         InputError: the file is wrong, or a target lies outside its image.
@@ -276,13 +500,17 @@ def choose_targets(source, data, seed, count, shift_mm):
             for id, points, size0, displacement in zip(data.ids, landmarks, sizes, displacements, strict=True)
         ]
     else:
-        rows = read_targets(source, data.ids, landmarks.shape[1])
+        if source == "common":
+            displacement = common_displacement(generator(seed, source), landmarks.shape[1], count, shift_mm)
+            rows = landmarks + displacement / data.mm_per_px0.numpy()[:, None, None]
+        else:
+            rows = read_targets(source, data.ids, landmarks.shape[1])
         for id, targets, (height, width) in zip(data.ids, rows, sizes, strict=True):
             outside = (targets < 0) | (targets > (width - 1, height - 1))  # False for nan
             if outside.any():
                 k = outside.any(1).argmax()
                 raise InputError(
-                    f"{source}: the target ({targets[k, 0]:g}, {targets[k, 1]:g}) of landmark {k + 1} lies outside "
-                    f"image {id} of {width} x {height} px"
+                    f"--targets {source}: the target ({targets[k, 0]:g}, {targets[k, 1]:g}) of landmark {k + 1} lies "
+                    f"outside image {id} of {width} x {height} px"
                 )
     return torch.from_numpy(np.stack(rows))

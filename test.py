@@ -20,10 +20,20 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
-from attack import ATTACKS, ONE_STEP, UNTARGETED, choose_targets, goal_maps, grey_model
+from attack import (
+    ATTACKS,
+    ONE_STEP,
+    UNTARGETED,
+    choose_targets,
+    grey_model,
+    make_goal,
+    universal_vote_pgd,
+    vote_goal_at,
+)
 from dataset import LANDMARKS, SPLITS, Cephalograms, in_batches, rescale, to_input
 from eval import (
     SUCCESS_MM,
@@ -36,10 +46,10 @@ from eval import (
     summarize_attack,
     to_px0,
 )
-from model import MIN_SIZE, UNet, compile_network, decode, encode, freeze, load_weights, place
+from model import MIN_SIZE, UNet, compile_network, freeze, load_weights, place
 from observe import Observer, find_in_memory, in_memory_file, observe, save_adversarial, stored_files
 from support import command, distributed
-from support.checkpoints import find_checkpoint, sha256
+from support.checkpoints import find_checkpoint, load_file, sha256, write_tensors
 from support.command import natural_int, positive_float, positive_int, progress
 from support.distributed import is_main
 from support.errors import InputError
@@ -53,11 +63,13 @@ from support.files import (
     write_table,
 )
 
+UNIVERSAL = "universal-Vote-PGD"
+METHODS = (*ATTACKS, UNIVERSAL)
+
 
 def attack_name(text):
     """An attack by its number (0: I-FGSM, 1: ATI-FGSM) or name."""
-    names = list(ATTACKS)
-    by_text = {str(i): name for i, name in enumerate(names)} | {name.lower(): name for name in names}
+    by_text = {str(i): name for i, name in enumerate(METHODS)} | {name.lower(): name for name in METHODS}
     if text.lower() not in by_text:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(by_text)}")
     return by_text[text.lower()]
@@ -97,21 +109,26 @@ def make_parser():
         type=attack_name,
         nargs="+",
         metavar="METHOD",
-        help=f"attack, by one method or several: {', '.join(f'{i} or {name}' for i, name in enumerate(ATTACKS))}",
+        help=f"attack, by one method or several: {', '.join(f'{i} or {name}' for i, name in enumerate(METHODS))}",
     )
     parser.add_argument(
         "--targets",
         default="random",
         metavar="SOURCE",
-        help="random (the paper's protocol), shift (displacements), or a CSV file [image,]landmark,x,y in px of the "
-        "original",
+        help="random (the paper's protocol), shift (displacements, drawn for each image), common (displacements, one "
+        "for all images), or a CSV file [image,]landmark,x,y in px of the original",
     )
-    parser.add_argument("--shift-count", type=positive_int, default=5, metavar="N", help="landmarks that shift targets")
+    parser.add_argument(
+        "--shift-count", type=positive_int, default=5, metavar="N", help="landmarks that shift and common target"
+    )
     parser.add_argument("--shift-mm", type=positive_float, default=8.0, metavar="MM", help="their displacement")
     parser.add_argument(
         "--epsilon", type=half_grey_levels, default=8.0, help="L-infinity bound in half grey levels (8: 4 of 255)"
     )
     parser.add_argument("--steps", type=positive_int, default=300, help="iterations of iterative attacks")
+    parser.add_argument(
+        "--restarts", type=positive_int, default=1, metavar="N", help="runs of Vote-PGD, of which the best counts"
+    )
     parser.add_argument("--grey", action="store_true", help="the same perturbation in all three channels")
     parser.add_argument(
         "--save-adversarial", action="store_true", help="store attacked images as PNG and JPEG, and test them again"
@@ -137,6 +154,8 @@ def parse_arguments(parser, argv):
         parser.error(f"--shift-count: there are {len(LANDMARKS)} landmarks")
     if args.image and (args.images or args.limit or args.adversarial):
         parser.error("--image: not with --images, --limit or --adversarial")
+    if UNIVERSAL in (args.attack or ()) and (args.targets != "common" or args.image):
+        parser.error(f"--attack {UNIVERSAL}: needs --targets common, and --data to train on")
     if args.transfer and not (args.save_adversarial or args.adversarial):
         parser.error("--transfer: needs --save-adversarial or --adversarial")
     if args.pictures is None:
@@ -163,8 +182,9 @@ def main(argv=None):
         device = command.find_device(args.device)
         run = run_folder(args.tag)
         epoch, checkpoint = find_checkpoint(run, args.iteration)
-        data = load_data(args, run)
-        model = load_detector(run, checkpoint, args.precision, device)
+        size, encoder_batch_norm = read_architecture(run / "config.json")
+        data = load_data(args, size)
+        model = load_detector(checkpoint, encoder_batch_norm, args.precision, device)
         others = [load_other(run_folder(tag), args, device) for tag in args.transfer or []]
         if args.image:
             data.reference_px0 = to_px0(predict_here(model, data.images, args, device), data)
@@ -172,7 +192,7 @@ def main(argv=None):
             choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm) if args.attack else None
         )
         out = Path(args.rand) if args.rand else run / default_name(args, epoch)
-        config = vars(args) | {"iteration": epoch, "size": list(data.images.shape[-2:])}
+        config = vars(args) | {"iteration": epoch, "size": size}
         config |= fingerprints(args, checkpoint, data, targets)
         check_output(out, config, parser.defaults())
         same |= {"configuration": config}
@@ -203,18 +223,16 @@ def main(argv=None):
 # --- preparation -----------------------------------------------------------------------------------------------------
 
 
-def load_data(args, run):
-    """The images to test or attack, at the input size of a run."""
-    size, _ = read_architecture(run / "config.json")
+def load_data(args, size):
+    """The images to test or attack, at an input size (H, W)."""
     options = {"mm_per_px": args.mm_per_px, "progress": command.loading_bar}
     if args.image:
         return Cephalograms.from_files(args.image, size, **options)
     return Cephalograms(args.data, args.split, size, args.limit, args.images, unusual=args.unusual, **options)
 
 
-def load_detector(run, checkpoint, precision, device):
+def load_detector(checkpoint, encoder_batch_norm, precision, device):
     """The frozen network of a checkpoint."""
-    _, encoder_batch_norm = read_architecture(run / "config.json")
     with torch.device("meta"):  # no initial weights: the checkpoint has them all
         model = UNet(len(LANDMARKS), encoder_batch_norm=encoder_batch_norm)
     model.to_empty(device="cpu")
@@ -225,7 +243,8 @@ def load_detector(run, checkpoint, precision, device):
 def load_other(run, args, device):
     """Another detector, its newest checkpoint, as (name, model, the images at its size)."""
     _, checkpoint = find_checkpoint(run)
-    return run.name, load_detector(run, checkpoint, args.precision, device), load_data(args, run)
+    size, encoder_batch_norm = read_architecture(run / "config.json")
+    return run.name, load_detector(checkpoint, encoder_batch_norm, args.precision, device), load_data(args, size)
 
 
 def read_architecture(path):
@@ -265,7 +284,7 @@ def check_output(out, config, defaults):
     if (out / "config.json").exists():
         no_effect = ["device", "compile", "data", "image", "unusual", "batch_size", "rand", "pictures"]
         no_effect += ["save_adversarial", "adversarial"]
-        if config["targets"] not in ("random", "shift"):  # a file, of whose content targets_sha256 is a hash
+        if config["targets"] not in ("random", "shift", "common"):  # a file, of whose content targets_sha256 is a hash
             no_effect.append("targets")
         check_same_config(out / "config.json", config, defaults, no_effect, "--rand")
     elif out.is_dir() and any(out.iterdir()):
@@ -361,10 +380,15 @@ def report_test(out, files):
 
 def attack(args, model, data, targets_px0, device, out):
     """Attack every image by every method, all with the same targets (N, K, 2) px0, nan for stationary landmarks."""
-    targets = rescale(targets_px0, data.sizes[:, None], data.images.shape[-2:]).float()
+    size = data.images.shape[-2:]
+    targets = rescale(targets_px0, data.sizes[:, None], size).float()
     methods = list(dict.fromkeys(args.attack))
     steps = {method: 1 if method in ONE_STEP else args.steps for method in methods}
+    steps |= {"Vote-PGD": args.steps * args.restarts}
     victim = grey_model(model) if args.grey else model
+    options = {"epsilon": args.epsilon, "steps": args.steps, "restarts": args.restarts, "seed": args.seed}
+    if UNIVERSAL in methods:
+        delta = universal_perturbation(args, victim, size, device, out / "universal_perturbation.pth")
     todo = unfinished(args, data, out, methods)
     total = sum(steps[method] * len(batch) for method, batch, _ in todo)
     with progress(total=total, desc="attacking", unit="step", disable=not todo) as bar:
@@ -372,10 +396,15 @@ def attack(args, model, data, targets_px0, device, out):
             ids = [data.ids[i] for i in batch]
             bar.set_description(f"{method} on {', '.join(ids) if len(ids) < 5 else f'{ids[0]} .. {ids[-1]}'}")
             image = to_input(data.images[batch], device)[:, : 1 if args.grey else 3]
-            observer = Observer(image, steps[method], args.subpixel)
-            for found in run_attack(method, victim, image, targets[batch].to(device), args.epsilon, steps[method]):
+            observer, done = Observer(image, steps[method], args.subpixel), 0
+            if method == UNIVERSAL:
+                iterates = apply_perturbation(victim, image, delta, args.steps)
+            else:
+                iterates = run_attack(method, victim, image, targets[batch].to(device), **options)
+            for found in iterates:
                 observer.observe(*found)
-                bar.update(len(batch) if found[0] else 0)
+                bar.update(len(batch) * (found[0] - done))
+                done = found[0]
             aims = None if method == UNTARGETED else targets_px0[batch].numpy()
             records = observer.records(data, batch, aims, method)
             bar.set_postfix(progress_figure(records))
@@ -387,16 +416,53 @@ def attack(args, model, data, targets_px0, device, out):
             report_attack(args, data, methods, steps, out)
 
 
-def run_attack(method, victim, image, targets, epsilon, steps):
-    """What an attack yields, by its name, see ``attack.pgd``; targets (B, K, 2) px, nan for stationary landmarks."""
+def run_attack(method, victim, image, targets, epsilon, steps, **options):
+    """What an attack yields, by its name, see ``attack.pgd``; targets (B, K, 2) px, nan for stationary landmarks.
+
+    ``options`` are those of Vote-PGD alone.
+    """
     with torch.no_grad():
-        clean = victim(image)
-    if method == UNTARGETED:
-        goal = encode(decode(clean), clean.shape[-2:])
-    else:
-        goal = goal_maps(clean, targets.nan_to_num(), ~targets.isnan().any(-1))
-    options = {} if method in ONE_STEP else {"steps": steps}
+        goal = make_goal(method, victim(image), targets)
+    options = options if method == "Vote-PGD" else {}
+    options |= {} if method in ONE_STEP else {"steps": steps}
     return ATTACKS[method](victim, image, goal, epsilon, **options)
+
+
+def universal_perturbation(args, victim, size, device, file):
+    """The perturbation (1, C, H, W) of ``universal_vote_pgd`` on the training images, kept in a file."""
+    if is_main() and not file.exists():
+        zeros = torch.zeros(1, 1 if args.grey else 3, *size, device=device)
+        batches = training_batches(args, victim, size, device)
+        iterates = universal_vote_pgd(victim, zeros, batches, args.epsilon, args.steps)
+        bar = progress(iterates, desc="universal perturbation", total=args.steps + 1, unit="step")
+        *_, (_, delta, _) = bar
+        write_tensors(file, {"delta": delta.cpu()})
+    distributed.barrier()
+    return load_file(file)["delta"].to(device)
+
+
+def training_batches(args, victim, size, device):
+    """Batches (image, goal) of the training split in random order, without end; targets are the common displacement."""
+    split = {"split": "train", "limit": None, "images": None}
+    data = load_data(argparse.Namespace(**{**vars(args), **split}), size)
+    channels = 1 if args.grey else 3
+    found = predict_here(lambda image: victim(image[:, :channels]), data.images, args, device)
+    targets_px0 = choose_targets("common", data, args.seed, args.shift_count, args.shift_mm)
+    targets = rescale(targets_px0, data.sizes[:, None], size).float()
+    targeted = ~targets.isnan().any(-1)
+    places = torch.where(targeted[..., None], targets, found)
+    rng = np.random.default_rng(args.seed)
+    while True:
+        for batch in in_batches(rng.permutation(len(data)).tolist(), args.batch_size):
+            goal = vote_goal_at(places[batch].to(device), targeted[batch].to(device), size)
+            yield to_input(data.images[batch], device)[:, :channels], goal
+
+
+def apply_perturbation(victim, image, delta, steps):
+    """What an attack would yield whose perturbation is known: the clean image, and the perturbed one as the last."""
+    for iteration, adversarial in ((0, image), (steps, (image + delta).clamp(-1, 1))):
+        with torch.no_grad():
+            yield iteration, adversarial, victim(adversarial)
 
 
 def progress_figure(records):

@@ -3,22 +3,33 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SIZE0, spread
 from torch import nn
 
 from attack import (
     ATTACKS,
+    ONE_STEP,
     adaptive_weights,
     ati_fgsm,
     choose_targets,
+    falling,
     fgsm,
     generator,
     goal_maps,
     grey_model,
     i_fgsm,
+    keep_best,
+    landmarks_in_place,
+    log_vote_share,
+    make_goal,
+    pgd,
     random_targets,
     shift_targets,
     untargeted_fgsm,
+    vote_goal,
+    vote_loss,
+    vote_pgd,
 )
 from dataset import Cephalograms
 from model import UNet, decode, encode, landmark_loss
@@ -53,10 +64,13 @@ def small():
     return nn.Sequential(*layers).double().requires_grad_(False)
 
 
-def goal_of(model, image, part=slice(None)):
-    """The goals of both images or a part: landmark 1 of the first, 1 and 3 of the second are moved."""
+def goal_of(model, image, part=slice(None), name="I-FGSM"):
+    """The goals of both images or a part: landmark 1 of the first, 1 and 3 of the second are targeted."""
+    if name == "untargeted-FGSM":  # these tests need a loss that is not at its minimum
+        name = "I-FGSM"
     with torch.no_grad():
-        return goal_maps(model(image[part]), TARGETS[part], TARGETED[part])
+        targets = TARGETS.masked_fill(~TARGETED[..., None], torch.nan)
+        return make_goal(name, model(image[part]), targets[part])
 
 
 def test_adaptive_weights_by_hand():
@@ -84,14 +98,14 @@ def test_goal_has_the_targets_and_else_the_clean_maps(small, image):
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("epsilon", [2, 64])
 def test_noise_stays_in_the_ball_and_the_image_in_its_range(small, image, name, epsilon):
-    goal = goal_of(small, image)
-    options = {} if "I-FGSM" not in name else {"steps": 25}
+    goal = goal_of(small, image, name=name)
+    options = {} if name in ONE_STEP else {"steps": 25}
     for iteration, adversarial, _ in ATTACKS[name](small, image, goal, epsilon, **options):
         assert (adversarial - image).abs().max() <= epsilon / 256 + 1e-6
         assert adversarial.abs().max() <= 1
         assert iteration > 0 or torch.equal(adversarial, image)
     assert (adversarial - image).abs().max() > 0.99 * epsilon / 256  # and the whole ball is used
-    assert iteration == (25 if "I-FGSM" in name else 1)
+    assert iteration == (1 if name in ONE_STEP else 25)
 
 
 @pytest.mark.parametrize("attack", [i_fgsm, ati_fgsm])
@@ -135,15 +149,15 @@ def test_fgsm_steps_down_and_untargeted_fgsm_up(small, image):
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_batch_is_its_images_one_by_one(unet, image, name):
-    options = {} if "I-FGSM" not in name else {"steps": 2}
-    *_, (_, together, _) = ATTACKS[name](unet, image, goal_of(unet, image), 8, **options)
+    options = {} if name in ONE_STEP else {"steps": 2}
+    *_, (_, together, _) = ATTACKS[name](unet, image, goal_of(unet, image, name=name), 8, **options)
     for b in range(2):
-        own = goal_of(unet, image, slice(b, b + 1))
+        own = goal_of(unet, image, slice(b, b + 1), name)
         *_, (_, alone, _) = ATTACKS[name](unet, image[b : b + 1], own, 8, **options)
         assert torch.allclose(alone[0], together[b])
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "Vote-PGD"])
 def test_grey_noise_follows_the_sum_of_the_channels_gradients(small, image, name):
     grey = image[:, :1]
     goal = goal_of(small, grey.expand(-1, 3, -1, -1))
@@ -177,12 +191,93 @@ def test_an_attack_moves_a_landmark_of_a_detector_that_can_be_moved():
     there = encode(torch.tensor([[[8.0, 9.0]]]), size)
     image = torch.cat([there.heatmap * 2 - 1, spread(there)[0][:, :, 0]], dim=1)
     assert decode(detector(image)).tolist() == [[[8, 9]]]
-    for attack in (i_fgsm, ati_fgsm):
-        goal = goal_maps(detector(image), torch.tensor([[[30.0, 25.0]]]), torch.tensor([[True]]))
-        *_, (_, _, maps) = attack(detector, image, goal, epsilon=256, steps=50)
-        assert decode(maps).tolist() == [[[30, 25]]]
-        *_, (_, _, maps) = attack(detector, image, goal, epsilon=4, steps=50)
-        assert decode(maps).tolist() == [[[8, 9]]]  # too little noise
+    for name in ("I-FGSM", "ATI-FGSM", "Vote-PGD"):
+        goal = make_goal(name, detector(image), torch.tensor([[[30.0, 25.0]]]))
+        *_, (_, _, maps) = ATTACKS[name](detector, image, goal, epsilon=256, steps=50)
+        assert (decode(maps) - torch.tensor([30.0, 25.0])).norm() <= 1
+        *_, (_, _, maps) = ATTACKS[name](detector, image, goal, epsilon=4, steps=50)
+        assert decode(maps).tolist() == [[[8, 9]]]  # the budget is too small
+
+
+# --- Vote-PGD
+
+
+def test_vote_share_by_hand():
+    """32 x 32: R = 1, so three pixels vote, and the disc of a place is its own pixel."""
+    maps = torch.full((1, 3, 1, 32, 32), -9.0)
+    maps[:, 1:] = 0
+    for x, y, logit in [(4, 5, 2.0), (9, 9, 1.0), (20, 20, 0.0)]:
+        maps[0, 0, 0, y, x] = logit
+    voters = torch.tensor([2.0, 1.0, 0.0]).sigmoid()  # of logit minus the voters' lowest, 0
+    for place, distances in [((4.0, 5.0), (0, 41**0.5, 481**0.5)), ((10.0, 9.0), (52**0.5, 1, 221**0.5))]:
+        goal = vote_goal(maps, torch.tensor([[place]]), torch.tensor([[True]]))
+        near = 1 / (1 + (torch.tensor(distances) / 0.5) ** 2)
+        other = 0 if place == (4, 5) else torch.tensor(-9.0).sigmoid()  # the pixel at the place is no voter yet
+        expected = ((voters * near).sum() + other) / (voters.sum() + other)
+        assert log_vote_share(maps, goal, 0.5).item() == pytest.approx(expected.log().item(), rel=1e-5)
+
+
+def test_vote_weights_follow_the_distance():
+    """By role, in units of the tolerance R / 3: in place, at the edge, far away."""
+    maps = torch.zeros(1, 3, 6, 100, 96)  # R = 5
+    maps[:, 0, :, 50, 48] = 9.0
+    places = torch.tensor([[[48 + d, 50] for d in (0, 1.5, 40)] * 2]).float()
+    targeted = torch.tensor([[True] * 3 + [False] * 3])
+    goal = vote_goal(maps, places, targeted)._replace(places=places)
+    assert landmarks_in_place(maps, goal).item() == 4
+    shares = log_vote_share(maps, goal, 1.0)[0]
+    expected = -(torch.tensor([1, 1.35, 2.5, 0.1, 0.9, 1]) * shares).sum()
+    assert vote_loss(maps, 0.0, goal).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_stationary_landmarks_keep_their_clean_predictions(small, image):
+    clean = small(image)
+    goal = make_goal("Vote-PGD", clean, TARGETS.masked_fill(~TARGETED[..., None], torch.nan))
+    assert torch.equal(goal.places[TARGETED], TARGETS[TARGETED])
+    assert torch.equal(goal.places[~TARGETED], decode(clean, subpixel=True)[~TARGETED])
+
+
+def test_the_best_iterate_is_kept_by_what_the_decoder_finds():
+    scores = torch.tensor([[1, 5], [3, 2], [3, 4], [0, 6]])
+    iterates = [(i, torch.full((2, 1, 1, 1), i), torch.full((2, 3, 1, 1, 1), i)) for i in range(4)]
+    kept = list(keep_best(iterates, lambda maps: scores[maps[0, 0, 0, 0, 0].item()]))
+    assert [adversarial.flatten().tolist() for _, adversarial, _ in kept] == [[0, 0], [1, 0], [2, 0], [2, 3]]
+    assert [maps[:, 0].flatten().tolist() for *_, maps in kept] == [[0, 0], [1, 0], [2, 0], [2, 3]]
+
+
+def test_restarts_are_never_worse(small, image):
+    goal = goal_of(small, image, name="Vote-PGD")
+    runs = [list(vote_pgd(small, image, goal, 16, steps=5, restarts=n)) for n in (1, 3)]
+    assert [iteration for iteration, *_ in runs[1]] == list(range(16))
+    for one, three in zip(runs[0], runs[1], strict=False):
+        assert torch.equal(one[1], three[1])  # the first restart is the run without
+    scores = [landmarks_in_place(maps, goal) for _, _, maps in runs[1]]
+    assert all((later >= earlier).all() for earlier, later in itertools.pairwise(scores))
+
+
+def test_a_detector_without_offsets_is_attacked_by_its_own_loss_and_decoder():
+    """The example of docs/attacks.md: argmax of plain heatmaps."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 8, 7, padding=3), nn.ReLU(), nn.Conv2d(8, 2, 7, padding=3)
+    model = nn.Sequential(*layers).requires_grad_(False)
+    image = torch.rand(1, 1, 32, 32) * 2 - 1
+    targets = torch.tensor([[[5, 20], [25, 8]]])  # x, y
+
+    def decode_argmax(heatmaps):
+        index = heatmaps.flatten(-2).argmax(-1)
+        return torch.stack([index % 32, index // 32], dim=-1)
+
+    def loss(heatmaps, progress):
+        goal = targets[..., 1] * 32 + targets[..., 0]
+        return F.cross_entropy(heatmaps.flatten(0, 1).flatten(-2), goal.flatten(), reduction="none").view(1, 2).sum(-1)
+
+    def score(heatmaps):
+        return -(decode_argmax(heatmaps) - targets).float().norm(dim=-1).sum(-1)
+
+    iterates = pgd(model, image, loss, epsilon=64, steps=60, step_size=falling, momentum=0.75)
+    *_, (_, adversarial, heatmaps) = keep_best(iterates, score)
+    assert torch.equal(decode_argmax(heatmaps), targets) and not torch.equal(decode_argmax(model(image)), targets)
+    assert (adversarial - image).abs().max() <= 64 / 256 + 1e-6
 
 
 # --- targets

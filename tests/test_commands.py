@@ -155,6 +155,34 @@ def test_an_epsilon_below_half_a_grey_level(epsilon, warning, here, official, ru
         assert (table["largest_change"] == 0).all()
 
 
+def test_vote_pgd_and_one_perturbation_for_all_images(here, official, run):
+    """All methods move the same landmarks by the same displacement; a universal perturbation is trained on train."""
+    arguments = ["test.py", "--tag", "small", "--data", official, "--targets", "common", "--shift-mm", 1, "--steps", 4]
+    arguments += ["--attack", 1, 4, 5, "--restarts", 2, "--rand", "universal"]
+    status, _, err = run(*arguments)
+    assert status == 0, err
+    folder = here / "universal"
+    table = pd.read_csv(folder / "predictions.csv")
+    iterations = table.groupby("method")["iteration"].unique()
+    assert list(iterations["ATI-FGSM"]) == [0, 1, 4]
+    assert list(iterations["Vote-PGD"]) == [0, 1, 5, 8] and list(iterations["universal-Vote-PGD"]) == [0, 4]
+    moved = table[table["role"] == "targeted"]
+    assert (moved.groupby(["image", "method", "iteration"]).size() == 5).all()
+    for axis in "xy":
+        displacement = moved[f"target_{axis}_px0"] - moved[f"true_{axis}_px0"]
+        assert (displacement.groupby(moved["landmark"]).agg(np.ptp) < 1e-3).all()
+    delta = torch.load(folder / "universal_perturbation.pth", weights_only=True)["delta"]
+    assert delta.shape == (1, 3, 64, 48) and 0 < delta.abs().max() <= 8 / 256
+    changes = table[(table["method"] == "universal-Vote-PGD") & (table["iteration"] == 4)]["largest_change"]
+    assert np.allclose(changes, delta.abs().max() * 127.5, atol=0.1)
+
+    stamp = (folder / "universal_perturbation.pth").stat().st_mtime_ns
+    (folder / "records" / "universal-Vote-PGD_301.csv").unlink()
+    assert run(*arguments)[0] == 0
+    assert (folder / "universal_perturbation.pth").stat().st_mtime_ns == stamp
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "predictions.csv"), table)
+
+
 def test_own_images_without_annotation(here, official, run):
     files = [official / "RawImage" / "Test1Data" / f"{id}.bmp" for id in (151, 152)]
     status, out, err = run("test.py", "--tag", "small", "--image", *files, "--rand", "own")
@@ -475,6 +503,11 @@ BAD_ARGUMENTS = {
     "epsilon nan": (["--attack", 0, "--epsilon", "nan"], "--epsilon"),
     "steps 0": (["--attack", 0, "--steps", 0], "--steps"),
     "steps no number": (["--attack", 0, "--steps", "many"], "--steps"),
+    "a universal perturbation for other targets": (["--attack", 5], "universal-Vote-PGD: needs --targets common"),
+    "common targets too far": (
+        ["--attack", 4, "--targets", "common", "--shift-mm", 20],
+        "--targets common: the target (",
+    ),
     "unknown attack": (["--attack", "PGD"], "'PGD' is not one of 0, 1"),
     "unknown split": (["--split", "val"], "--split"),
     "unknown argument": (["--epslion", 8], "--epslion"),
