@@ -103,8 +103,8 @@ def main(argv=None):
             print(f"--tag {args.tag}")
     folder = RUNS / args.tag
     with distributed.guard() as same:  # prepare: nothing is written before all processes have the same
-        check_folder(folder, args.resume)
         device = command.find_device(args.device)
+        check_folder(folder, args.resume)
         state = initial_state(args, folder, device)
         data, monitor = load_data(args)
         config = {name: value for name, value in vars(args).items() if name != "resume"} | {"data_sha256": data.sha256}

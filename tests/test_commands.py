@@ -22,6 +22,8 @@ from eval import read_records, summarize, summarize_attack
 from model import UNet, load_weights
 from support.command import find_device
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def here(trained, monkeypatch):
@@ -85,22 +87,6 @@ def test_an_attack(here, official, run):
     assert table["iteration"].unique().tolist() == [0, 1, 3]
     assert len(table) == 2 * 3 * K
     assert json.loads((here / "temp" / "config.json").read_text())["iteration"] == 2  # the newest
-
-
-def test_the_paper_repositorys_commands(official, tmp_path, monkeypatch, run):
-    """As in the README of 2020: data in dataset/, results of an attack in temp/."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "dataset").symlink_to(official)
-    small = ["--size", 64, 48, "--encoder-weights", "none", "--epochs", 1, "--batch-size", 2]
-    assert run("train.py", "--tag", "baseline", *small)[0] == 0
-    assert run("test.py", "--tag", "baseline", "--iteration", 0)[0] == 0
-    attack = ["--attack", 1, "--rand", "temp", "--steps", 2]
-    assert run("test.py", "--tag", "baseline", "--iteration", 0, *attack)[0] == 0
-    names = {file.name for file in (tmp_path / "temp").iterdir()}
-    assert {"predictions.csv", "summary.csv", "mre.png", "median.png", "within_4mm.png"} < names
-    for chart in ("mre.png", "within_4mm.png"):
-        assert Image.open(tmp_path / "temp" / chart).size[0] > 500
-    assert (tmp_path / "runs" / "baseline" / "test_test_0" / "summary.csv").exists()
 
 
 def test_without_a_tag_the_time_is_the_tag(official, tmp_path, monkeypatch, run):

@@ -13,6 +13,8 @@ from PIL import Image
 from dataset import Cephalograms
 from observe import largest_change, save_adversarial
 
+pytestmark = pytest.mark.slow
+
 ATTACK = ["--attack", 0, "--steps", 2, "--split", "test1", "--limit", 2, "--batch-size", 2, "--targets", "shift"]
 
 
