@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from attack import STEP_SIZE, ati_fgsm, choose_targets, fgsm, goal_maps, i_fgsm, untargeted_fgsm
+from attack import STEP_SIZE, ati_fgsm, choose_targets, fgsm, goal_maps, i_fgsm, untargeted_fgsm, vote_goal, vote_pgd
 from dataset import LANDMARKS, Cephalograms, cores, in_batches, rescale, to_input
 from eval import to_px0
 from experiments.markdown import markdown
@@ -346,13 +346,13 @@ def training_step(model, data, image, precision, compiled):
     ]
 
 
-def attack_goal(network, image):
+def attack_goal(network, image, make=goal_maps):
     """A function that makes goal maps: half of the landmarks are targeted at the positions of their neighbours."""
     with torch.no_grad():
         clean = network(image).clone()
     landmarks = decode(clean)
     targeted = torch.arange(len(LANDMARKS), device=image.device).expand(len(image), -1) < len(LANDMARKS) // 2
-    return partial(goal_maps, clean, landmarks.roll(1, dims=1), targeted)
+    return partial(make, clean, landmarks.roll(1, dims=1), targeted)
 
 
 def attack_step(network, image):
@@ -368,7 +368,7 @@ def attack_step(network, image):
         maps[0].backward(gradient)
         maps[:] = forward()
 
-    def begun(attack):
+    def begun(attack, goal=goal):
         iterations = attack(network, image, goal, steps=10**9)
         next(iterations)
         return iterations
@@ -377,6 +377,7 @@ def attack_step(network, image):
         repeated("bare forward, backward to the image", bare, image, forward),
         repeated("I-FGSM, a step", next, image, partial(begun, i_fgsm)),
         repeated("ATI-FGSM, a step", next, image, partial(begun, ati_fgsm)),
+        repeated("Vote-PGD, a step", next, image, partial(begun, vote_pgd, attack_goal(network, image, vote_goal)())),
         repeated("goal maps", make_goal, image),
     ]
 

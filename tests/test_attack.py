@@ -3,8 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import SIZE0, spread
+from conftest import ROOT, SIZE0, spread
 from torch import nn
 
 from attack import (
@@ -13,7 +12,6 @@ from attack import (
     adaptive_weights,
     ati_fgsm,
     choose_targets,
-    falling,
     fgsm,
     generator,
     goal_maps,
@@ -23,7 +21,6 @@ from attack import (
     landmarks_in_place,
     log_vote_share,
     make_goal,
-    pgd,
     random_targets,
     shift_targets,
     untargeted_fgsm,
@@ -256,28 +253,19 @@ def test_restarts_are_never_worse(small, image):
 
 
 def test_a_detector_without_offsets_is_attacked_by_its_own_loss_and_decoder():
-    """The example of docs/attacks.md: argmax of plain heatmaps."""
+    """The example of docs/attacks.md, as it stands there: plain heatmaps, decoded by their maximum."""
+    example = (ROOT / "docs" / "attacks.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len([line for line in example.splitlines() if line.strip()]) <= 20
     torch.manual_seed(0)
     layers = nn.Conv2d(1, 8, 7, padding=3), nn.ReLU(), nn.Conv2d(8, 2, 7, padding=3)
     model = nn.Sequential(*layers).requires_grad_(False)
-    image = torch.rand(1, 1, 32, 32) * 2 - 1
-    targets = torch.tensor([[[5, 20], [25, 8]]])  # x, y
-
-    def decode_argmax(heatmaps):
-        index = heatmaps.flatten(-2).argmax(-1)
-        return torch.stack([index % 32, index // 32], dim=-1)
-
-    def loss(heatmaps, progress):
-        goal = targets[..., 1] * 32 + targets[..., 0]
-        return F.cross_entropy(heatmaps.flatten(0, 1).flatten(-2), goal.flatten(), reduction="none").view(1, 2).sum(-1)
-
-    def score(heatmaps):
-        return -(decode_argmax(heatmaps) - targets).float().norm(dim=-1).sum(-1)
-
-    iterates = pgd(model, image, loss, epsilon=64, steps=60, step_size=falling, momentum=0.75)
-    *_, (_, adversarial, heatmaps) = keep_best(iterates, score)
-    assert torch.equal(decode_argmax(heatmaps), targets) and not torch.equal(decode_argmax(model(image)), targets)
-    assert (adversarial - image).abs().max() <= 64 / 256 + 1e-6
+    image, targets = torch.rand(1, 1, 32, 40) * 2 - 1, torch.tensor([[[5, 20], [33, 8]]])
+    names = {"model": model, "image": image, "targets": targets}
+    exec(example, names)
+    found = names["decode_argmax"]
+    assert torch.equal(found(names["heatmaps"]), targets) and not torch.equal(found(model(image)), targets)
+    assert torch.equal(model(names["adversarial"]), names["heatmaps"])
+    assert (names["adversarial"] - image).abs().max() <= 64 / 256 + 1e-6
 
 
 # --- targets

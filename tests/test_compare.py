@@ -1,0 +1,48 @@
+"""Tables of finished attacks, and the ablation of Vote-PGD."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import K
+
+import attack
+from eval import record_attack
+from experiments import ablation, compare
+
+
+def test_runs_are_compared_with_the_first(tmp_path, capsys):
+    """Two runs on 20 images: landmark 1 is targeted 10 mm away; the second run reaches it, and loses landmark 2."""
+    truth = np.full((20, K, 2), 1000.0)
+    targets = np.full((20, K, 2), np.nan)
+    targets[:, 0] = 1100, 1000
+    ids = [str(151 + i) for i in range(20)]
+    for name, method, reached in (("one", "ATI-FGSM", 0), ("two", "Vote-PGD", 1)):
+        points = truth.copy()
+        points[:, 0, 0] += 80 * reached
+        points[:, 1, 1] += 50 * reached
+        tables = [
+            record_attack(ids, found, truth, targets, method, iteration, np.ones(20))
+            for iteration, found in ((0, truth), (9, points))
+        ]
+        (tmp_path / name).mkdir()
+        pd.concat(tables).to_csv(tmp_path / name / "predictions.csv", index=False)
+    compare.main([str(tmp_path / "one"), str(tmp_path / "two")])
+    printed = capsys.readouterr().out
+    assert "| one | ATI-FGSM | 20 |" in printed and "| two | Vote-PGD | 20 |" in printed
+    assert "two Vote-PGD minus one ATI-FGSM | targeted | 20 | +100.0 [+100.0, +100.0] (higher) | -8.0" in printed
+    assert "two Vote-PGD minus one ATI-FGSM | stationary | 20 | -5.6 [-5.6, -5.6] (lower)" in printed
+
+
+@pytest.mark.slow
+def test_every_variant_runs_and_leaves_the_attack_as_it_was(trained, official, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    before = dict(vars(attack)), dict(attack.ATTACKS)
+    ablation.main(
+        ["--out", "ablation", "--", "--tag", "small", "--data", str(official), "--limit", "1", "--steps", "3"]
+    )
+    assert (dict(vars(attack)), attack.ATTACKS) == before
+    found = {name: pd.read_csv(f"ablation/{name}/predictions.csv") for name in ablation.VARIANTS}
+    last = {name: table[table["iteration"] == 3]["x_px0"].tolist() for name, table in found.items()}
+    for name in ("constant_step", "paper_loss", "no_momentum"):
+        assert last[name] != last["Vote-PGD"]
+    assert "paper_loss Vote-PGD minus Vote-PGD Vote-PGD" in capsys.readouterr().out
