@@ -231,7 +231,7 @@ def goal_maps(clean, targets, targeted):
 
 
 class VoteGoal(NamedTuple):
-    """Where the decoder shall find the landmarks."""
+    """The places at which the decoder should find the landmarks."""
 
     places: torch.Tensor  # (B, K, 2) x, y in px
     targeted: torch.Tensor  # (B, K) bool

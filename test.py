@@ -104,6 +104,20 @@ def make_parser():
     parser.add_argument(
         "--rand", metavar="DIR", help="output folder (default: below runs/TAG/, named test, attack or read_back)"
     )
+    add_attack_arguments(parser)
+    parser.add_argument("--adversarial", metavar="DIR", help="test the stored images of a folder adversarial/")
+    parser.add_argument(
+        "--subpixel", action="store_true", help="subpixel decoding: the mean of the votes near the winner"
+    )
+    parser.add_argument("--batch-size", type=positive_int, default=4, help="images per batch, in each process")
+    parser.add_argument(
+        "--pictures", type=natural_int, metavar="N", help="draw the first N images (default: 4, or every --image)"
+    )
+    command.add_compute_arguments(parser)
+    return parser
+
+
+def add_attack_arguments(parser):
     parser.add_argument(
         "--attack",
         type=attack_name,
@@ -136,16 +150,6 @@ def make_parser():
     parser.add_argument(
         "--transfer", type=command.tag, nargs="+", metavar="TAG", help="test the stored images on these runs too"
     )
-    parser.add_argument("--adversarial", metavar="DIR", help="test the stored images of a folder adversarial/")
-    parser.add_argument(
-        "--subpixel", action="store_true", help="subpixel decoding: the mean of the votes near the winner"
-    )
-    parser.add_argument("--batch-size", type=positive_int, default=4, help="images per batch, in each process")
-    parser.add_argument(
-        "--pictures", type=natural_int, metavar="N", help="draw the first N images (default: 4, or every --image)"
-    )
-    command.add_compute_arguments(parser)
-    return parser
 
 
 def parse_arguments(parser, argv):
