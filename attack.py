@@ -24,10 +24,10 @@ from model import Goal, decode, encode, landmark_loss, mean_weights, offsets_at,
 from support.errors import InputError
 
 STEP_SIZE = 0.05  # in units of epsilon; the paper's eta
-MOMENTUM = 0.75  # of Vote-PGD; also:
+MOMENTUM = 0.75  # of Vote-PGD, as are the constants down to STATIONARY_WEIGHT
 VOTE_WIDTH = (1.0, 0.33)  # of the votes' kernel in units of R, in the first and the last iteration
-TOLERANCE = 1 / 3  # in units of R, 4 mm in the ISBI 2015 images: within it, a landmark is in its place
-TARGETED_WEIGHT = (1.0, 2.5, 1.5)  # of a landmark: lowest, highest, per tolerance of its distance from its place
+TOLERANCE = 1 / 3  # in units of R, 4 mm in the ISBI 2015 images: up to it, a goal position counts as reached
+TARGETED_WEIGHT = (1.0, 2.5, 1.5)  # of a landmark's loss: minimum, maximum, slope per tolerance of distance
 STATIONARY_WEIGHT = (0.1, 1.0, 1.0)
 RANDOM_SIZE = (800, 640)  # (H, W) px of the image for which the paper states its random targets,
 RANDOM_X = (100, 600)  # the range of x
@@ -84,13 +84,14 @@ def keep_best(iterates, score):
     best = None
     for iteration, *found in iterates:
         found = [score(found[1]), *found]
-        if best is not None:
+        if best is None:
+            best = [new.clone() for new in found]  # with CUDA graphs, the next call of the model overwrites its maps
+        else:
             better = found[0] >= best[0]
-            found = [
+            best = [
                 torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old)
                 for new, old in zip(found, best, strict=True)
             ]
-        best = found
         yield iteration, *best[1:]
 
 
@@ -141,7 +142,8 @@ def ati_fgsm(model, image, goal, epsilon=8, steps=300, step_size=STEP_SIZE):
 
     Example:
         >>> goal = goal_maps(model(image), targets, targeted)
-        >>> *_, (iteration, adversarial, maps) = ati_fgsm(model, image, goal, epsilon=4)
+        >>> for iteration, adversarial, maps in ati_fgsm(model, image, goal, epsilon=4):
+        ...     pass
     """
 
     def loss(maps, _):
@@ -233,7 +235,7 @@ def goal_maps(clean, targets, targeted):
 class VoteGoal(NamedTuple):
     """The places at which the decoder should find the landmarks."""
 
-    places: torch.Tensor  # (B, K, 2) x, y in px
+    places: torch.Tensor  # (B, K, 2) x, y in px: goal positions
     targeted: torch.Tensor  # (B, K) bool
     pixels: torch.Tensor  # (B, K, P) int64, y W + x of the pixels of the disc around each place, padded with others
     inside: torch.Tensor  # (B, K, P) bool, False for the padding
@@ -252,9 +254,10 @@ def vote_goal_at(places, targeted, size):
 
 
 def vote_pgd(model, image, goal, epsilon=8, steps=300, restarts=1, seed=0):
-    """Vote-PGD: moves the votes that the decoder counts, instead of the maps.
+    """Vote-PGD: its loss is on the votes that the decoder counts, not on the maps.
 
-    Distance: L-infinity. Minimises ``vote_loss`` with momentum and a falling step size and keeps, for each image, the
+    Distance: L-infinity. Source: this implementation; momentum and the best iterate are as in APGD (Croce and Hein,
+    arXiv 2003.01690). Minimises ``vote_loss`` with momentum and a falling step size and keeps, for each image, the
     iterate whose decoded landmarks are best, see ``landmarks_in_place``.
 
     Args:
@@ -273,13 +276,14 @@ def vote_pgd(model, image, goal, epsilon=8, steps=300, restarts=1, seed=0):
 
     Example:
         >>> goal = vote_goal(model(image), targets, targeted)
-        >>> *_, (iteration, adversarial, maps) = vote_pgd(model, image, goal, epsilon=8, steps=100)
+        >>> for iteration, adversarial, maps in vote_pgd(model, image, goal, epsilon=8, steps=100):
+        ...     pass
     """
-    generator = torch.Generator().manual_seed(seed)
+    noise = torch.Generator().manual_seed(seed)
 
     def iterates():
         for restart in range(restarts):
-            start = None if restart == 0 else random_start(image, epsilon, generator)
+            start = None if restart == 0 else random_start(image, epsilon, noise)
             run = pgd(model, image, partial(vote_loss, goal=goal), epsilon, steps, falling, MOMENTUM, start)
             for iteration, adversarial, maps in run:
                 if restart == 0 or iteration > 0:  # the start of a further run counts as no iteration
@@ -289,26 +293,24 @@ def vote_pgd(model, image, goal, epsilon=8, steps=300, restarts=1, seed=0):
 
 
 def vote_loss(maps, progress, goal):
-    """Weighted sum over landmarks of -log(share of votes at the landmark's place): (B,).
+    """Weighted sum over landmarks of -log(fraction of the votes at its goal position): (B,).
 
-    Weights follow the decoded landmark's distance from its place, constant in the gradient: a targeted landmark counts
-    more while it is far, a stationary one hardly before it drifts.
+    Weights follow the decoded landmark's distance from its goal position and are constant in the gradient: that of a
+    targeted landmark falls as it approaches its target, that of a stationary one is small until it drifts.
     """
     distance = distance_in_tolerances(maps.detach(), goal)
-    low, high, slope = (
-        torch.where(goal.targeted, one, other) for one, other in zip(TARGETED_WEIGHT, STATIONARY_WEIGHT, strict=True)
-    )
-    weights = (slope * distance).clamp(low, high)
+    by_role = ((slope * distance).clamp(low, high) for low, high, slope in (TARGETED_WEIGHT, STATIONARY_WEIGHT))
+    weights = torch.where(goal.targeted, *by_role)
     width = VOTE_WIDTH[0] * (VOTE_WIDTH[1] / VOTE_WIDTH[0]) ** progress
     return -(weights * log_vote_share(maps, goal, width)).sum(-1)
 
 
 def log_vote_share(maps, goal, width):
-    """Logarithm of the share of votes at each landmark's place, differentiable in heatmap and offsets: (B, K).
+    """Logarithm of the fraction of votes at each goal position, differentiable in heatmap and offsets: (B, K).
 
-    Votes are those of the decoder's n = int(3.14 R^2) voters, and of the pixels around the place that may become
-    voters. A pixel counts sigmoid(logit - the voters' lowest logit); of its vote, the fraction 1 / (1 + (d / width)^2)
-    is at the place, where d is the vote's distance from the place in units of R.
+    Votes are those of the decoder's n = int(3.14 R^2) voters, and of the pixels around the goal position that may
+    become voters. A pixel has the weight sigmoid(logit - the voters' lowest logit); of its vote, the fraction
+    1 / (1 + (d / width)^2) counts as at the goal position, where d is the vote's distance from it in units of R.
     """
     size = maps.shape[-2:]
     radius = radius_of(size)
@@ -328,12 +330,12 @@ def log_vote_share(maps, goal, width):
 
 
 def landmarks_in_place(maps, goal):
-    """Number of landmarks that the decoder finds within the tolerance of their place: (B,)."""
+    """Number of landmarks that the decoder finds within the tolerance of their goal position: (B,)."""
     return (distance_in_tolerances(maps, goal) <= 1).sum(-1)
 
 
 def distance_in_tolerances(maps, goal):
-    """Distance of the decoded landmarks from their places in units of the tolerance, R / 3: (B, K)."""
+    """Distance of the decoded landmarks from their goal positions in units of the tolerance, R / 3: (B, K)."""
     return (decode(maps) - goal.places).norm(dim=-1) / (TOLERANCE * radius_of(maps.shape[-2:]))
 
 
@@ -354,7 +356,8 @@ def universal_vote_pgd(model, image, batches, epsilon=8, steps=300):
         - yields (iteration, perturbation, maps): int, (1, C, H, W), (B, 3, K, H, W) of the batch.
 
     Example:
-        >>> *_, (_, delta, _) = universal_vote_pgd(model, torch.zeros(1, 3, 800, 640), batches, epsilon=8)
+        >>> for _, delta, _ in universal_vote_pgd(model, torch.zeros(1, 3, 800, 640), batches, epsilon=8):
+        ...     pass
         >>> adversarial = (image + delta).clamp(-1, 1)  # of any image
     """
     goals = []
@@ -376,9 +379,12 @@ def falling(progress):
 
 
 def random_start(image, epsilon, generator):
-    """A perturbation like ``image``, uniform in the L-infinity ball."""
-    noise = torch.rand(image.shape, generator=generator, dtype=image.dtype)
-    return ((2 * noise - 1) * epsilon / 256).to(image.device)
+    """A perturbation like ``image``, uniform in the L-infinity ball; the same for all images of the batch.
+
+    Results thus do not depend on how images are batched.
+    """
+    noise = torch.rand(image.shape[1:], generator=generator, dtype=image.dtype)
+    return ((2 * noise - 1) * epsilon / 256).to(image.device).expand_as(image)
 
 
 # --- by name ---------------------------------------------------------------------------------------------------------
@@ -409,8 +415,8 @@ def make_goal(method, clean, targets):
 
 
 # --- targets ---------------------------------------------------------------------------------------------------------
-# Each function returns targets (K, 2) float64 x, y in px0, nan for stationary landmarks. They depend only on the seed
-# and the image (its id, size and ground truth), not on model, method, input size or batch.
+# Targets are (K, 2) float64 x, y in px0, nan for stationary landmarks. They depend only on the seed and the image (its
+# id, size and ground truth), not on model, method, input size or batch.
 
 
 def generator(seed, id):
@@ -465,7 +471,7 @@ def shift_targets(rng, landmarks, size0, count, displacement):
 
 
 def common_displacement(rng, num_landmarks, count, distance):
-    """One displacement for each of ``count`` landmarks, in a random direction: (K, 2), nan for stationary ones."""
+    """One displacement for each of ``count`` landmarks, in a random direction: (K, 2) in the unit of ``distance``."""
     chosen = rng.choice(num_landmarks, count, replace=False)
     angles = rng.uniform(0, 2 * np.pi, count)
     displacement = np.full((num_landmarks, 2), np.nan)

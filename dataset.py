@@ -59,11 +59,11 @@ class Cephalograms:
 
     Args:
         root: folder of the data, in any of the layouts.
-        split: "train", "test1", "test2", or "test": what there is of test1 and test2.
+        split: "train", "test1", "test2", or "test": test1 and test2, as far as present.
         size: (H, W) px of the network input.
         limit: only the first so many images, by id.
         ids: only these images, in this order.
-        mm_per_px: mm per px0 of all images; None: from a spacing file beside the data, else 0.1.
+        mm_per_px: mm per px0 of all images; None: from a spacing file in ``root``, else 0.1.
         unusual: leave out the checks of plausibility.
         progress: wraps the iteration over the images, like tqdm: progress(iterable, total=N, desc=text).
 
@@ -176,7 +176,8 @@ def check_disjoint(one, other):
         for data in (one, other)
     )
     difference = torch.cdist(one_coarse, other_coarse, p=1)
-    pairs = (difference <= SAME * difference.quantile(0.5, interpolation="higher")).nonzero().tolist()
+    median = difference.flatten().kthvalue(difference.numel() // 2 + 1).values  # quantile() refuses large inputs
+    pairs = (difference <= SAME * median).nonzero().tolist()
     for i, j in pairs:
         ids, sizes = (one.ids[i], other.ids[j]), (one.sizes[i].tolist(), other.sizes[j].tolist())
         if not is_official_repetition(ids, sizes):

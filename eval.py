@@ -18,7 +18,9 @@ from support.errors import InputError
 
 SDR_MM = (2, 2.5, 3, 4)
 SUCCESS_MM = 4  # the radial error up to which the paper counts an attack on a landmark as successful
-MAY_BE_MISSING = ("true_x_px0", "true_y_px0", "radial_error_mm", "target_x_px0", "target_y_px0", "largest_change")
+MAY_BE_MISSING = ("true_x_px0", "true_y_px0", "radial_error_mm", "target_x_px0", "target_y_px0")
+MAY_BE_MISSING += ("largest_change", "clean_peak")
+TEXT = {"image": str, "detector": str}  # columns that may look like numbers
 ROLES = ("targeted", "stationary", "untargeted")  # of a landmark in an attack
 
 
@@ -209,7 +211,7 @@ def read_records(files):
     missing = {name: [""] for name in MAY_BE_MISSING}  # in no other column: an image may be named NA
     for file in files:
         try:
-            tables.append(pd.read_csv(file, dtype={"image": str}, keep_default_na=False, na_values=missing))
+            tables.append(pd.read_csv(file, dtype=TEXT, keep_default_na=False, na_values=missing))
         except (OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"{file}: not a readable record ({reason}); remove it and repeat the command") from None

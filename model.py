@@ -309,6 +309,7 @@ def decode(maps, subpixel=False):
     """
     height, width = maps.shape[-2:]
     radius = radius_of((height, width))
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))  # half precision cannot hold pixel numbers
     heatmap, offset = maps.flatten(-2).split([1, 2], dim=1)  # (B, 1 or 2, K, H * W)
     voters = heatmap[:, 0].topk(min(int(3.14 * radius**2), height * width), sorted=False).indices
     votes = torch.stack([voters % width, voters // width], dim=1) + radius * offsets_at(voters, offset)

@@ -1,4 +1,4 @@
-"""What detectors find on attacked images: while the attack runs, and again under other conditions.
+"""Predictions on attacked images: while the attack runs, and afterwards under other conditions.
 
 A condition is a form in which the images are stored, and a detector that sees them, the attacked one or another:
 
@@ -32,7 +32,7 @@ FORMATS = {".png": ("8-bit", {"compress_level": 1}), ".jpg": ("JPEG", {"quality"
 class Observer:
     """Measures an attack on a batch while it runs.
 
-    Landmarks and L-infinity norms of the recorded iterations stay on the device, so that the attack never waits.
+    Landmarks and L-infinity norms of the recorded iterations stay on the device, so that the attack waits for no copy.
 
     Args:
         image: (B, C, H, W) clean input, C = 1 or 3.
@@ -54,7 +54,7 @@ class Observer:
         """Take what an attack yields."""
         self.adversarial = adversarial
         if iteration == 0:
-            self.clean_peak = maps[:, 0].sigmoid().amax((-2, -1))
+            self.clean_peak = maps[:, 0].amax((-2, -1)).sigmoid()
         if iteration in RECORDED or iteration == self.steps:
             self.points[iteration] = decode(maps, self.subpixel)
             self.norms[iteration] = (adversarial - self.image).abs().amax((1, 2, 3))
@@ -181,9 +181,12 @@ def observe(detectors, folder, batch_size, device, subpixel=False):
     Raises:
         InputError: a file is missing, damaged, or of another size.
     """
+    with distributed.guard():
+        attacks = read_in_memory(folder, detectors[0][2])
     tables = []
-    for method, rows, batch, targets in read_in_memory(folder, detectors[0][2]):
-        tables.append(rows.assign(detector=detectors[0][0], stored="in memory"))
+    for method, rows, batch, targets in attacks:
+        attacked = rows.get("detector", detectors[0][0])  # files of older versions do not name it
+        tables.append(rows.assign(detector=attacked, stored="in memory"))
         ids, iteration = [detectors[0][2].ids[i] for i in batch], rows["iteration"].iloc[0]
         for size, suffix in stored_forms(folder, method, ids):
             for name, model, data in detectors:
@@ -198,10 +201,10 @@ def observe(detectors, folder, batch_size, device, subpixel=False):
 
 
 def stored_forms(folder, method, ids):
-    """The (size, suffix) in which images are stored; PNG inputs and originals, unless all their files are JPEGs."""
+    """The (size, suffix) of which any file exists; without any, those of PNG."""
     forms = [(size, suffix) for size in SIZES for suffix in FORMATS]
     exist = [form for form in forms if any(stored_file(folder, method, form[0], id, form[1]).exists() for id in ids)]
-    return exist or [(size, ".png") for size in SIZES]  # whose absence is then reported
+    return exist or [(size, ".png") for size in SIZES]  # reported as missing by the caller
 
 
 def load_stored(folder, method, size, suffix, data, batch):

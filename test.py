@@ -3,8 +3,9 @@
     python test.py --tag baseline --iteration 229                                    # accuracy
     python test.py --tag baseline --iteration 229 --attack 1 --rand temp             # ATI-FGSM; results in temp/
     python test.py --tag baseline --attack 0 1 --targets shift --epsilon 8           # compared, on displacements
-    python test.py --tag baseline --attack 1 --rand temp --save-adversarial          # attacked images as 8-bit PNG,
+    python test.py --tag baseline --attack 1 --rand temp --save-adversarial          # attacked images as PNG and JPEG,
     python test.py --tag other --adversarial temp/adversarial                        # tested on another detector
+    python test.py --tag baseline --attack 1 4 --restarts 2 --rand strong            # Vote-PGD beside ATI-FGSM
     python test.py --tag baseline --image mine.png --attack 1 --targets shift        # own images, without annotation
     torchrun --nproc-per-node 4 test.py --tag baseline --attack 1 --rand temp        # on four GPUs, the same results
 
@@ -39,6 +40,7 @@ from eval import (
     SUCCESS_MM,
     draw,
     plot_attack,
+    predict,
     predict_batches,
     read_records,
     record,
@@ -118,6 +120,7 @@ def make_parser():
 
 
 def add_attack_arguments(parser):
+    """Arguments of attacks and of attacked images that are stored."""
     parser.add_argument(
         "--attack",
         type=attack_name,
@@ -141,7 +144,7 @@ def add_attack_arguments(parser):
     )
     parser.add_argument("--steps", type=positive_int, default=300, help="iterations of iterative attacks")
     parser.add_argument(
-        "--restarts", type=positive_int, default=1, metavar="N", help="runs of Vote-PGD, of which the best counts"
+        "--restarts", type=positive_int, default=1, metavar="N", help="starts of Vote-PGD; the best is kept"
     )
     parser.add_argument("--grey", action="store_true", help="the same perturbation in all three channels")
     parser.add_argument(
@@ -162,6 +165,10 @@ def parse_arguments(parser, argv):
         parser.error(f"--attack {UNIVERSAL}: needs --targets common, and --data to train on")
     if args.transfer and not (args.save_adversarial or args.adversarial):
         parser.error("--transfer: needs --save-adversarial or --adversarial")
+    if len({args.tag, *(args.transfer or ())}) <= len(args.transfer or ()):
+        parser.error("--transfer: name each run once, and not that of --tag")
+    if args.restarts > 1 and "Vote-PGD" not in (args.attack or ()):
+        parser.error("--restarts: needs --attack Vote-PGD; the other attacks have no random start")
     if args.pictures is None:
         args.pictures = len(args.image) if args.image else 4
     if args.attack and args.adversarial:
@@ -169,7 +176,7 @@ def parse_arguments(parser, argv):
     for name in ("grey", "save_adversarial"):
         if getattr(args, name) and not args.attack:
             parser.error(f"--{name.replace('_', '-')}: needs an --attack")
-    if args.attack and 0 < args.epsilon < 1:
+    if args.attack and 0 < args.epsilon * 127.5 / 256 < 0.5:
         warnings.warn(
             f"--epsilon {args.epsilon:g} is less than half a grey level, of which 8-bit images keep nothing; it counts "
             "half grey levels: 8/255 of an image in [0, 1] is --epsilon 16",
@@ -190,14 +197,19 @@ def main(argv=None):
         data = load_data(args, size)
         model = load_detector(checkpoint, encoder_batch_norm, args.precision, device)
         others = [load_other(run_folder(tag), args, device) for tag in args.transfer or []]
-        if args.image:
-            data.reference_px0 = to_px0(predict_here(model, data.images, args, device), data)
+        same |= {"data": data.sha256}
+    if args.image:  # not predicted by each process alone: GPUs may round differently
+        data.reference_px0 = to_px0(predict(model, data.images, args.batch_size, device, args.subpixel), data)
+        for _, _, other in others:
+            other.reference_px0 = data.reference_px0
+    with distributed.guard() as same:
         targets = (
             choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm) if args.attack else None
         )
+        training = load_training(args, size) if UNIVERSAL in (args.attack or ()) else None
         out = Path(args.rand) if args.rand else run / default_name(args, epoch)
         config = vars(args) | {"iteration": epoch, "size": size}
-        config |= fingerprints(args, checkpoint, data, targets)
+        config |= fingerprints(args, checkpoint, data, targets, training)
         check_output(out, config, parser.defaults())
         same |= {"configuration": config}
     if args.compile:
@@ -212,7 +224,7 @@ def main(argv=None):
             save_config(out / "config.json", config, device)
 
     if args.attack:
-        attack(args, model, data, targets, device, out)
+        attack(args, model, data, targets, training, device, out)
     elif not args.adversarial:
         test(args, model, data, device, out)
     if args.save_adversarial:
@@ -233,6 +245,13 @@ def load_data(args, size):
     if args.image:
         return Cephalograms.from_files(args.image, size, **options)
     return Cephalograms(args.data, args.split, size, args.limit, args.images, unusual=args.unusual, **options)
+
+
+def load_training(args, size):
+    """The training split and its common targets (N, K, 2) px0, on which the universal perturbation is made."""
+    options = {"split": "train", "limit": None, "images": None}
+    data = load_data(argparse.Namespace(**(vars(args) | options)), size)
+    return data, choose_targets("common", data, args.seed, args.shift_count, args.shift_mm)
 
 
 def load_detector(checkpoint, encoder_batch_norm, precision, device):
@@ -262,22 +281,18 @@ def read_architecture(path):
     return tuple(size), encoder_batch_norm
 
 
-def predict_here(model, images, args, device):
-    """Landmarks (N, K, 2) px on the CPU, predicted by this process alone."""
-    batches = in_batches(list(range(len(images))), args.batch_size)
-    return torch.cat([found.cpu() for _, found in predict_batches(model, images, batches, device, args.subpixel)])
-
-
 def default_name(args, epoch):
     what = "attack" if args.attack else "read_back" if args.adversarial else "test"
     return f"{what}_{'image' if args.image else args.split}_{epoch}"
 
 
-def fingerprints(args, checkpoint, data, targets):
+def fingerprints(args, checkpoint, data, targets, training):
     """SHA-256 of what the results depend on besides the arguments."""
     found = {"checkpoint_sha256": sha256(checkpoint), "data_sha256": data.sha256}
     if targets is not None:
         found["targets_sha256"] = hashlib.sha256(targets.numpy().tobytes()).hexdigest()
+    if training is not None:
+        found["training_data_sha256"] = training[0].sha256
     if args.adversarial:
         found["adversarial_sha256"] = sha256(find_in_memory(Path(args.adversarial)))
     return found
@@ -287,7 +302,7 @@ def check_output(out, config, defaults):
     """Raise InputError where the output folder holds anything but earlier results of the same configuration."""
     if (out / "config.json").exists():
         no_effect = ["device", "compile", "data", "image", "unusual", "batch_size", "rand", "pictures"]
-        no_effect += ["save_adversarial", "adversarial"]
+        no_effect += ["save_adversarial", "adversarial", "transfer"]
         if config["targets"] not in ("random", "shift", "common"):  # a file, of whose content targets_sha256 is a hash
             no_effect.append("targets")
         check_same_config(out / "config.json", config, defaults, no_effect, "--rand")
@@ -309,7 +324,7 @@ def picture_file(out, data, i, method=None):
 def unfinished(args, data, out, methods):
     """The work of this process: batches in which the files of an image are missing.
 
-    Batches are the same after a stop as before, since the company of an image may affect the last bits of its result.
+    Batches are the same after a stop as before, since the other images of a batch may affect the last bits of a result.
 
     Returns:
         list of (method, batch of image indices, those of the batch that are unfinished).
@@ -382,8 +397,11 @@ def report_test(out, files):
 # --- attack ----------------------------------------------------------------------------------------------------------
 
 
-def attack(args, model, data, targets_px0, device, out):
-    """Attack every image by every method, all with the same targets (N, K, 2) px0, nan for stationary landmarks."""
+def attack(args, model, data, targets_px0, training, device, out):
+    """Attack every image by every method, all with the same targets (N, K, 2) px0, nan for stationary landmarks.
+
+    ``training``: see ``load_training``; None without a universal attack.
+    """
     size = data.images.shape[-2:]
     targets = rescale(targets_px0, data.sizes[:, None], size).float()
     methods = list(dict.fromkeys(args.attack))
@@ -392,7 +410,7 @@ def attack(args, model, data, targets_px0, device, out):
     victim = grey_model(model) if args.grey else model
     options = {"epsilon": args.epsilon, "steps": args.steps, "restarts": args.restarts, "seed": args.seed}
     if UNIVERSAL in methods:
-        delta = universal_perturbation(args, victim, size, device, out / "universal_perturbation.pth")
+        delta = universal_perturbation(args, victim, training, device, out / "universal_perturbation.pth")
     todo = unfinished(args, data, out, methods)
     total = sum(steps[method] * len(batch) for method, batch, _ in todo)
     with progress(total=total, desc="attacking", unit="step", disable=not todo) as bar:
@@ -432,26 +450,25 @@ def run_attack(method, victim, image, targets, epsilon, steps, **options):
     return ATTACKS[method](victim, image, goal, epsilon, **options)
 
 
-def universal_perturbation(args, victim, size, device, file):
-    """The perturbation (1, C, H, W) of ``universal_vote_pgd`` on the training images, kept in a file."""
-    if is_main() and not file.exists():
-        zeros = torch.zeros(1, 1 if args.grey else 3, *size, device=device)
-        batches = training_batches(args, victim, size, device)
-        iterates = universal_vote_pgd(victim, zeros, batches, args.epsilon, args.steps)
-        bar = progress(iterates, desc="universal perturbation", total=args.steps + 1, unit="step")
-        *_, (_, delta, _) = bar
-        write_tensors(file, {"delta": delta.cpu()})
-    distributed.barrier()
+def universal_perturbation(args, victim, training, device, file):
+    """The perturbation (1, C, H, W) of ``universal_vote_pgd`` on ``load_training``, kept in a file."""
+    with distributed.guard():
+        if is_main() and not file.exists():
+            zeros = torch.zeros(1, 1 if args.grey else 3, *training[0].images.shape[-2:], device=device)
+            batches = training_batches(args, victim, *training, device)
+            iterates = universal_vote_pgd(victim, zeros, batches, args.epsilon, args.steps)
+            for _, found, _ in progress(iterates, desc="universal perturbation", total=args.steps + 1, unit="step"):
+                delta = found  # no list of iterates: each has the maps of a batch
+            write_tensors(file, {"delta": delta.cpu()})
     return load_file(file)["delta"].to(device)
 
 
-def training_batches(args, victim, size, device):
-    """Batches (image, goal) of the training split in random order, without end; targets are the common displacement."""
-    split = {"split": "train", "limit": None, "images": None}
-    data = load_data(argparse.Namespace(**{**vars(args), **split}), size)
-    channels = 1 if args.grey else 3
-    found = predict_here(lambda image: victim(image[:, :channels]), data.images, args, device)
-    targets_px0 = choose_targets("common", data, args.seed, args.shift_count, args.shift_mm)
+def training_batches(args, victim, data, targets_px0, device):
+    """Batches (image, goal) of training images in random order, without end."""
+    size, channels = data.images.shape[-2:], 1 if args.grey else 3
+    clean = partial(predict_batches, lambda image: victim(image[:, :channels]), data.images, subpixel=True)
+    batches = in_batches(list(range(len(data))), args.batch_size)
+    found = torch.cat([points.cpu() for _, points in clean(batches=batches, device=device)])
     targets = rescale(targets_px0, data.sizes[:, None], size).float()
     targeted = ~targets.isnan().any(-1)
     places = torch.where(targeted[..., None], targets, found)
@@ -466,7 +483,8 @@ def apply_perturbation(victim, image, delta, steps):
     """What an attack would yield whose perturbation is known: the clean image, and the perturbed one as the last."""
     for iteration, adversarial in ((0, image), (steps, (image + delta).clamp(-1, 1))):
         with torch.no_grad():
-            yield iteration, adversarial, victim(adversarial)
+            maps = victim(adversarial)
+        yield iteration, adversarial, maps
 
 
 def progress_figure(records):
@@ -491,7 +509,7 @@ def write_attacked(args, data, i, b, observer, targets, method, records, out):
 
 
 def report_attack(args, data, methods, steps, out):
-    """predictions.csv, summary.csv and charts from the records; of stored images also what they did before."""
+    """predictions.csv, summary.csv and charts from the records; with stored images also in_memory.csv."""
     table = read_records([record_file(out, data, i, method) for method in methods for i in range(len(data))])
     write_table(out / "predictions.csv", table)
     summary = summarize_attack(table)
@@ -506,12 +524,15 @@ def report_attack(args, data, methods, steps, out):
     print(summary.to_string(index=False, float_format="%.2f"))
     warn_of_weak_goals(table)
     if args.save_adversarial:
-        write_table(in_memory_file(out / "adversarial"), table[table["iteration"] == table["method"].map(steps)])
+        last = table[table["iteration"] == table["method"].map(steps)]
+        write_table(in_memory_file(out / "adversarial"), last.assign(detector=args.tag))
 
 
 def warn_of_weak_goals(table):
     """Say how many stationary landmarks the paper's goal maps constrain by the heatmap term alone."""
-    clean = table[(table["iteration"] == 0) & (table["role"] == "stationary")].drop_duplicates(["image", "landmark"])
+    paper = ~table["method"].isin(["Vote-PGD", UNIVERSAL])
+    clean = table[paper & (table["iteration"] == 0) & (table["role"] == "stationary")]
+    clean = clean.drop_duplicates(["image", "landmark"])
     weak = (clean.get("clean_peak", pd.Series(dtype=float)) <= 0.5).sum()
     if weak:
         warnings.warn(

@@ -14,7 +14,7 @@ from unittest import mock
 import attack
 import test
 from experiments import compare
-from support import command
+from support import command, distributed
 
 
 def paper_loss(model, image, goal, epsilon=8, steps=300, restarts=1, seed=0):
@@ -46,12 +46,14 @@ VARIANTS = {  # name -> what replaces names of attack.py
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    own, _, rest = argv, None, []
+    own, rest = argv, []
     if "--" in argv:
         own, rest = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
-    parser = command.Parser("Attack by variants of Vote-PGD. After -- : arguments of test.py.")
+    parser = command.Parser("Attack by variants of Vote-PGD. Arguments after -- are passed to test.py.")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the variants' results")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT", help="some")
+    parser.add_argument(
+        "--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT", help="only these variants"
+    )
     args = parser.parse_args(own)
     folders = []
     for name in args.only:
@@ -62,7 +64,8 @@ def main(argv=None):
             if name == "paper_loss":
                 stack.enter_context(mock.patch.dict(attack.ATTACKS, {"Vote-PGD": paper_loss}))
             test.main([*rest, "--attack", "4", "--pictures", "0", "--rand", folders[-1]])
-    compare.main(folders)
+    if distributed.is_main():
+        compare.main(folders)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the charts of several experiments have in common."""
+"""Common parts of the charts of several experiments."""
 
 from matplotlib.figure import Figure
 

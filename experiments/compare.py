@@ -13,16 +13,21 @@ import pandas as pd
 from experiments.measures import Result, last, measure, of_role, render_differences, render_measures
 from experiments.statistics import differences
 from support import command
+from support.errors import InputError
 
 
 def main(argv=None):
     parser = command.Parser("Print measures of finished attacks with intervals, and their paired differences.")
     parser.add_argument("folders", nargs="+", metavar="DIR", help="output folders of test.py --attack")
     folders = [Path(folder) for folder in parser.parse_args(argv).folders]
-    attacks = {}  # (folder, method) -> records
+    short = len({folder.name for folder in folders}) == len(folders)
+    names = {folder: folder.name if short else str(folder) for folder in folders}
+    attacks = {}  # (name of the folder, method) -> records
     for folder in folders:
+        if "method" not in Result({}, folder).predictions():
+            raise InputError(f"{folder}: not the results of an attack; give output folders of test.py --attack")
         for method, records in Result({}, folder).attacked().groupby("method", sort=False):
-            attacks[folder.name, method] = records
+            attacks[names[folder], method] = records
     print(render_measures(compute(attacks)))
     if len(attacks) > 1:
         print(render_differences(compute_differences(attacks)))

@@ -1,4 +1,4 @@
-"""Experiment 1: radial errors without an attack, beside published figures and the inter-observer distance."""
+"""Experiment 1: radial errors without an attack, with published results and the inter-observer distance."""
 
 import numpy as np
 import pandas as pd

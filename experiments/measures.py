@@ -24,7 +24,7 @@ class Result(NamedTuple):
         return table if "mm_per_px0" in table else table.assign(mm_per_px0=MM_PER_PX0)  # runs of older versions
 
     def attacked(self):
-        """The predictions of an attack, see ``eval.record_attack``, with the clean ones beside them.
+        """The predictions of an attack, see ``eval.record_attack``, joined with the clean ones.
 
         Further columns: x_px0_clean, y_px0_clean; start_mm, distance of the clean prediction from the target, or from
         the truth if a landmark has none; flown_mm, displacement of the prediction from the clean one.

@@ -107,7 +107,7 @@ def correlation(x, y):
 
 
 def residual(y, *others):
-    """What remains of y after its best linear prediction from the others."""
+    """Residual of the linear regression of y on the others."""
     design = np.stack([np.ones_like(y), *others], axis=-1)
     return y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
 

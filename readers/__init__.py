@@ -1,1 +1,1 @@
-"""Reading the data: where it lies, images, annotations and tables, and whether it is plausible. See docs/data.md."""
+"""Reading the data: folder layouts, images, annotations, tables, checks of plausibility. See docs/data.md."""

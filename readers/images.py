@@ -1,4 +1,4 @@
-"""Image files as 8-bit arrays, upright, on black where they are transparent, resized."""
+"""Image files as 8-bit arrays: rotated by their EXIF orientation, composed on black, resized."""
 
 import os
 import struct
@@ -22,7 +22,7 @@ PHOTOMETRIC = 262  # number of the TIFF tag
 
 
 def cores():
-    """How many of this machine's cores are this process's own."""
+    """CPU cores for each process on this machine."""
     return max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun sets it
 
 
@@ -47,7 +47,7 @@ def read_images(files, size, mode="L", progress=None, description="loading"):
 
 
 def read_image(path, size, mode="L"):
-    """Decode an image, turn it as its EXIF orientation says, and resize it, bilinearly.
+    """Decode an image, rotate it by its EXIF orientation, and resize it bilinearly.
 
     Args:
         path: file.
@@ -62,7 +62,7 @@ def read_image(path, size, mode="L"):
     """
     check_suffix(path)
     try:
-        # by a file object: of uncompressed TIFFs opened by name, Pillow 11 to 13 scrambles those that have to be turned
+        # by a file object: of uncompressed TIFFs opened by name, Pillow 11 to 13 scrambles those that are rotated
         with open(path, "rb") as file, Image.open(file) as image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
@@ -81,7 +81,7 @@ def read_image(path, size, mode="L"):
 
 
 def read_size(path):
-    """(H0, W0) of an image file as its header says, not turned.
+    """(H0, W0) of an image file by its header, not rotated by EXIF.
 
     Raises:
         InputError: not an image.

@@ -1,4 +1,4 @@
-"""Where images and annotations lie, in the three layouts in which people have the data.
+"""Finding images and annotations in the three layouts in which the data is distributed.
 
 official   RawImage/{TrainingData,Test1Data,Test2Data}/NNN.bmp, AnnotationsByMD/{400_senior,400_junior}/NNN.txt
 2020       the same images, with 400_senior/ and 400_junior/ beside RawImage/
@@ -20,11 +20,11 @@ IDS = {"train": range(1, 151), "test1": range(151, 301), "test2": range(301, 401
 SPLITS = ("train", "test1", "test2", "test")
 SIZE0 = (2400, 1935)  # (H0, W0) of those
 DOCTORS = ("400_senior", "400_junior")
-NO_IMAGE = (".txt", ".csv", ".json", ".xml", ".md")  # suffixes of files that may lie beside an image
+NO_IMAGE = (".txt", ".csv", ".json", ".xml", ".md")  # suffixes of other files in a folder of images
 
 
 class Entry(NamedTuple):
-    """One image of a split: its id, its file, and where its landmarks stand.
+    """One image of a split: its id, its file, and the sources of its annotations.
 
     annotations: for each doctor a file, or (table, line number, numbers as text).
     """
@@ -214,12 +214,12 @@ def official_part(id):
 
 
 def nested(root, name):
-    """Where a folder may lie: archives that were unpacked into a folder of their name hold it twice."""
+    """Possible paths of a folder; archives unpacked into a folder of their own name nest it twice."""
     return root / name / name, root / name
 
 
 def parents(root):
-    """Where the doctors' annotations may lie: in the official and in the 2020 layout."""
+    """Possible parents of the doctors' folders, in the official and in the 2020 layout."""
     return *nested(root, "AnnotationsByMD"), root
 
 
@@ -234,7 +234,7 @@ def list_files(folder, suffixes):
     for file in sorted(folder.iterdir()) if folder.is_dir() else []:
         if file.suffix.lower() in suffixes and not file.name.startswith("."):
             if file.stem in by_id:
-                raise InputError(f"{file}: a second file of the same name lies beside it; remove one")
+                raise InputError(f"{file}: another file in this folder has the same name; remove one")
             by_id[file.stem] = file
     return by_id
 

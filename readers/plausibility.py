@@ -1,4 +1,4 @@
-"""Whether annotations can be true: checks of all images that are read, whose bounds real data keep with a wide margin.
+"""Plausibility of annotations: checks of all images that are read, with bounds that real data keep by a wide margin.
 
 All distances are relative, so that neither the images' size nor their spacing matters. Bounds, and what the 300 images
 of Train and Test1 reach:
@@ -8,8 +8,8 @@ doctors      apart in one landmark by 0.3 of the diagonal of the landmarks' box 
 extent       landmarks span less than 0.2 of the image in both axes (0.41 or more in x), or all of them lie in its upper
              left quarter (they reach 0.71 in x and 0.75 in y)
 mean shape   after the alignment of ``align``, residuals are relative to the landmarks' root-mean-square distance from
-             their centre: a head is what has a median below 0.35 (0.17; as a mirror image 0.65 or more); of a head, one
-             landmark is off by more than 0.75 (0.30); the same places in another order: ``is_permuted``
+             their centre: a shape with a median below 0.35 (0.17; as a mirror image 0.65 or more) counts as a head; one
+             landmark of a head is off by more than 0.75 (0.30); the same positions in another order: ``is_permuted``
 """
 
 import json
@@ -104,7 +104,7 @@ def check_shape(points, refuse):
     worst = residual.argmax(1)
     refuse(
         is_head & (residual.max(1) > OUTLIER),
-        lambda i: f"landmark {named(worst[i])} is far from where the others leave it",
+        lambda i: f"landmark {named(worst[i])} is far from its position relative to the others",
     )
     refuse(~is_head & is_permuted(places, shape), "the landmarks of a head, but not in the order of ISBI 2015")
 

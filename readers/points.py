@@ -168,7 +168,7 @@ def read_targets(path, ids, num_landmarks, names=LANDMARKS):
 
 
 def landmark_numbers(num_landmarks, names):
-    """{text: index} of what a landmark may be called: its name, also without or only with what is in parentheses."""
+    """{text: index} of the names of landmarks: full, without the part in parentheses, or that part alone."""
     numbers = {}
     for k, name in enumerate(names[:num_landmarks]):
         short, _, letter = plain(name).partition("(")

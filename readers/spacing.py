@@ -1,4 +1,4 @@
-"""How many mm a pixel of the original images is: from the command line or from a file beside the data."""
+"""Pixel spacing of the original images in mm: from the command line or from a file in the folder of the data."""
 
 import numpy as np
 
@@ -13,7 +13,7 @@ def read_spacing(root, ids, mm_per_px=None):
     """mm per px0 of images, and where it was found.
 
     Args:
-        root: folder of the data, in which spacing.txt (one number) or spacing.csv (image,mm_per_px) may lie; or None.
+        root: folder of the data, which may contain spacing.txt (one number) or spacing.csv (image,mm_per_px); or None.
         ids: N ids.
         mm_per_px: for all images; the files are then not read.
 
@@ -27,7 +27,7 @@ def read_spacing(root, ids, mm_per_px=None):
         return np.full(len(ids), check(str(mm_per_px), "--mm-per-px")), "--mm-per-px"
     text, table = (root / name if root else None for name in ("spacing.txt", "spacing.csv"))
     if root and text.exists() and table.exists():
-        raise InputError(f"{text}: spacing.csv lies beside it; remove one")
+        raise InputError(f"{text}: spacing.csv is in the same folder; remove one")
     if root and text.exists():
         return np.full(len(ids), check(read_text(text), text)), text
     if root and table.exists():

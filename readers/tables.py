@@ -1,4 +1,4 @@
-"""Numbers and tables as people write them: CSV with commas, semicolons, tabs or spaces."""
+"""Numbers and tables in text files: CSV separated by commas, semicolons, tabs or spaces."""
 
 import csv
 import math
@@ -11,7 +11,7 @@ SEPARATORS = (";", "\t", ",", " ")  # the first one that the header holds
 
 
 def number(text):
-    """A finite float, or None where the text is none (unlike for ``float``, 1_0 is none)."""
+    """A finite float, or None if the text is not a number (unlike for ``float``, 1_0 is not one)."""
     text = text.strip()
     value = float(text) if NUMBER.fullmatch(text) else math.nan
     return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""What every command needs and no paper describes: errors, arguments, files, checkpoints, processes.
+"""Infrastructure of the commands: errors, arguments, files, checkpoints, processes.
 
 Nothing here imports a module of the root. Imports: errors <- distributed <- command, errors <- files <- checkpoints.
 """

@@ -48,7 +48,7 @@ def start():
 
 @contextlib.contextmanager
 def guard():
-    """A phase that all processes finish, or that ends all of them, the main process with the first error.
+    """A phase that all processes complete, or at whose end all of them exit; the main process raises the first error.
 
     Yields:
         dict in which a process puts what must be equal in all of them, by name; compared at the end of the phase.

@@ -21,6 +21,7 @@ from attack import (
     landmarks_in_place,
     log_vote_share,
     make_goal,
+    random_start,
     random_targets,
     shift_targets,
     untargeted_fgsm,
@@ -250,6 +251,12 @@ def test_restarts_are_never_worse(small, image):
         assert torch.equal(one[1], three[1])  # the first restart is the run without
     scores = [landmarks_in_place(maps, goal) for _, _, maps in runs[1]]
     assert all((later >= earlier).all() for earlier, later in itertools.pairwise(scores))
+
+
+def test_random_starts_do_not_depend_on_the_batch():
+    image = torch.zeros(3, 1, 8, 8)
+    starts = [random_start(batch, 8, torch.Generator().manual_seed(1)) for batch in (image, image[:1])]
+    assert torch.equal(starts[0][2:], starts[1]) and 0.8 * 8 / 256 < starts[0].abs().max() <= 8 / 256
 
 
 def test_a_detector_without_offsets_is_attacked_by_its_own_loss_and_decoder():

@@ -130,7 +130,7 @@ def test_checkpoints_without_their_resume_state_are_not_overwritten(here, offici
     assert (folder / "model_epoch_0.pth").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("epsilon, warning", [(0, False), (0.0314, True), (1, False)])
+@pytest.mark.parametrize("epsilon, warning", [(0, False), (0.0314, True), (1, True), (1.01, False)])
 def test_an_epsilon_below_half_a_grey_level(epsilon, warning, here, official, run):
     out = f"epsilon_{epsilon}"
     attack = ["--attack", 1, "--steps", 2, "--limit", 1, "--epsilon", epsilon, "--rand", out]

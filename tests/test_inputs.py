@@ -427,7 +427,7 @@ def test_bad_spacing(case, official_heads):
 def test_two_spacing_files(official_heads):
     (official_heads / "spacing.txt").write_text("0.1")
     (official_heads / "spacing.csv").write_text("image,mm_per_px\n")
-    assert "spacing.csv lies beside it; remove one" in refused(official_heads)
+    assert "spacing.csv is in the same folder; remove one" in refused(official_heads)
     assert "--mm-per-px: '0' is not" in refused(official_heads, mm_per_px=0)
 
 
@@ -535,11 +535,11 @@ REFUSED = {
     "another order": (lines_in_order(np.random.default_rng(0).permutation(K)), "not in the order of ISBI 2015"),
     "two swapped": (
         lines_in_order([*range(7), 1, *range(8, K)]),
-        "001.txt: landmark 8 (menton) is far from where the others leave it (4 of 4 images)",
+        "001.txt: landmark 8 (menton) is far from its position relative to the others (4 of 4 images)",
     ),
     "a digit less": (
         lambda root: [one_line(8, "12,200", doctor)(root) for doctor in ("senior", "junior")],
-        "002.txt: landmark 8 (menton) is far from where the others leave it (1 of 4 images)",
+        "002.txt: landmark 8 (menton) is far from its position relative to the others (1 of 4 images)",
     ),
     # doctors
     "a doctor's reverse order": (lines_in_order(range(K)[::-1], ["junior"]), "001.txt: the doctors are "),
@@ -581,7 +581,7 @@ REFUSED = {
     ),
     "annotation twice": (
         lambda root: shutil.copy(annotations(root)[1], annotations(root)[1].with_suffix(".TXT")),
-        "002.txt: a second file of the same name lies beside it; remove one",
+        "002.txt: another file in this folder has the same name; remove one",
     ),
     "own image without annotation": (
         lambda root: Image.new("L", (194, 240)).save(image_of(root, "own")),

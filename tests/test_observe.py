@@ -100,6 +100,7 @@ def test_transfer_to_other_detectors(attacked, trained, official, run):
     status, printed, err = run("test.py", *arguments)
     assert status == 0, err
     table = pd.read_csv(attacked.parent / "transfer" / "read_back.csv")
+    assert table["radial_error_mm"].notna().all()
     forms = table.groupby("detector")["stored"].unique()
     assert list(forms["twin"]) == ["8-bit input", "JPEG input", "8-bit original", "JPEG original"]
     assert list(forms["larger"]) == ["8-bit original", "JPEG original"]
@@ -107,6 +108,14 @@ def test_transfer_to_other_detectors(attacked, trained, official, run):
     assert points["twin"].equals(points["small"].drop("in memory"))
     assert not points["larger"].equals(points["small"].loc[["8-bit original", "JPEG original"]])
     assert "larger" in printed
+
+    arguments = ["--tag", "twin", "--data", official, "--split", "test1", "--rand", "by_twin"]
+    assert run("test.py", *arguments, "--adversarial", attacked / "adversarial")[0] == 0
+    table = pd.read_csv(attacked.parent / "by_twin" / "read_back.csv")
+    assert table.groupby("stored")["detector"].unique().map(list).to_dict() == {
+        "in memory": ["small"],  # of the attack itself
+        **{f"{form} {size}": ["twin"] for form in ("8-bit", "JPEG") for size in ("input", "original")},
+    }
 
 
 WRONG = {
@@ -144,7 +153,9 @@ def test_wrong_folders(case, attacked, official, tmp_path, run):
     "wrong, message",
     [
         (["--save-adversarial"], "--save-adversarial: needs an --attack"),
-        (["--transfer", "small"], "--transfer: needs --save-adversarial or --adversarial"),
+        (["--transfer", "other"], "--transfer: needs --save-adversarial or --adversarial"),
+        (["--attack", 0, "--save-adversarial", "--transfer", "small"], "--transfer: name each run once"),
+        (["--attack", 0, "--restarts", 2], "--restarts: needs --attack Vote-PGD"),
         (["--attack", 0, "--save-adversarial", "--transfer", "nowhere"], "no such run (existing runs: "),
         (["--attack", 0, "--adversarial", "somewhere"], "--adversarial: tests stored images; omit --attack"),
         (["--adversarial", "nowhere"], "nowhere"),
