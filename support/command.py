@@ -160,7 +160,10 @@ def add_data_arguments(parser):
     """--data, --mm-per-px and --unusual."""
     parser.add_argument("--data", default="dataset", help="folder of the ISBI 2015 data, see docs/data.md")
     parser.add_argument(
-        "--mm-per-px", type=positive_float, metavar="MM", help="pixel spacing of the original images (default: 0.1)"
+        "--mm-per-px",
+        type=positive_float,
+        metavar="MM",
+        help="pixel spacing of the original images (default: the data's spacing file, else 0.1)",
     )
     parser.add_argument("--unusual", action="store_true", help="skip the checks for implausible annotations")
 
