@@ -40,7 +40,7 @@ def predict_batches(model, images, batches, device, subpixel=False):
     Yields:
         (batch, points): points (B, K, 2) float32 x, y in px, on the device.
     """
-    for batch in progress(batches, desc="testing", unit="batch", leave=False):
+    for batch in progress(batches, desc="testing", unit="batch", leave=False, disable=not batches):
         yield batch, decode(model(to_input(images[batch], device)), subpixel)
 
 

@@ -434,7 +434,10 @@ BAD_DATA = {
     "no doctors": (lambda data: (data / "AnnotationsByMD").rename(data / "A"), "400_senior/ and 400_junior/"),
     "image without annotation": (lambda data: annotation(data).unlink(), "400_senior/152.txt is missing"),
     "image without a junior's": (lambda data: annotation(data, doctor="400_junior").unlink(), "400_junior/152.txt is"),
-    "image twice": (lambda data: Image.new("L", (9, 9)).save(image(data).with_suffix(".png")), "of the same name"),
+    "image twice": (
+        lambda data: Image.new("L", (9, 9)).save(image(data).with_suffix(".png")),
+        "another file in this folder has the same name",
+    ),
     "empty image": (lambda data: cut(image(data), 0), "152.bmp: not a readable image"),
     "binary annotation": (lambda data: annotation(data).write_bytes(b"\xff\xfe\x00"), "not a readable text file"),
     "not marked": (lambda data: replace_line(annotation(data), 7, "0,0"), "line 7: '0,0': pogonion is not marked"),
