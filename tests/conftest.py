@@ -23,7 +23,8 @@ K = 19
 
 TRAIN = ["train.py", "--tag", "small", "--size", 64, 48, "--encoder-weights", "none", "--batch-size", 2, "--lr", 3e-4]
 
-torch.set_num_threads(1)  # tests run in two workers
+torch.set_num_threads(1)  # tests run in two workers; and so the commands that they start, for equal results
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def draw_landmarks(rng):
