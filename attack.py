@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from dataset import read_targets, rescale
-from model import Goal, decode, encode, landmark_loss, mean_weights, offsets_at, radius_of
+from model import Goal, decode, encode, landmark_loss, mean_weights, offsets_at, pixel_positions, radius_of
 from support.errors import InputError
 
 STEP_SIZE = 0.05  # in units of epsilon; the paper's eta
@@ -145,12 +145,7 @@ def ati_fgsm(model, image, goal, epsilon=8, steps=300, step_size=STEP_SIZE):
         >>> for iteration, adversarial, maps in ati_fgsm(model, image, goal, epsilon=4):
         ...     pass
     """
-
-    def loss(maps, _):
-        losses = landmark_loss(maps, goal)
-        return (adaptive_weights(losses.detach()) * losses).sum(-1)
-
-    return pgd(model, image, loss, epsilon, steps, step_size)
+    return pgd(model, image, lambda maps, _: adaptive_loss(maps, goal), epsilon, steps, step_size)
 
 
 def fgsm(model, image, goal, epsilon=8):
@@ -197,6 +192,12 @@ def untargeted_fgsm(model, image, goal, epsilon=8):
     return pgd(model, image, lambda maps, _: -landmark_loss(maps, goal).sum(-1), epsilon, steps=1, step_size=1.0)
 
 
+def adaptive_loss(maps, goal):
+    """sum_k a_k L_k of each image, see ``ati_fgsm``: (B,)."""
+    losses = landmark_loss(maps, goal)
+    return (adaptive_weights(losses.detach()) * losses).sum(-1)
+
+
 def adaptive_weights(losses):
     """a_k = L_k / mean_j L_j of losses (B, K), for each image separately."""
     return losses / losses.mean(-1, keepdim=True)
@@ -223,7 +224,7 @@ def goal_maps(clean, targets, targeted):
     # a target's disc is above exp(-1/2) > 0.5 as well
     count = (heatmap > 0.5).sum((-2, -1)).max()
     values, pixels = heatmap.flatten(-2).topk(max(1, int(count)), sorted=False)
-    places = torch.stack([pixels % size[1], pixels // size[1]], dim=1)
+    places = pixel_positions(pixels, size[1])
     towards = (targets.movedim(-1, 1)[..., None] - places) / radius_of(size)
     own = offsets_at(pixels, clean[:, 1:].flatten(-2))
     return Goal(heatmap, pixels, torch.where(targeted[:, None, :, None], towards, own), mean_weights(values > 0.5))
@@ -323,7 +324,7 @@ def log_vote_share(maps, goal, width):
     )
     logits = heatmap[:, 0].gather(-1, pixels) - highest[..., -1:]
     weight = F.logsigmoid(logits).masked_fill(~counted, -math.inf)
-    votes = torch.stack([pixels % size[1], pixels // size[1]], dim=1) / radius + offsets_at(pixels, offset)
+    votes = pixel_positions(pixels, size[1]) / radius + offsets_at(pixels, offset)
     squared = (votes - goal.places.movedim(-1, 1)[..., None] / radius).square().sum(1)
     at_place = weight - torch.log1p(squared / width**2)
     return torch.logsumexp(at_place, -1) - torch.logsumexp(weight, -1)

@@ -283,6 +283,11 @@ def encode(points, size):
     return Goal(heatmap.unflatten(-1, (height, width)), pixels, offset, mean_weights(mask))
 
 
+def pixel_positions(pixels, width):
+    """Positions (B, 2, K, P) x, y of pixels (B, K, P), given as y W + x."""
+    return torch.stack([pixels % width, pixels // width], dim=1)
+
+
 def offsets_at(pixels, offset):
     """Values (B, 2, K, P) of offset maps (B, 2, K, H * W) at pixels (B, K, P)."""
     return offset.gather(-1, pixels[:, None].expand(-1, 2, -1, -1))
@@ -312,7 +317,7 @@ def decode(maps, subpixel=False):
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))  # half precision cannot hold pixel numbers
     heatmap, offset = maps.flatten(-2).split([1, 2], dim=1)  # (B, 1 or 2, K, H * W)
     voters = heatmap[:, 0].topk(min(int(3.14 * radius**2), height * width), sorted=False).indices
-    votes = torch.stack([voters % width, voters // width], dim=1) + radius * offsets_at(voters, offset)
+    votes = pixel_positions(voters, width) + radius * offsets_at(voters, offset)
     x, y = votes.round().unbind(1)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     candidates = torch.where(inside, y * width + x, 0).long()

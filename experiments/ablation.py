@@ -21,8 +21,7 @@ def paper_loss(model, image, goal, epsilon=8, steps=300, restarts=1, seed=0):
     """The loss of ATI-FGSM with momentum and schedule of Vote-PGD, last iterate."""
 
     def loss(maps, _):
-        losses = attack.landmark_loss(maps, goal)
-        return (attack.adaptive_weights(losses.detach()) * losses).sum(-1)
+        return attack.adaptive_loss(maps, goal)
 
     return attack.pgd(model, image, loss, epsilon, steps, attack.falling, attack.MOMENTUM)
 

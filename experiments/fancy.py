@@ -10,11 +10,11 @@ from experiments.charts import panels, save
 from experiments.markdown import markdown
 from experiments.measures import last
 from observe import stored_file
+from readers.layouts import SIZE0  # letters are drawn for images of this size
 from support.files import write_table
 
 TITLE = "The fancy attack"
 TEXT = "All 19 landmarks targeted on the strokes of a letter, by ATI-FGSM; each letter of the word on another image."
-SIZE0 = (2400, 1935)  # (H0, W0) of the images that the letters are drawn for
 
 
 def publish(results, data, out):
