@@ -388,6 +388,18 @@ def random_start(image, epsilon, generator):
     return ((2 * noise - 1) * epsilon / 256).to(image.device).expand_as(image)
 
 
+def uniform_noise(image, epsilon, generators):
+    """The control of an attack: a perturbation like ``image``, uniform in the L-infinity ball.
+
+    Args:
+        image: (B, C, H, W).
+        epsilon: L-infinity norm in half grey levels.
+        generators: a numpy random generator for each image.
+    """
+    noise = np.stack([rng.uniform(-1, 1, image.shape[1:]) for rng in generators])
+    return torch.from_numpy(noise).to(image) * epsilon / 256
+
+
 # --- by name ---------------------------------------------------------------------------------------------------------
 
 ATTACKS = {

@@ -4,6 +4,7 @@ px0 are pixels of the original image (1935 x 2400, 0.1 mm each), px those of the
 found, decoded and checked: readers/, and docs/data.md.
 """
 
+import copy
 import hashlib
 import warnings
 from pathlib import Path
@@ -73,6 +74,7 @@ class Cephalograms:
         files: N paths of the images.
         images: (N, H, W) uint8.
         landmarks: (N, K, 2) float32 x, y in px, mean of the doctors.
+        doctors_px0: (N, D, K, 2) float64 x, y in px0, as each of D doctors marked them.
         landmarks_px0: (N, K, 2) float64 x, y in px0, mean of the doctors.
         reference_px0: (N, K, 2) positions that an attack displaces or keeps: the landmarks, unless they are unknown.
         sizes: (N, 2) int64 (H0, W0) of the original images.
@@ -101,7 +103,7 @@ class Cephalograms:
         doctors = np.stack([read_doctors(entry, size0) for entry, size0 in zip(entries, sizes, strict=True)])
         if not unusual:
             plausibility.check(entries, doctors, sizes)
-        self._set(doctors.mean(1), sizes, size, spacing)
+        self._set(doctors, sizes, size, spacing)
         self._warn_of_spacing(f"{root}, {split}", source)
         if unused := [id for part, id in found.unused if part in parts_of(split)]:
             warnings.warn(
@@ -130,12 +132,13 @@ class Cephalograms:
                 raise InputError(f"{self.files[i]}: a second image named {id}; rename one")
         spacing, source = read_spacing(None, self.ids, mm_per_px)
         self.images, sizes = read_images(self.files, size, "L", progress, "loading")
-        self._set(np.full((len(files), len(LANDMARKS), 2), np.nan), sizes, size, spacing)
+        self._set(np.full((len(files), 1, len(LANDMARKS), 2), np.nan), sizes, size, spacing)
         self._warn_of_spacing("images", source)
         return self
 
-    def _set(self, landmarks_px0, sizes, size, mm_per_px0):
-        self.landmarks_px0, self.sizes = torch.from_numpy(landmarks_px0), torch.tensor(sizes)
+    def _set(self, doctors_px0, sizes, size, mm_per_px0):
+        self.doctors_px0, self.sizes = torch.from_numpy(doctors_px0), torch.tensor(sizes)
+        self.landmarks_px0 = torch.from_numpy(doctors_px0.mean(1))
         self.mm_per_px0 = torch.from_numpy(mm_per_px0)
         self.reference_px0 = self.landmarks_px0
         self.landmarks = rescale(self.landmarks_px0, self.sizes[:, None], size).float()
@@ -160,6 +163,15 @@ class Cephalograms:
 
     def __len__(self):
         return len(self.ids)
+
+    def select(self, ids):
+        """A copy with only these images, in this order; ``sha256`` stays that of all."""
+        chosen = [self.ids.index(id) for id in ids]
+        part = copy.copy(self)
+        part.ids, part.files = ([values[i] for i in chosen] for values in (self.ids, self.files))
+        for name in ("images", "doctors_px0", "landmarks_px0", "reference_px0", "landmarks", "sizes", "mm_per_px0"):
+            setattr(part, name, getattr(self, name)[chosen])
+        return part
 
 
 def check_disjoint(one, other):

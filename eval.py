@@ -1,4 +1,4 @@
-"""The metrics of the ISBI 2015 challenge, tables of predictions, line charts and pictures.
+"""The metrics of the ISBI 2015 challenge, tables of predictions and diagnoses, line charts and pictures.
 
 A radial error is the Euclidean distance in mm: in px0 times the spacing of the image, 0.1 mm in the official data. MRE
 is the mean radial error, SDR (successful detection rate) the percentage of errors up to a threshold.
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dataset import LANDMARKS, MM_PER_PX0, in_batches, rescale, to_input
+from diagnosis import MEASURES, challenge_score, classes, measures
 from model import decode
 from support import distributed
 from support.command import progress
@@ -230,6 +231,99 @@ def summarize_attack(records, by="iteration"):
     table["within_4mm_%"] = groups["radial_error_mm"].agg(lambda errors: 100 * (errors <= SUCCESS_MM).mean())
     table["largest_change"] = groups["largest_change"].max()
     return table.reset_index()
+
+
+# --- diagnoses -------------------------------------------------------------------------------------------------------
+
+
+def diagnose(records):
+    """The clinical measures of all predictions, see ``diagnosis.measures``.
+
+    Returns:
+        DataFrame with a row for each measure of each image (and method and iteration): value, class and meaning; where
+        there is a ground truth also its value and class.
+    """
+    keys = [name for name in ("method", "iteration", "image") if name in records]
+    records = records.sort_values([*keys, "landmark"], kind="stable")
+    heads = records.iloc[:: len(LANDMARKS)]
+    mm_per_px0 = torch.tensor(heads["mm_per_px0"].to_numpy())
+
+    def read(*columns):
+        points = torch.tensor(records[[*columns]].to_numpy(float)).unflatten(0, (-1, len(LANDMARKS)))
+        values = measures(points, mm_per_px0)
+        return values.flatten().numpy(), classes(values).flatten().numpy()
+
+    table = pd.DataFrame({name: np.repeat(heads[name].to_numpy(), len(MEASURES)) for name in keys})
+    table["measure"] = [measure.name for measure in MEASURES] * len(heads)
+    table["unit"] = [measure.unit for measure in MEASURES] * len(heads)
+    table["value"], table["class"] = read("x_px0", "y_px0")
+    table["meaning"] = [MEASURES[i % len(MEASURES)].words[c] for i, c in enumerate(table["class"])]
+    if records["true_x_px0"].notna().all():
+        table["true_value"], table["true_class"] = read("true_x_px0", "true_y_px0")
+    return table
+
+
+def summarize_diagnoses(table, doctors_px0, mm_per_px0):
+    """How far the measures of ``diagnose`` are from the truth, and two doctors' from each other.
+
+    Args:
+        table: of a test, with truth.
+        doctors_px0: (N, D, 19, 2) marks of each doctor; without effect unless there are two.
+        mm_per_px0: (N,).
+
+    Returns:
+        DataFrame with a row for each measure: mean absolute difference in its unit, agreement of the classes in %, the
+        challenge's score in % (of the doctors: junior against senior); the last row has the means of the percentages.
+    """
+    rows = []
+    for j, measure in enumerate(MEASURES):
+        found = table[table["measure"] == measure.name]
+        pairs = {"": tuple(torch.tensor(found[c].to_numpy()) for c in ("true_value", "true_class", "value", "class"))}
+        if doctors_px0.shape[1] == 2:
+            values = [measures(points, mm_per_px0) for points in doctors_px0.unbind(1)]
+            pairs["doctors_"] = tuple(v[:, j] for value in values for v in (value, classes(value)))
+        row = {"measure": measure.name, "unit": measure.unit, "patients": len(found)}
+        for of, (true_value, true_class, value, one_class) in pairs.items():
+            row[f"{of}mean_difference"] = (value - true_value).abs().mean().item()
+            row[f"{of}agreement_%"] = 100 * (true_class == one_class).double().mean().item()
+            row[f"{of}challenge_score_%"] = challenge_score(true_class, one_class)
+        rows.append(row)
+    summary = pd.DataFrame(rows)
+    means = summary[[name for name in summary if name.endswith("_%")]].mean()
+    return pd.concat([summary, pd.DataFrame([{"measure": "all", "patients": len(doctors_px0), **means}])])
+
+
+def changed_diagnoses(table, measure=None, to=None):
+    """Which patients' diagnoses an attack changes, against the detector's output on the clean image.
+
+    Args:
+        table: ``diagnose`` of an attack.
+        measure: name of the measure that the attack is meant to change.
+        to: the class that it should have (None: any other than before).
+
+    Returns:
+        DataFrame with a row for each method, iteration and image: a bool for each measure, whether its class differs;
+        ``any`` of them; and for an intended one ``intended``, whether it is as wanted, and ``only intended``, whether
+        the seven others are also as before.
+    """
+    found = table.pivot(index=["method", "iteration", "image"], columns="measure", values="class")
+    clean = found.xs(0, level="iteration").reindex(found.index.droplevel("iteration"))
+    changed = (found != clean.to_numpy())[[measure.name for measure in MEASURES]]
+    others = changed.drop(columns=measure) if measure else changed
+    changed = changed.assign(any=changed.any(axis=1))
+    if measure:
+        wanted = changed[measure] if to is None else found[measure] == to
+        changed = changed.assign(**{"intended": wanted, "only intended": wanted & ~others.any(axis=1)})
+    return changed
+
+
+def summarize_changes(changed):
+    """``changed_diagnoses`` as percentages of patients: a row for each method, iteration and kind of change."""
+    groups = changed.groupby(["method", "iteration"], sort=False)
+    share = (100 * groups.mean()).rename_axis(columns="measure").stack().rename("changed_%")
+    table = share.reset_index()
+    table.insert(3, "patients", len(changed.index.unique("image")))
+    return table
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

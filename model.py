@@ -137,10 +137,14 @@ def place(model, device, precision="fp32"):
     return model.to(device, memory_format=torch.channels_last)
 
 
-def freeze(model):
+def freeze(model, batch_statistics=False):
     """Prepare a placed ``UNet`` for test and attack: evaluation mode, no weight gradients, batch norm folded.
 
     Under bf16 the weights are cast once instead of in every pass. The maps stay the same up to rounding.
+
+    Args:
+        batch_statistics: batch norms use the statistics of each image by itself, as in the 2020 code, which never calls
+            ``eval`` and takes one image at a time.
 
     Returns:
         the model itself; it can no longer be trained or loaded.
@@ -148,13 +152,22 @@ def freeze(model):
     model.eval().requires_grad_(False)
     for sequence in (model.encoder, *(up.conv for up in (model.up1, model.up2, model.up3, model.up4, model.up5))):
         for i, module in enumerate(sequence):
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d) and batch_statistics:
+                sequence[i] = instance_norm(module)
+            elif isinstance(module, nn.BatchNorm2d):
                 sequence[i - 1], sequence[i] = fuse_conv_bn_eval(sequence[i - 1], module), nn.Identity()
     if model.bf16:
         for module in model.modules():
             if isinstance(module, nn.Conv2d) and not isinstance(module, ImageConv2d):
                 module.to(torch.bfloat16)
     return model
+
+
+def instance_norm(batch_norm):
+    """What a frozen batch norm computes in training mode on a batch of one image, for batches of any size."""
+    norm = nn.InstanceNorm2d(batch_norm.num_features, batch_norm.eps, affine=True).to(batch_norm.weight)
+    norm.load_state_dict({"weight": batch_norm.weight, "bias": batch_norm.bias})
+    return norm.eval().requires_grad_(False)
 
 
 def compile_network(model, image):

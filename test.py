@@ -6,11 +6,13 @@
     python test.py --tag baseline --attack 1 --rand temp --save-adversarial          # attacked images as PNG and JPEG,
     python test.py --tag other --adversarial temp/adversarial                        # tested on another detector
     python test.py --tag baseline --attack 1 4 --restarts 2 --rand strong            # Vote-PGD beside ATI-FGSM
+    python test.py --tag baseline --attack 1 --targets diagnosis --measure ANB       # a diagnosis is changed, see docs/
     python test.py --tag baseline --image mine.png --attack 1 --targets shift        # own images, without annotation
     torchrun --nproc-per-node 4 test.py --tag baseline --attack 1 --rand temp        # on four GPUs, the same results
 
 Writes into the folder --rand (default: one below runs/<tag>/): config.json, predictions.csv, summary.csv, pictures/,
-and records/, from which the same command resumes after a stop; for an attack also line charts and adversarial/.
+and records/, from which the same command resumes after a stop; measures.csv and diagnoses.csv, clinical measures and
+how often their classes are right or changed; for an attack also line charts and adversarial/.
 """
 
 import argparse
@@ -30,14 +32,19 @@ from attack import (
     ONE_STEP,
     UNTARGETED,
     choose_targets,
+    generator,
     grey_model,
     make_goal,
+    uniform_noise,
     universal_vote_pgd,
     vote_goal_at,
 )
-from dataset import LANDMARKS, SPLITS, Cephalograms, in_batches, rescale, to_input
+from dataset import LANDMARKS, SPLITS, Cephalograms, in_batches, read_targets, rescale, to_input
+from diagnosis import NAMES, least_movement, measure_index
 from eval import (
     SUCCESS_MM,
+    changed_diagnoses,
+    diagnose,
     draw,
     plot_attack,
     predict,
@@ -46,10 +53,13 @@ from eval import (
     record,
     summarize,
     summarize_attack,
+    summarize_changes,
+    summarize_diagnoses,
     to_px0,
 )
 from model import MIN_SIZE, UNet, compile_network, freeze, load_weights, place
 from observe import Observer, find_in_memory, in_memory_file, observe, save_adversarial, stored_files
+from readers.tables import read_table
 from support import command, distributed
 from support.checkpoints import find_checkpoint, load_file, sha256, write_tensors
 from support.command import natural_int, positive_float, positive_int, progress
@@ -66,7 +76,8 @@ from support.files import (
 )
 
 UNIVERSAL = "universal-Vote-PGD"
-METHODS = (*ATTACKS, UNIVERSAL)
+NOISE = "noise"
+METHODS = (*ATTACKS, UNIVERSAL, NOISE)
 
 
 def attack_name(text):
@@ -75,6 +86,11 @@ def attack_name(text):
     if text.lower() not in by_text:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(by_text)}")
     return by_text[text.lower()]
+
+
+def class_or_any(text):
+    """A value of --to."""
+    return text if text == "any" else natural_int(text)
 
 
 def half_grey_levels(text):
@@ -111,6 +127,11 @@ def make_parser():
     parser.add_argument(
         "--subpixel", action="store_true", help="subpixel decoding: the mean of the votes near the winner"
     )
+    parser.add_argument(
+        "--batch-statistics",
+        action="store_true",
+        help="batch norms use the statistics of each image, as in the 2020 code, instead of those of the training",
+    )
     parser.add_argument("--batch-size", type=positive_int, default=4, help="images per batch, in each process")
     parser.add_argument(
         "--pictures", type=natural_int, metavar="N", help="draw the first N images (default: 4, or every --image)"
@@ -133,7 +154,12 @@ def add_attack_arguments(parser):
         default="random",
         metavar="SOURCE",
         help="random (the paper's protocol), shift (displacements, drawn for each image), common (displacements, one "
-        "for all images), or a CSV file [image,]landmark,x,y in px of the original",
+        "for all images), diagnosis (the least movement that changes --measure), or a CSV file [image,]landmark,x,y in "
+        "px of the original",
+    )
+    parser.add_argument("--measure", choices=NAMES, help="the clinical measure of --targets diagnosis")
+    parser.add_argument(
+        "--to", type=class_or_any, default="any", metavar="CLASS", help="the class that it should have, or any other"
     )
     parser.add_argument(
         "--shift-count", type=positive_int, default=5, metavar="N", help="landmarks that shift and common target"
@@ -163,6 +189,12 @@ def parse_arguments(parser, argv):
         parser.error("--image: not with --images, --limit or --adversarial")
     if UNIVERSAL in (args.attack or ()) and (args.targets != "common" or args.image):
         parser.error(f"--attack {UNIVERSAL}: needs --targets common, and --data to train on")
+    if (args.measure is not None) != (args.targets == "diagnosis"):
+        parser.error("--measure and --targets diagnosis: neither works without the other")
+    if args.measure is None and args.to != "any":
+        parser.error("--to: needs --targets diagnosis")
+    if args.measure:
+        measure_index(args.measure, None if args.to == "any" else args.to)
     if args.transfer and not (args.save_adversarial or args.adversarial):
         parser.error("--transfer: needs --save-adversarial or --adversarial")
     if len({args.tag, *(args.transfer or ())}) <= len(args.transfer or ()):
@@ -195,19 +227,22 @@ def main(argv=None):
         epoch, checkpoint = find_checkpoint(run, args.iteration)
         size, encoder_batch_norm = read_architecture(run / "config.json")
         data = load_data(args, size)
-        model = load_detector(checkpoint, encoder_batch_norm, args.precision, device)
+        model = load_detector(checkpoint, encoder_batch_norm, args, device)
         others = [load_other(run_folder(tag), args, device) for tag in args.transfer or []]
         same |= {"data": data.sha256}
-    if args.image:  # not predicted by each process alone: GPUs may round differently
-        data.reference_px0 = to_px0(predict(model, data.images, args.batch_size, device, args.subpixel), data)
-        for _, _, other in others:
-            other.reference_px0 = data.reference_px0
+    out = Path(args.rand) if args.rand else run / default_name(args, epoch)
+    clean = None
+    if args.image or args.measure:  # not predicted by each process alone: GPUs may round differently
+        clean = to_px0(predict(model, data.images, args.batch_size, device, args.subpixel), data)
+    if args.image:
+        for each in (data, *(other for _, _, other in others)):
+            each.reference_px0 = clean
     with distributed.guard() as same:
-        targets = (
-            choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm) if args.attack else None
-        )
+        targets = None
+        if args.attack:
+            ids, targets = make_targets(args, data, clean, out)
+            data, others = data.select(ids), [(name, other, images.select(ids)) for name, other, images in others]
         training = load_training(args, size) if UNIVERSAL in (args.attack or ()) else None
-        out = Path(args.rand) if args.rand else run / default_name(args, epoch)
         config = vars(args) | {"iteration": epoch, "size": size}
         config |= fingerprints(args, checkpoint, data, targets, training)
         check_output(out, config, parser.defaults())
@@ -222,6 +257,8 @@ def main(argv=None):
         if is_main():
             make_folder(out)
             save_config(out / "config.json", config, device)
+            if args.targets == "diagnosis" and args.attack:
+                write_targets(out / "targets.csv", data.ids, targets)
 
     if args.attack:
         attack(args, model, data, targets, training, device, out)
@@ -247,6 +284,52 @@ def load_data(args, size):
     return Cephalograms(args.data, args.split, size, args.limit, args.images, unusual=args.unusual, **options)
 
 
+def make_targets(args, data, clean, out):
+    """The images that are attacked, and their targets.
+
+    For a diagnosis these are the patients that have not the wanted class yet and whom a movement can give it. The
+    targets that an earlier call stored are taken again: predictions may differ in their last bits.
+
+    Args:
+        clean: (N, K, 2) px0, the detector's output, which the attack on a diagnosis starts from.
+        out: output folder.
+
+    Returns:
+        ids, and targets (n, K, 2) float64 px0, nan for stationary landmarks.
+
+    Raises:
+        InputError: see ``choose_targets``; or nobody's diagnosis can be changed.
+    """
+    if args.targets != "diagnosis":
+        return data.ids, choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm)
+    stored = out / "targets.csv"
+    if stored.exists():
+        ids = list(dict.fromkeys(row["image"] for _, row in read_table(stored, ["image"], "image,landmark,x,y")))
+        return ids, torch.from_numpy(read_targets(stored, ids, len(LANDMARKS)))
+    to = None if args.to == "any" else args.to
+    targets = least_movement(clean, data.mm_per_px0, measure_index(args.measure, to), to).round(decimals=4)
+    outside = (targets < 0) | (targets > data.sizes.flip(-1)[:, None] - 1)
+    possible = ~targets.isnan().all(-1).all(-1) & ~outside.any(-1).any(-1)
+    ids = [id for id, attacked in zip(data.ids, possible.tolist(), strict=True) if attacked]
+    wanted = f"{args.measure} to {'another class' if to is None else f'class {to}'}"
+    if not ids:
+        raise InputError(f"--targets diagnosis: no patient has or can get {wanted} while the other classes stay")
+    if len(ids) < len(data):
+        warnings.warn(
+            f"{len(data) - len(ids)} of {len(data)} patients are not attacked: they have the class already, or no "
+            f"movement of landmarks takes {wanted} while the other classes stay",
+            stacklevel=2,
+        )
+    return ids, targets[possible]
+
+
+def write_targets(file, ids, targets):
+    """Targets as a file for --targets."""
+    image, landmark = (~targets.isnan().any(-1)).nonzero().T
+    x, y = targets[image, landmark].T
+    write_table(file, pd.DataFrame({"image": [ids[i] for i in image], "landmark": landmark + 1, "x": x, "y": y}))
+
+
 def load_training(args, size):
     """The training split and its common targets (N, K, 2) px0, on which the universal perturbation is made."""
     options = {"split": "train", "limit": None, "images": None}
@@ -254,20 +337,20 @@ def load_training(args, size):
     return data, choose_targets("common", data, args.seed, args.shift_count, args.shift_mm)
 
 
-def load_detector(checkpoint, encoder_batch_norm, precision, device):
+def load_detector(checkpoint, encoder_batch_norm, args, device):
     """The frozen network of a checkpoint."""
     with torch.device("meta"):  # no initial weights: the checkpoint has them all
         model = UNet(len(LANDMARKS), encoder_batch_norm=encoder_batch_norm)
     model.to_empty(device="cpu")
     load_weights(model, checkpoint)
-    return freeze(place(model, device, precision))
+    return freeze(place(model, device, args.precision), args.batch_statistics)
 
 
 def load_other(run, args, device):
     """Another detector, its newest checkpoint, as (name, model, the images at its size)."""
     _, checkpoint = find_checkpoint(run)
     size, encoder_batch_norm = read_architecture(run / "config.json")
-    return run.name, load_detector(checkpoint, encoder_batch_norm, args.precision, device), load_data(args, size)
+    return run.name, load_detector(checkpoint, encoder_batch_norm, args, device), load_data(args, size)
 
 
 def read_architecture(path):
@@ -303,7 +386,8 @@ def check_output(out, config, defaults):
     if (out / "config.json").exists():
         no_effect = ["device", "compile", "data", "image", "unusual", "batch_size", "rand", "pictures"]
         no_effect += ["save_adversarial", "adversarial", "transfer"]
-        if config["targets"] not in ("random", "shift", "common"):  # a file, of whose content targets_sha256 is a hash
+        # a file, of whose content targets_sha256 is a hash
+        if config["targets"] not in ("random", "shift", "common", "diagnosis"):
             no_effect.append("targets")
         check_same_config(out / "config.json", config, defaults, no_effect, "--rand")
     elif out.is_dir() and any(out.iterdir()):
@@ -360,7 +444,7 @@ def test(args, model, data, device, out):
     distributed.barrier()
     with distributed.guard():  # publish
         if is_main():
-            report_test(out, [record_file(out, data, i) for i in range(len(data))])
+            report_test(out, data)
 
 
 def write_tested(args, data, i, points, out):
@@ -380,18 +464,24 @@ def write_tested(args, data, i, points, out):
     write_table(record_file(out, data, i), rows)
 
 
-def report_test(out, files):
-    """predictions.csv and, where there is a ground truth, summary.csv from the records."""
-    table = read_records(files)
+def report_test(out, data):
+    """predictions.csv, measures.csv and, where there is a ground truth, summary.csv and diagnoses.csv."""
+    table = read_records([record_file(out, data, i) for i in range(len(data))])
+    diagnoses = diagnose(table)
     write_table(out / "predictions.csv", table)
+    write_table(out / "measures.csv", diagnoses)
     if table["radial_error_mm"].isna().all():
         print(table[["image", "landmark", "name", "x_px0", "y_px0"]].to_string(index=False, float_format="%.1f"))
+        print(f"\n{diagnoses.to_string(index=False, float_format='%.2f')}")
         return
-    errors = table["radial_error_mm"].to_numpy().reshape(len(files), len(LANDMARKS))
+    errors = table["radial_error_mm"].to_numpy().reshape(len(data), len(LANDMARKS))
     summary = summarize(errors).rename_axis("landmark").reset_index()
     summary.insert(1, "name", [*LANDMARKS, "all landmarks"])
     write_table(out / "summary.csv", summary)
     print(summary.to_string(index=False, float_format="%.2f"))
+    summary = summarize_diagnoses(diagnoses, data.doctors_px0, data.mm_per_px0)
+    write_table(out / "diagnoses.csv", summary)
+    print(f"\n{summary.to_string(index=False, float_format='%.2f', na_rep='')}")
 
 
 # --- attack ----------------------------------------------------------------------------------------------------------
@@ -405,7 +495,7 @@ def attack(args, model, data, targets_px0, training, device, out):
     size = data.images.shape[-2:]
     targets = rescale(targets_px0, data.sizes[:, None], size).float()
     methods = list(dict.fromkeys(args.attack))
-    steps = {method: 1 if method in ONE_STEP else args.steps for method in methods}
+    steps = {method: 1 if method in (*ONE_STEP, NOISE) else args.steps for method in methods}
     steps |= {"Vote-PGD": args.steps * args.restarts}
     victim = grey_model(model) if args.grey else model
     options = {"epsilon": args.epsilon, "steps": args.steps, "restarts": args.restarts, "seed": args.seed}
@@ -421,6 +511,9 @@ def attack(args, model, data, targets_px0, training, device, out):
             observer, done = Observer(image, steps[method], args.subpixel), 0
             if method == UNIVERSAL:
                 iterates = apply_perturbation(victim, image, delta, args.steps)
+            elif method == NOISE:
+                noise = uniform_noise(image, args.epsilon, [generator(args.seed, id) for id in ids])
+                iterates = apply_perturbation(victim, image, noise, 1)
             else:
                 iterates = run_attack(method, victim, image, targets[batch].to(device), **options)
             for found in iterates:
@@ -509,7 +602,7 @@ def write_attacked(args, data, i, b, observer, targets, method, records, out):
 
 
 def report_attack(args, data, methods, steps, out):
-    """predictions.csv, summary.csv and charts from the records; with stored images also in_memory.csv."""
+    """Tables and charts from the records; with stored images also in_memory.csv."""
     table = read_records([record_file(out, data, i, method) for method in methods for i in range(len(data))])
     write_table(out / "predictions.csv", table)
     summary = summarize_attack(table)
@@ -523,6 +616,13 @@ def report_attack(args, data, methods, steps, out):
             plot_attack(summary, column, label, temporary)
     print(summary.to_string(index=False, float_format="%.2f"))
     warn_of_weak_goals(table)
+    diagnoses = diagnose(table)
+    changes = summarize_changes(changed_diagnoses(diagnoses, args.measure, None if args.to == "any" else args.to))
+    write_table(out / "measures.csv", diagnoses)
+    write_table(out / "diagnoses.csv", changes)
+    final = changes[changes["iteration"] == changes["method"].map(steps)]
+    shown = final.pivot(index=["method", "patients"], columns="measure", values="changed_%")[final["measure"].unique()]
+    print(f"\nPatients with another class than on the clean image (%)\n\n{shown.to_string(float_format='%.1f')}")
     if args.save_adversarial:
         last = table[table["iteration"] == table["method"].map(steps)]
         write_table(in_memory_file(out / "adversarial"), last.assign(detector=args.tag))
@@ -530,7 +630,7 @@ def report_attack(args, data, methods, steps, out):
 
 def warn_of_weak_goals(table):
     """Say how many stationary landmarks the paper's goal maps constrain by the heatmap term alone."""
-    paper = ~table["method"].isin(["Vote-PGD", UNIVERSAL])
+    paper = ~table["method"].isin(["Vote-PGD", UNIVERSAL, NOISE])
     clean = table[paper & (table["iteration"] == 0) & (table["role"] == "stationary")]
     clean = clean.drop_duplicates(["image", "landmark"])
     weak = (clean.get("clean_peak", pd.Series(dtype=float)) <= 0.5).sum()

@@ -2,7 +2,7 @@
 
 import os
 
-from experiments import baselines, causes, comparison, count, coupling, detection, epsilon, fancy
+from experiments import baselines, causes, comparison, count, coupling, detection, diagnoses, epsilon, fancy
 from experiments.statistics import ENOUGH
 from support.files import read_config, write_text
 
@@ -15,6 +15,7 @@ EXPERIMENTS = {  # in order; each module has TITLE, TEXT and publish(results, da
     "fancy": fancy,
     "baselines": baselines,
     "causes": causes,
+    "diagnosis": diagnoses,
 }
 NOTE = (
     "Brackets contain 95 % confidence intervals by a bootstrap over images; [0.0, 0.0] and [100.0, 100.0] mean that no "

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from diagnosis import NAMES
+
 WORD = "MICCAI"
 LETTERS = Path(__file__).parent / "letters"  # <letter>.csv: targets
 
@@ -102,6 +104,21 @@ def sweep_one_step(attack, epsilons):
     return [attack(f"baselines/{value:g}", {"epsilon": value}, epsilon=value) for value in epsilons]
 
 
+def sweep_diagnosis(attack, epsilons, measures=NAMES):
+    """Attacks on the diagnosis by each clinical measure at several epsilons."""
+    return [
+        attack(
+            f"diagnosis/{measure}_{value:g}",
+            {"measure": measure, "epsilon": value},
+            targets="diagnosis",
+            measure=measure,
+            epsilon=value,
+        )
+        for value in epsilons
+        for measure in measures
+    ]
+
+
 def spell(attack, ids, word=WORD):
     """An attack for each letter of a word, each on another image as far as there are enough."""
     runs = []
@@ -130,6 +147,7 @@ def reuse(run, question, answer):
 # --- scales ----------------------------------------------------------------------------------------------------------
 
 BOTH = "I-FGSM", "ATI-FGSM"
+ALL = *BOTH, "Vote-PGD", "noise"
 TARGETS = {"random": {"targets": "random"}}
 TARGETS |= {f"{mm} mm": {"targets": "shift", "shift_mm": mm} for mm in (2, 4, 8, 16)}
 EPSILONS = 0.5, 1, 2, 4, 8  # the paper's
@@ -172,6 +190,7 @@ def paper(splits, ids):
             vary("input size (px)", "400 x 320", "400x320"),
             reuse(shift, "input size (px)", "800 x 640"),
         ],
+        "diagnosis": sweep_diagnosis(partial(test, "800x640", attack=ALL, steps=50, subpixel=True, **few), EPSILONS),
     }
     return Scale("800x640", experiments)
 
@@ -223,6 +242,7 @@ def cpu(splits, ids):
             reuse(shift, "fine-tuned at (px)", "200 x 160"),
             vary("fine-tuned at (px)", "400 x 320", "400x320", limit=3, steps=20),
         ],
+        "diagnosis": sweep_diagnosis(partial(attack, attack=ALL, steps=10, limit=30), EPSILONS),
     }
     return Scale("200x160", experiments)
 
@@ -261,6 +281,7 @@ def quick(splits, ids):
             vary("input size (px)", "50 x 40", "50x40"),
             reuse(shift, "input size (px)", "100 x 80"),
         ],
+        "diagnosis": sweep_diagnosis(partial(attack, attack=ALL, steps=10, limit=4), (4, 16), ("ANB", "MW")),
     }
     return Scale("100x80", experiments)
 

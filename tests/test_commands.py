@@ -169,6 +169,58 @@ def test_vote_pgd_and_one_perturbation_for_all_images(here, official, run):
     pd.testing.assert_frame_equal(pd.read_csv(folder / "predictions.csv"), table)
 
 
+def test_an_attack_on_a_diagnosis(here, official, run):
+    """Targets are found once: the overjet is that of two landmarks. Noise is the control."""
+    arguments = ["test.py", "--tag", "small", "--data", official, "--targets", "diagnosis", "--measure", "MW"]
+    arguments += ["--attack", 1, "noise", "--steps", 3, "--rand", "diagnosis", "--subpixel"]
+    status, out, err = run(*arguments)
+    assert status == 0, err
+    folder = here / "diagnosis"
+    targets = pd.read_csv(folder / "targets.csv", dtype={"image": str})
+    assert set(targets["landmark"]) == {11, 12} and len(targets) >= 2
+    table = read_records([folder / "predictions.csv"])
+    assert table["image"].unique().tolist() == targets["image"].unique().tolist()
+    assert set(table[table["role"] == "targeted"]["landmark"]) == {11, 12}
+    noise = table[(table["method"] == "noise") & (table["iteration"] == 1)]["largest_change"]
+    assert (noise > 3.9).all() and (noise <= 8 * 127.5 / 256).all()
+    clean = table[(table["iteration"] == 0) & (table["method"] == "noise")]
+    for image, rows in targets.groupby("image"):  # the places lie in another class, and the least way is symmetric
+        before = clean[clean["image"] == image].set_index("landmark")[["x_px0", "y_px0"]].loc[[11, 12]].to_numpy()
+        after = rows[["x", "y"]].to_numpy()
+        assert np.allclose(before.mean(0), after.mean(0), atol=1)
+        classes = [np.digitize(0.1 * np.hypot(*np.diff(points, axis=0)[0]), (2, 4.5)) for points in (before, after)]
+        assert classes[0] != classes[1]
+    changes = pd.read_csv(folder / "diagnoses.csv")
+    assert {"any", "intended", "only intended"} < set(changes["measure"]) and "only intended" in out
+    assert (changes["patients"] == targets["image"].nunique()).all()
+    assert (changes[changes["iteration"] == 0]["changed_%"] == 0).all()
+    assert len(pd.read_csv(folder / "measures.csv")) == len(table) / K * 8
+
+    (folder / "records" / f"noise_{targets['image'][0]}.csv").unlink()
+    targets.assign(x=targets["x"] + 1).to_csv(folder / "targets.csv", index=False)
+    status, _, err = run(*arguments)
+    assert status == 2 and "the content of the targets has changed" in err
+    targets.to_csv(folder / "targets.csv", index=False)
+    assert run(*arguments)[0] == 0
+    pd.testing.assert_frame_equal(read_records([folder / "predictions.csv"]), table)
+
+
+def test_diagnoses_of_a_test(here, official, run):
+    status, out, err = run("test.py", "--tag", "small", "--data", official, "--split", "test1", "--rand", "diagnosed")
+    assert status == 0, err
+    summary = pd.read_csv(here / "diagnosed" / "diagnoses.csv", index_col="measure")
+    assert (summary["patients"] == 3).all() and summary.loc["MW", "doctors_mean_difference"] > 0
+    assert summary.loc["all", "agreement_%"] == pytest.approx(summary["agreement_%"].iloc[:-1].mean(), abs=1e-3)
+    assert "doctors_agreement_%" in out
+    image = official / "RawImage" / "Test1Data" / "151.bmp"
+    status, out, err = run("test.py", "--tag", "small", "--image", image, "--rand", "own_diagnosis")
+    assert status == 0, err
+    own, found = (pd.read_csv(here / folder / "measures.csv") for folder in ("own_diagnosis", "diagnosed"))
+    assert "true_class" in found and "true_class" not in own
+    pd.testing.assert_frame_equal(own, found.iloc[:8][[*own]])
+    assert own["meaning"][0] in out
+
+
 def test_own_images_without_annotation(here, official, run):
     files = [official / "RawImage" / "Test1Data" / f"{id}.bmp" for id in (151, 152)]
     status, out, err = run("test.py", "--tag", "small", "--image", *files, "--rand", "own")
@@ -497,6 +549,14 @@ BAD_ARGUMENTS = {
         ["--attack", 4, "--targets", "common", "--shift-mm", 20],
         "--targets common: the target (",
     ),
+    "a diagnosis of nothing": (["--attack", 1, "--targets", "diagnosis"], "--measure and --targets diagnosis"),
+    "a measure without diagnosis": (["--attack", 1, "--measure", "ANB"], "--measure and --targets diagnosis"),
+    "a class without diagnosis": (["--attack", 1, "--to", 2], "--to: needs --targets diagnosis"),
+    "a class that there is not": (
+        ["--attack", 1, "--targets", "diagnosis", "--measure", "MW", "--to", 2],
+        "--to 2: MW can be moved to class 1 (normal), 3 (anterior cross bite), 4 (overjet), or any",
+    ),
+    "a class that is no number": (["--attack", 1, "--to", "II"], "argument --to"),
     "unknown attack": (["--attack", "PGD"], "'PGD' is not one of 0, 1"),
     "unknown split": (["--split", "val"], "--split"),
     "unknown argument": (["--epslion", 8], "--epslion"),

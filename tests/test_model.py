@@ -116,6 +116,16 @@ def test_freezing_changes_the_maps_by_rounding_only(trained):
     assert half.dtype == torch.float32 and not torch.equal(half, single)
 
 
+def test_batch_statistics_are_those_of_one_image_in_training_mode(trained):
+    images = torch.rand(2, 3, 64, 48) * 2 - 1
+    with torch.no_grad():
+        frozen = freeze(place(copy.deepcopy(trained), "cpu"), batch_statistics=True)(images)
+        folded = freeze(place(copy.deepcopy(trained), "cpu"))(images)
+        alone = torch.cat([trained.train()(image[None]) for image in images])
+    assert torch.allclose(frozen, alone, atol=1e-4 * alone.std())
+    assert (folded - alone).abs().max() > 0.01 * alone.std()
+
+
 def test_frozen_weights_take_no_gradient_and_the_image_does(trained):
     model = freeze(place(trained, "cpu", "bf16"))
     image = torch.rand(1, 3, 32, 32, requires_grad=True)

@@ -56,6 +56,9 @@ def tiny(splits, ids):
             vary("input size (px)", "40 x 32", "40x32", iteration=0),
             scales.reuse(shift, "input size (px)", "48 x 40"),
         ],
+        "diagnosis": scales.sweep_diagnosis(
+            partial(attack, attack=("ATI-FGSM", "noise"), steps=1, limit=3), (4, 16), ("MW", "ANB")
+        ),
     }
     return Scale("48x40", experiments)
 

@@ -1,0 +1,211 @@
+"""Experiment 9: diagnoses that an attack changes, by clinical measure, epsilon and method, against uniform noise."""
+
+import numpy as np
+import pandas as pd
+import torch
+
+from dataset import index, read_doctors, read_image
+from diagnosis import NAMES, classes, measures
+from eval import changed_diagnoses, diagnose
+from experiments.charts import grouped_places, line_with_band, panels, save, tick_values
+from experiments.markdown import fold_intervals, markdown
+from experiments.measures import last
+from experiments.statistics import interval, named
+from support.files import write_table
+
+TITLE = "Diagnoses"
+TEXT = (
+    "Each patient is attacked for each of the eight clinical measures of the ISBI 2015 challenge: the targets are the "
+    "least movement of landmarks that changes the class by this measure and none of the seven others. *Intended* is the "
+    "share of patients whose class by this measure then differs from that on the clean image; *only intended*, of those "
+    "whose seven other classes are the same; *any*, of patients with any other class. Noise is uniform, of the same "
+    "epsilon. Patients for whom no such movement exists are left out. The yardstick is how often two doctors, who marked "
+    "the same radiograph, disagree."
+)
+SHARES = {"intended": "intended diagnosis changed", "only intended": "... and no other", "any": "any diagnosis changed"}
+POOLED = "all"
+LEVELS = "perturbation (grey levels of 255)"
+TRACING = (  # polylines of landmarks, counted from 1
+    (1, 2),
+    (4, 3),
+    (17, 18, 5, 12),
+    (11, 6, 7, 9, 8, 10, 19),
+    (15, 13, 14, 16),
+)
+LINES = {  # of each measure
+    "ANB": ((1, 2, 5), (2, 6)),
+    "SNB": ((1, 2, 6),),
+    "SNA": ((1, 2, 5),),
+    "ODI": ((8, 10), (6, 5), (4, 3), (17, 18)),
+    "APDI": ((3, 4), (2, 7), (5, 6), (17, 18)),
+    "FHI": ((1, 10), (2, 8)),
+    "FMA": ((1, 2), (10, 9)),
+    "MW": ((11, 12),),
+}
+
+
+def publish(results, data, out):
+    """Write tables and charts to ``out``; return the section of the report."""
+    changed = collect(results)
+    table = compute(changed)
+    doctors = compute_doctors(data, sorted({image for frame in changed.values() for image in frame.index}))
+    write_table(out / "diagnosis.csv", table)
+    write_table(out / "diagnosis_doctors.csv", doctors)
+    plot(table, doctors, out / "diagnosis.png")
+    patient = find_patient(results)
+    plot_patient(*patient, out / "diagnosis_patient.png")
+    return render(table, doctors, patient)
+
+
+def attacked(result):
+    """A run's first and last records, ``eval.diagnose`` of them, and ``changed_diagnoses`` at the last iteration."""
+    records = result.predictions()
+    ends = pd.concat([records[records["iteration"] == 0], last(records)])
+    table = diagnose(ends)
+    changed = changed_diagnoses(table, result.labels["measure"])
+    return ends, table, changed[changed.index.get_level_values("iteration") > 0].droplevel("iteration")
+
+
+def collect(results):
+    """{(epsilon, method, measure): DataFrame with a row for each image and a bool for each of ``SHARES``}."""
+    found = {}
+    for result in results:
+        _, _, changed = attacked(result)
+        for method in changed.index.unique("method"):
+            found[result.labels["epsilon"], method, result.labels["measure"]] = changed.loc[method][[*SHARES]]
+    return found
+
+
+def compute(changed):
+    """Shares in % with intervals, for each measure and pooled over all."""
+    rows = []
+    groups = {}
+    for (epsilon, method, measure), frame in changed.items():
+        groups.setdefault((epsilon, method, POOLED), {})[measure] = frame
+        groups[epsilon, method, measure] = {measure: frame}
+    for (epsilon, method, measure), frames in groups.items():
+        images = sorted({image for frame in frames.values() for image in frame.index})
+        row = {"epsilon": epsilon, "grey_levels": grey(epsilon), "method": method, "measure": measure}
+        row |= {"patients": len(images), "attacks": sum(map(len, frames.values()))}
+        for share in SHARES:
+            values = np.stack([100.0 * frame[share].reindex(images).astype(float) for frame in frames.values()], axis=1)
+            row |= named(f"{share}_%", *interval(values, np.nanmean))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def grey(epsilon):
+    """Half grey levels as grey levels."""
+    return epsilon / 2
+
+
+def compute_doctors(data, images):
+    """How often two doctors' classes of these images differ, in %: a row for each measure, and the mean."""
+    entries = [entry for entry in index(data, "test") if entry.id in images]
+    if min(len(entry.annotations) for entry in entries) < 2:
+        return pd.DataFrame(columns=["measure", "patients", "disagree_%"])
+    marks = torch.tensor(np.stack([read_doctors(entry, read_image(entry.image, None)[1]) for entry in entries]))
+    senior, junior = (classes(measures(points, 0.1)) for points in marks.unbind(1))
+    shares = 100 * (senior != junior).double().mean(0)
+    return pd.DataFrame(
+        {
+            "measure": [*NAMES, POOLED],
+            "patients": len(entries),
+            "disagree_%": [*shares.tolist(), shares.mean().item()],
+        }
+    )
+
+
+def plot(table, doctors, path):
+    """Shares against grey levels, pooled over measures; and each measure at two grey levels (or what is nearest)."""
+    figure, (*left, right) = panels(3, width=5.5, height=4.4)
+    pooled = table[table["measure"] == POOLED].sort_values("grey_levels")
+    disagree = dict(zip(doctors["measure"], doctors["disagree_%"], strict=True))
+    for panel, share in zip(left, ("intended", "only intended"), strict=True):
+        for method, rows in pooled.groupby("method", sort=False):
+            line_with_band(panel, rows, "grey_levels", f"{share}_%", "uniform noise" if method == "noise" else method)
+        if disagree and share == "intended":
+            panel.axhline(disagree[POOLED], color="black", linestyle=":", label="two doctors disagree")
+        panel.set(title=SHARES[share], xlabel=LEVELS, ylabel="patients (%)", ylim=(0, 103), xscale="log")
+        tick_values(panel, table["grey_levels"])
+        panel.legend(fontsize=8)
+    chosen = min(table["epsilon"].unique(), key=lambda epsilon: abs(epsilon - 4))
+    rows = table[(table["epsilon"] == chosen) & (table["measure"] != POOLED)]
+    methods = list(rows["method"].unique())
+    for i, method in enumerate(methods):
+        part = rows[rows["method"] == method].set_index("measure").reindex(NAMES)
+        places, width = grouped_places(len(NAMES), len(methods), i)
+        value = part["intended_%"]
+        ends = np.stack([value - part["intended_%_low"], part["intended_%_high"] - value]).clip(0)
+        label = "uniform noise" if method == "noise" else method
+        right.bar(places, value, width, yerr=ends, capsize=1, error_kw={"linewidth": 0.6}, label=label)
+    if disagree:
+        heights = [disagree[name] for name in NAMES]
+        right.plot(range(len(NAMES)), heights, "k_", markersize=22, label="two doctors disagree")
+    right.set_xticks(range(len(NAMES)), NAMES)
+    right.set(title=f"{SHARES['intended']}, {grey(chosen)} grey levels", ylabel="patients (%)", ylim=(0, 103))
+    right.grid(alpha=0.3, axis="y")
+    right.legend(fontsize=8)
+    save(figure, path)
+
+
+# --- one patient -----------------------------------------------------------------------------------------------------
+
+
+def find_patient(results):
+    """A patient whose intended diagnosis alone has changed, else the first: (before, after, measure, title, texts).
+
+    Of the first measure, at the epsilon nearest to 4, by the method that changes most diagnoses.
+    """
+    measure = results[0].labels["measure"]
+    candidates = [result for result in results if result.labels["measure"] == measure]
+    result = min(candidates, key=lambda result: abs(result.labels["epsilon"] - 4))
+    records, table, changed = attacked(result)
+    method = changed.groupby("method", sort=False)["only intended"].mean().idxmax()
+    image = changed.loc[method, "only intended"].idxmax()
+    chosen = records[(records["method"] == method) & (records["image"] == image)]
+    before, after = (rows.sort_values("landmark") for _, rows in chosen.groupby("iteration"))
+    values = table[(table["method"] == method) & (table["image"] == image) & (table["measure"] == measure)]
+    texts = [
+        f"{measure} {value:.3g} {unit}, {text}" for value, unit, text in values[["value", "unit", "meaning"]].values
+    ]
+    return (
+        before,
+        after,
+        measure,
+        f"image {image}, {method}, at most {grey(result.labels['epsilon'])} grey levels",
+        texts,
+    )
+
+
+def plot_patient(before, after, measure, title, texts, path):
+    """Both tracings, the lines of the measure thicker."""
+    figure, (panel,) = panels(1, width=6.5, height=7)
+    styles = ("before", before, "tab:blue", "o-"), ("after", after, "tab:red", "x--")
+    for (when, records, color, style), text in zip(styles, texts, strict=True):
+        points = records[["x_px0", "y_px0"]].to_numpy()
+        panel.plot(*points.T, style[0], color=color, markersize=4)
+        for lines, width in ((TRACING, 0.8), (LINES[measure], 2.0)):
+            for line in lines:
+                panel.plot(*points[np.array(line) - 1].T, style[1:], color=color, linewidth=width)
+        panel.plot([], [], style[1:], color=color, label=f"{when}: {text}")
+    panel.invert_yaxis()
+    panel.set(title=title, xlabel="x (px0)", ylabel="y (px0)", aspect="equal")
+    panel.grid(alpha=0.3)
+    panel.legend(loc="upper left", fontsize=9)
+    save(figure, path)
+
+
+def render(table, doctors, patient):
+    *_, title, texts = patient
+
+    def order(value):
+        return [POOLED, *NAMES].index(value) if isinstance(value, str) else value
+
+    shown = table.sort_values(["measure", "epsilon"], key=lambda column: column.map(order), kind="stable")
+    shown = fold_intervals(shown).rename(columns={f"{share}_%": f"{share} (%)" for share in SHARES})
+    text = f"\n{markdown(shown)}\n![changed diagnoses against grey levels](diagnosis.png)\n"
+    if len(doctors):
+        text += f"\nTwo doctors disagree about these patients (%):\n\n{markdown(doctors, '.1f')}"
+    before, after = texts
+    return text + f"\nThe tracing of {title}: {before} before, {after} after.\n\n![tracings](diagnosis_patient.png)\n"
