@@ -25,7 +25,7 @@ from support.errors import InputError
 
 STEP_SIZE = 0.05  # in units of epsilon; the paper's eta
 MOMENTUM = 0.75  # of Vote-PGD, as are the constants down to STATIONARY_WEIGHT
-VOTE_WIDTH = (1.0, 0.33)  # of the votes' kernel in units of R, in the first and the last iteration
+VOTE_WIDTH = (0.1, 0.33)  # of a landmark's kernel in units of R: its distance from the goal position, so limited
 TOLERANCE = 1 / 3  # in units of R, 4 mm in the ISBI 2015 images: up to it, a goal position counts as reached
 TARGETED_WEIGHT = (1.0, 2.5, 1.5)  # of a landmark's loss: minimum, maximum, slope per tolerance of distance
 STATIONARY_WEIGHT = (0.1, 1.0, 1.0)
@@ -43,10 +43,10 @@ def pgd(model, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentum=
     Args:
         model: callable, image -> maps; freeze its weights, so that only the gradient of the image is computed.
         image: (B, C, H, W) float in [-1, 1].
-        loss: callable, (maps, progress) -> (B,), which the attack minimises; progress is iteration / steps.
+        loss: callable, maps -> (B,), which the attack minimises.
         epsilon: L-infinity norm of the perturbation in half grey levels (1/256 of the [-1, 1] scale).
         steps: number of iterations.
-        step_size: of a sign step, in units of epsilon; a number, or a callable of progress.
+        step_size: of a sign step, in units of epsilon; a number, or a callable of the progress, iteration / steps.
         momentum: of the gradients, each divided by its mean magnitude.
         start: perturbation to start from, like ``image`` (default: none).
 
@@ -62,15 +62,14 @@ def pgd(model, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentum=
             maps = model(adversarial)
         yield iteration, adversarial.detach(), maps.detach()
         if iteration < steps:
-            progress = iteration / steps
             with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(loss(maps, progress).sum(), adversarial)
+                (gradient,) = torch.autograd.grad(loss(maps).sum(), adversarial)
             if momentum:
                 magnitude = gradient.abs().mean((1, 2, 3), keepdim=True)
                 velocity = momentum * velocity + gradient / magnitude.clamp(min=torch.finfo(magnitude.dtype).tiny)
             else:
                 velocity = gradient
-            step = step_size(progress) if callable(step_size) else step_size
+            step = step_size(iteration / steps) if callable(step_size) else step_size
             delta = (delta - step * bound * velocity.sign()).clamp(-bound, bound)
 
 
@@ -119,7 +118,7 @@ def i_fgsm(model, image, goal, epsilon=8, steps=300, step_size=STEP_SIZE):
         ...     pass
         >>> points = decode(maps)  # of the last adversarial images
     """
-    return pgd(model, image, lambda maps, _: landmark_loss(maps, goal).sum(-1), epsilon, steps, step_size)
+    return pgd(model, image, lambda maps: landmark_loss(maps, goal).sum(-1), epsilon, steps, step_size)
 
 
 def ati_fgsm(model, image, goal, epsilon=8, steps=300, step_size=STEP_SIZE):
@@ -145,7 +144,7 @@ def ati_fgsm(model, image, goal, epsilon=8, steps=300, step_size=STEP_SIZE):
         >>> for iteration, adversarial, maps in ati_fgsm(model, image, goal, epsilon=4):
         ...     pass
     """
-    return pgd(model, image, lambda maps, _: adaptive_loss(maps, goal), epsilon, steps, step_size)
+    return pgd(model, image, lambda maps: adaptive_loss(maps, goal), epsilon, steps, step_size)
 
 
 def fgsm(model, image, goal, epsilon=8):
@@ -167,7 +166,7 @@ def fgsm(model, image, goal, epsilon=8):
         >>> goal = goal_maps(model(image), targets, targeted)
         >>> (_, _, clean), (_, adversarial, maps) = fgsm(model, image, goal)
     """
-    return pgd(model, image, lambda maps, _: landmark_loss(maps, goal).sum(-1), epsilon, steps=1, step_size=1.0)
+    return pgd(model, image, lambda maps: landmark_loss(maps, goal).sum(-1), epsilon, steps=1, step_size=1.0)
 
 
 def untargeted_fgsm(model, image, goal, epsilon=8):
@@ -189,7 +188,7 @@ def untargeted_fgsm(model, image, goal, epsilon=8):
         >>> goal = encode(decode(model(image)), image.shape[-2:])
         >>> (_, _, clean), (_, adversarial, maps) = untargeted_fgsm(model, image, goal)
     """
-    return pgd(model, image, lambda maps, _: -landmark_loss(maps, goal).sum(-1), epsilon, steps=1, step_size=1.0)
+    return pgd(model, image, lambda maps: -landmark_loss(maps, goal).sum(-1), epsilon, steps=1, step_size=1.0)
 
 
 def adaptive_loss(maps, goal):
@@ -293,25 +292,27 @@ def vote_pgd(model, image, goal, epsilon=8, steps=300, restarts=1, seed=0):
     return keep_best(iterates(), partial(landmarks_in_place, goal=goal))
 
 
-def vote_loss(maps, progress, goal):
+def vote_loss(maps, goal):
     """Weighted sum over landmarks of -log(fraction of the votes at its goal position): (B,).
 
-    Weights follow the decoded landmark's distance from its goal position and are constant in the gradient: that of a
-    targeted landmark falls as it approaches its target, that of a stationary one is small until it drifts.
+    Weights and widths follow the decoded landmark's distance from its goal position and are constant in the gradient.
+    The weight of a targeted landmark falls as it approaches its target, that of a stationary one is small until it
+    drifts. A kernel wider than the distance would hardly pull at the votes.
     """
     distance = distance_in_tolerances(maps.detach(), goal)
     by_role = ((slope * distance).clamp(low, high) for low, high, slope in (TARGETED_WEIGHT, STATIONARY_WEIGHT))
     weights = torch.where(goal.targeted, *by_role)
-    width = VOTE_WIDTH[0] * (VOTE_WIDTH[1] / VOTE_WIDTH[0]) ** progress
-    return -(weights * log_vote_share(maps, goal, width)).sum(-1)
+    widths = (TOLERANCE * distance).clamp(*VOTE_WIDTH)
+    return -(weights * log_vote_share(maps, goal, widths)).sum(-1)
 
 
-def log_vote_share(maps, goal, width):
+def log_vote_share(maps, goal, widths):
     """Logarithm of the fraction of votes at each goal position, differentiable in heatmap and offsets: (B, K).
 
     Votes are those of the decoder's n = int(3.14 R^2) voters, and of the pixels around the goal position that may
     become voters. A pixel has the weight sigmoid(logit - the voters' lowest logit); of its vote, the fraction
-    1 / (1 + (d / width)^2) counts as at the goal position, where d is the vote's distance from it in units of R.
+    1 / (1 + (d / width)^2) counts as at the goal position, where d is the vote's distance from it. The ``widths`` are
+    (B, K), in units of R.
     """
     size = maps.shape[-2:]
     radius = radius_of(size)
@@ -326,7 +327,7 @@ def log_vote_share(maps, goal, width):
     weight = F.logsigmoid(logits).masked_fill(~counted, -math.inf)
     votes = pixel_positions(pixels, size[1]) / radius + offsets_at(pixels, offset)
     squared = (votes - goal.places.movedim(-1, 1)[..., None] / radius).square().sum(1)
-    at_place = weight - torch.log1p(squared / width**2)
+    at_place = weight - torch.log1p(squared / widths[..., None] ** 2)
     return torch.logsumexp(at_place, -1) - torch.logsumexp(weight, -1)
 
 
@@ -368,10 +369,7 @@ def universal_vote_pgd(model, image, batches, epsilon=8, steps=300):
         goals.append(goal)
         return model((image + delta).clamp(-1, 1))
 
-    def loss(maps, progress):
-        return vote_loss(maps, progress, goals.pop())
-
-    return pgd(perturbed, image, loss, epsilon, steps, falling, MOMENTUM)
+    return pgd(perturbed, image, lambda maps: vote_loss(maps, goals.pop()), epsilon, steps, falling, MOMENTUM)
 
 
 def falling(progress):

@@ -8,6 +8,7 @@ the tables of experiments.compare, with the differences from Vote-PGD.
 
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -20,9 +21,7 @@ from support import command, distributed
 def paper_loss(model, image, goal, epsilon=8, steps=300, restarts=1, seed=0):
     """The loss of ATI-FGSM with momentum and schedule of Vote-PGD, last iterate."""
 
-    def loss(maps, _):
-        return attack.adaptive_loss(maps, goal)
-
+    loss = partial(attack.adaptive_loss, goal=goal)
     return attack.pgd(model, image, loss, epsilon, steps, attack.falling, attack.MOMENTUM)
 
 
@@ -35,7 +34,7 @@ VARIANTS = {  # name -> what replaces names of attack.py
     "Vote-PGD": {},
     "last_iterate": {"keep_best": last_iterate},
     "constant_weights": {"TARGETED_WEIGHT": (1.0, 1.0, 0.0), "STATIONARY_WEIGHT": (0.3, 0.3, 0.0)},
-    "width_1": {"VOTE_WIDTH": (1.0, 1.0)},
+    "width_0.1": {"VOTE_WIDTH": (0.1, 0.1)},
     "width_0.33": {"VOTE_WIDTH": (0.33, 0.33)},
     "no_momentum": {"MOMENTUM": 0.0},
     "constant_step": {"falling": attack.STEP_SIZE},

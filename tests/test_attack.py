@@ -212,20 +212,21 @@ def test_vote_share_by_hand():
         near = 1 / (1 + (torch.tensor(distances) / 0.5) ** 2)
         other = 0 if place == (4, 5) else torch.tensor(-9.0).sigmoid()  # the pixel at the place is no voter yet
         expected = ((voters * near).sum() + other) / (voters.sum() + other)
-        assert log_vote_share(maps, goal, 0.5).item() == pytest.approx(expected.log().item(), rel=1e-5)
+        found = log_vote_share(maps, goal, torch.tensor([[0.5]]))
+        assert found.item() == pytest.approx(expected.log().item(), rel=1e-5)
 
 
-def test_vote_weights_follow_the_distance():
-    """By role, in units of the tolerance R / 3: in place, at the edge, far away."""
+def test_vote_weights_and_widths_follow_the_distance():
+    """Weights by role, in units of the tolerance R / 3, widths in units of R: in place, at the edge, far away."""
     maps = torch.zeros(1, 3, 6, 100, 96)  # R = 5
     maps[:, 0, :, 50, 48] = 9.0
     places = torch.tensor([[[48 + d, 50] for d in (0, 1.5, 40)] * 2]).float()
     targeted = torch.tensor([[True] * 3 + [False] * 3])
     goal = vote_goal(maps, places, targeted)._replace(places=places)
     assert landmarks_in_place(maps, goal).item() == 4
-    shares = log_vote_share(maps, goal, 1.0)[0]
+    shares = log_vote_share(maps, goal, torch.tensor([[0.1, 0.3, 0.33] * 2]))[0]
     expected = -(torch.tensor([1, 1.35, 2.5, 0.1, 0.9, 1]) * shares).sum()
-    assert vote_loss(maps, 0.0, goal).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert vote_loss(maps, goal).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_stationary_landmarks_keep_their_clean_predictions(small, image):
