@@ -297,13 +297,14 @@ def vote_loss(maps, goal):
 
     Weights and widths follow the decoded landmark's distance from its goal position and are constant in the gradient.
     The weight of a targeted landmark falls as it approaches its target, that of a stationary one is small until it
-    drifts. A kernel wider than the distance would hardly pull at the votes.
+    drifts. A kernel wider than the distance would hardly pull at the votes; a narrow one pulls in proportion to 1 /
+    width, hence the factor of the width, without which near landmarks prevail over far ones.
     """
     distance = distance_in_tolerances(maps.detach(), goal)
     by_role = ((slope * distance).clamp(low, high) for low, high, slope in (TARGETED_WEIGHT, STATIONARY_WEIGHT))
     weights = torch.where(goal.targeted, *by_role)
     widths = (TOLERANCE * distance).clamp(*VOTE_WIDTH)
-    return -(weights * log_vote_share(maps, goal, widths)).sum(-1)
+    return -(weights * widths / VOTE_WIDTH[1] * log_vote_share(maps, goal, widths)).sum(-1)
 
 
 def log_vote_share(maps, goal, widths):

@@ -1,4 +1,11 @@
-"""Experiment 9: diagnoses that an attack changes, by clinical measure, epsilon and method, against uniform noise."""
+"""Experiment 9: diagnoses that an attack changes, by clinical measure, epsilon and method, against uniform noise.
+
+    python -m experiments.diagnoses --data dataset --out tables anb_2 anb_4 fma_4   # of finished runs of test.py
+
+writes the tables and charts that reproduce.py makes of its own runs, and their text, diagnosis.md.
+"""
+
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,9 +16,11 @@ from diagnosis import NAMES, classes, measures
 from eval import changed_diagnoses, diagnose
 from experiments.charts import grouped_places, line_with_band, panels, save, tick_values
 from experiments.markdown import fold_intervals, markdown
-from experiments.measures import last
+from experiments.measures import Result, last
 from experiments.statistics import interval, named
-from support.files import write_table
+from support import command
+from support.errors import InputError
+from support.files import make_folder, read_config, write_table, write_text
 
 TITLE = "Diagnoses"
 TEXT = (
@@ -209,3 +218,29 @@ def render(table, doctors, patient):
         text += f"\nTwo doctors disagree about these patients (%):\n\n{markdown(doctors, '.1f')}"
     before, after = texts
     return text + f"\nThe tracing of {title}: {before} before, {after} after.\n\n![tracings](diagnosis_patient.png)\n"
+
+
+# --- finished runs ---------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    parser = command.Parser("Tables and charts of finished attacks on diagnoses.")
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="output folders of test.py --targets diagnosis")
+    parser.add_argument("--data", default="dataset", help="folder of their images, for the doctors' marks")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
+    args = parser.parse_args(argv)
+    results, out = [], Path(args.out)
+    for folder in map(Path, args.folders):
+        config = read_config(folder / "config.json")
+        if not config.get("measure"):
+            raise InputError(
+                f"{folder}: not an attack on a diagnosis; give output folders of test.py --targets diagnosis"
+            )
+        results.append(Result({"measure": config["measure"], "epsilon": config["epsilon"]}, folder))
+    make_folder(out)
+    write_text(out / "diagnosis.md", publish(results, args.data, out))
+    print(f"written to {out}/")
+
+
+if __name__ == "__main__":
+    command.run(main)

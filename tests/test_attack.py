@@ -224,8 +224,9 @@ def test_vote_weights_and_widths_follow_the_distance():
     targeted = torch.tensor([[True] * 3 + [False] * 3])
     goal = vote_goal(maps, places, targeted)._replace(places=places)
     assert landmarks_in_place(maps, goal).item() == 4
-    shares = log_vote_share(maps, goal, torch.tensor([[0.1, 0.3, 0.33] * 2]))[0]
-    expected = -(torch.tensor([1, 1.35, 2.5, 0.1, 0.9, 1]) * shares).sum()
+    widths = torch.tensor([0.1, 0.3, 0.33] * 2)
+    shares = log_vote_share(maps, goal, widths[None])[0]
+    expected = -(torch.tensor([1, 1.35, 2.5, 0.1, 0.9, 1]) * widths / 0.33 * shares).sum()
     assert vote_loss(maps, goal).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
