@@ -104,11 +104,11 @@ def sweep_one_step(attack, epsilons):
     return [attack(f"baselines/{value:g}", {"epsilon": value}, epsilon=value) for value in epsilons]
 
 
-def sweep_diagnosis(attack, epsilons, measures=NAMES):
+def sweep_diagnosis(attack, epsilons, measures=NAMES, suffix=""):
     """Attacks on the diagnosis by each clinical measure at several epsilons."""
     return [
         attack(
-            f"diagnosis/{measure}_{value:g}",
+            f"diagnosis/{measure}_{value:g}{suffix}",
             {"measure": measure, "epsilon": value},
             targets="diagnosis",
             measure=measure,
@@ -189,6 +189,8 @@ def paper(splits, ids):
             vary("input size (px)", "200 x 160", "200x160"),
             vary("input size (px)", "400 x 320", "400x320"),
             reuse(shift, "input size (px)", "800 x 640"),
+            reuse(shift, "statistics of batch norm", "of the training"),
+            vary("statistics of batch norm", "of the image", "800x640", batch_statistics=True),
         ],
         "diagnosis": sweep_diagnosis(partial(test, "800x640", attack=ALL, steps=50, subpixel=True, **few), EPSILONS),
     }
@@ -241,8 +243,14 @@ def cpu(splits, ids):
             reuse(shift, "input size (px)", "200 x 160"),
             reuse(shift, "fine-tuned at (px)", "200 x 160"),
             vary("fine-tuned at (px)", "400 x 320", "400x320", limit=3, steps=20),
+            vary("statistics of batch norm", "of the training", "100x80"),
+            vary("statistics of batch norm", "of the image", "100x80", batch_statistics=True),
         ],
-        "diagnosis": sweep_diagnosis(partial(attack, attack=ALL, steps=10, limit=30), EPSILONS),
+        "diagnosis": [
+            *sweep_diagnosis(partial(attack, attack=("Vote-PGD", "noise"), steps=10, limit=30), EPSILONS),
+            # steps of 0.05 epsilon take 20 iterations to the bound
+            *sweep_diagnosis(partial(attack, attack=BOTH, steps=20, limit=30), (4,), suffix="_paper"),
+        ],
     }
     return Scale("200x160", experiments)
 

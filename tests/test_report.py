@@ -7,7 +7,7 @@ from conftest import K
 
 from dataset import LANDMARKS
 from eval import record, record_attack
-from experiments import causes, comparison, count, coupling, detection
+from experiments import causes, comparison, count, coupling, detection, diagnoses
 from experiments.measures import Result, last, measure, measure_each
 
 
@@ -169,3 +169,16 @@ def test_detection_beside_the_doctors(official, drawn, tmp_path):
     assert "| 1 | sella | 0.50 |" in text and "| 1 | sella | 1.00 |" not in text  # the better decoding
     landmarks = pd.read_csv(tmp_path / "detection_landmarks.csv")
     assert landmarks.groupby(["images", "landmarks by"]).size().eq(K).all()
+
+
+def test_shares_of_diagnoses_by_hand():
+    """Two measures: image 3 cannot be attacked for MW. The pool is over attacks, its interval over images."""
+    shares = {"intended": [True, True, False], "only intended": [True, False, False], "any": [True, True, True]}
+    anb = pd.DataFrame(shares, index=["1", "2", "3"])
+    changed = {(4.0, "Vote-PGD", "ANB"): anb, (4.0, "Vote-PGD", "MW"): anb[:2]}
+    table = diagnoses.compute(changed).set_index("measure")
+    assert table["patients"].to_dict() == {"all": 3, "ANB": 3, "MW": 2} and table.loc["all", "attacks"] == 5
+    assert table.loc["all", "intended_%"] == 80 and table.loc["MW", "intended_%"] == 100
+    assert table.loc["ANB", "only intended_%"] == pytest.approx(100 / 3)
+    assert (table["any_%_low"] == 100).all() and table.loc["all", "intended_%_low"] < 80 < 100
+    assert table.loc["ANB", "grey_levels"] == 2

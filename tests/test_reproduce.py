@@ -57,7 +57,7 @@ def tiny(splits, ids):
             scales.reuse(shift, "input size (px)", "48 x 40"),
         ],
         "diagnosis": scales.sweep_diagnosis(
-            partial(attack, attack=("ATI-FGSM", "noise"), steps=1, limit=3), (4, 16), ("MW", "ANB")
+            partial(attack, attack=("ATI-FGSM", "noise"), steps=1, limit=3), (4, 16), ("MW",)
         ),
     }
     return Scale("48x40", experiments)
@@ -226,7 +226,7 @@ def check_report(results, out):
     """Complete, in order, with all its charts, and with the commands that were printed."""
     report = (results / "report.md").read_text()
     assert "Not yet run" not in report and "nan" not in report
-    assert [int(n) for n in re.findall(r"^## (\d+)\.", report, re.M)] == [*range(1, 9)]
+    assert [int(n) for n in re.findall(r"^## (\d+)\.", report, re.M)] == [*range(1, 10)]
     for name in re.findall(r"!\[[^]]*\]\(([^)]*)\)", report):
         assert (results / name).stat().st_size > 5000, name
     assert not [file.name for file in results.iterdir() if ".part" in file.name]
@@ -257,6 +257,12 @@ def check_numbers(work):
     row = table.query("method == 'ATI-FGSM' and iteration == 2 and role == 'targeted'").iloc[0]
     assert row["mre_mm"] == pytest.approx(rows.mean(), abs=1e-3)
     assert row["mre_mm_low"] <= row["mre_mm"] <= row["mre_mm_high"]
+    folder_of = work / "runs" / "cpu-48x40" / "diagnosis" / "MW_16"
+    changes = pd.read_csv(folder_of / "diagnoses.csv").set_index(["method", "iteration", "measure"])
+    table = pd.read_csv(work / "results" / "cpu" / "diagnosis.csv").set_index(["epsilon", "method", "measure"])
+    for method in ("ATI-FGSM", "noise"):
+        for share in ("intended", "only intended", "any"):
+            assert table.loc[(16, method, "MW"), f"{share}_%"] == changes.loc[(method, 1, share), "changed_%"]
     config = read_config(folder / "config.json")
     assert config["subpixel"] is True and config["seed"] == 0
 
