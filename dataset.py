@@ -79,7 +79,7 @@ class Cephalograms:
         reference_px0: (N, K, 2) positions that an attack displaces or keeps: the landmarks, unless they are unknown.
         sizes: (N, 2) int64 (H0, W0) of the original images.
         mm_per_px0: (N,) float64.
-        sha256: of all these but the paths.
+        sha256: of all these but the paths and the single doctors' marks.
 
     Raises:
         InputError: data missing, incomplete, damaged or implausible; the message names the file.

@@ -15,8 +15,6 @@ from typing import NamedTuple
 
 import torch
 
-from support.errors import InputError
-
 MARGIN_MM = 1.0  # of ``least_movement``: how far beyond a threshold, as a movement of landmarks
 MOVED_MM = 0.1  # a landmark that moves less stays
 PENALTY = 1e3  # weight of violated bounds in ``least_movement``
@@ -95,12 +93,12 @@ def angle(u, v):
 
 
 def classes(values):
-    """The challenge's classes (N, 8) int64 of ``measures`` (N, 8)."""
+    """The challenge's classes (N, 8) int64 of ``measures`` (N, 8); 0 where landmarks that coincide leave it nan."""
     low, high = torch.tensor([measure.normal for measure in MEASURES], dtype=values.dtype, device=values.device).T
     below, above = torch.tensor([(measure.below, measure.above) for measure in MEASURES], device=values.device).T
     found = torch.where(values < low, below, torch.where(values > high, above, 1))
     edge_to_edge = torch.tensor([name == "MW" for name in NAMES], device=values.device) & (values == 0)
-    return torch.where(edge_to_edge, 2, found)
+    return torch.where(edge_to_edge, 2, torch.where(values.isnan(), 0, found))
 
 
 def challenge_score(truth, found):
@@ -115,25 +113,19 @@ def challenge_score(truth, found):
 # --- the least movement that changes a class -------------------------------------------------------------------------
 
 
-def measure_index(name, to):
-    """The index in ``MEASURES`` of a measure, whose class is to become ``to`` (None: any other).
-
-    Raises:
-        InputError: it has no such class, or none with an interior.
-    """
+def reachable_classes(name):
+    """{class: meaning} of a measure, without MW's class 2, which is a single value."""
     measure = MEASURES[NAMES.index(name)]
-    if to is not None and to not in (1, measure.below, measure.above):
-        known = ", ".join(f"{c} ({measure.words[c]})" for c in sorted((1, measure.below, measure.above)))
-        raise InputError(f"--to {to}: {name} can be moved to class {known}, or any")
-    return NAMES.index(name)
+    return {number: measure.words[number] for number in sorted((1, measure.below, measure.above))}
 
 
 def least_movement(points_px0, mm_per_px0, measure, to=None, margin_mm=MARGIN_MM):
     """The least movement of landmarks, by its sum of squares, that changes a patient's class by one measure alone.
 
     The measure ends a margin beyond the threshold: the change that a movement by ``margin_mm`` makes at most (in a
-    class too narrow for that, the middle). The others keep their class, and that margin or what they have of it. The
-    minimum is local, from the given landmarks; landmarks that would move less than ``MOVED_MM`` stay.
+    class too narrow for that, the middle). The others keep their class, and that margin or what they have of it.
+    Margins that contradict each other give way; where that would lose a class, there is no result. The minimum is
+    local, from the given landmarks; those that would move less than ``MOVED_MM`` stay.
 
     Args:
         points_px0: (N, 19, 2) float x, y in px0.
@@ -146,8 +138,8 @@ def least_movement(points_px0, mm_per_px0, measure, to=None, margin_mm=MARGIN_MM
         (N, 19, 2) float64 x, y in px0 of the landmarks that move, nan for those that stay, and for all landmarks of
         patients that have the class already, or for whom no such movement was found.
     """
-    start, mm_per_px0 = points_px0.double(), mm_per_px0.double()
-    found, cost = torch.full_like(start, math.nan), torch.full(start.shape[:1], math.inf, dtype=torch.float64)
+    start, mm_per_px0 = points_px0.double(), mm_per_px0.to(points_px0.device).double()
+    found, cost = torch.full_like(start, math.nan), torch.full_like(start[:, 0, 0], math.inf)
     gradients = torch.func.vmap(torch.func.jacrev(measures))(start, mm_per_px0)  # (N, 8, 19, 2) per px0
     steepness = gradients.flatten(-2).norm(dim=-1) / mm_per_px0[:, None]  # per mm
     defined = (steepness > 0).all(-1) & steepness.isfinite().all(-1)  # not where landmarks coincide
@@ -176,7 +168,7 @@ def move(start, mm_per_px0, wanted, measure, steepness, margin_mm):
     """
     clean = measures(start, mm_per_px0)
     low, high = bounds(wanted, margin_mm * steepness)
-    others = torch.arange(len(MEASURES)) != measure  # may be nearer to a threshold than the margin
+    others = torch.arange(len(MEASURES), device=start.device) != measure  # may be nearer to a threshold than the margin
     low, high = torch.where(others, low.minimum(clean), low), torch.where(others, high.maximum(clean), high)
     movement = torch.zeros_like(start, requires_grad=True)
     optimizer = torch.optim.LBFGS([movement], max_iter=1000, history_size=20, line_search_fn="strong_wolfe")
@@ -195,8 +187,9 @@ def move(start, mm_per_px0, wanted, measure, steepness, margin_mm):
 
 def bounds(wanted, margin):
     """The lowest and the highest value of each measure (N, 8) in the classes ``wanted``, by a margin (N, 8) inside."""
-    limits = torch.tensor([[-math.inf, *measure.normal, math.inf] for measure in MEASURES], dtype=margin.dtype)
-    below = wanted == torch.tensor([measure.below for measure in MEASURES])
+    limits = torch.tensor([[-math.inf, *measure.normal, math.inf] for measure in MEASURES], dtype=torch.float64)
+    limits = limits.to(margin)
+    below = wanted == torch.tensor([measure.below for measure in MEASURES], device=margin.device)
     place = torch.where(below, 0, torch.where(wanted == 1, 1, 2))
     low, high = (limits.expand(len(wanted), -1, -1).gather(-1, (place + end)[..., None])[..., 0] for end in (0, 1))
     margin = margin.minimum((high - low) / 2)

@@ -257,7 +257,7 @@ def diagnose(records):
     table["measure"] = [measure.name for measure in MEASURES] * len(heads)
     table["unit"] = [measure.unit for measure in MEASURES] * len(heads)
     table["value"], table["class"] = read("x_px0", "y_px0")
-    table["meaning"] = [MEASURES[i % len(MEASURES)].words[c] for i, c in enumerate(table["class"])]
+    table["meaning"] = [MEASURES[i % len(MEASURES)].words.get(c, "undefined") for i, c in enumerate(table["class"])]
     if records["true_x_px0"].notna().all():
         table["true_value"], table["true_class"] = read("true_x_px0", "true_y_px0")
     return table
@@ -273,7 +273,8 @@ def summarize_diagnoses(table, doctors_px0, mm_per_px0):
 
     Returns:
         DataFrame with a row for each measure: mean absolute difference in its unit, agreement of the classes in %, the
-        challenge's score in % (of the doctors: junior against senior); the last row has the means of the percentages.
+        challenge's score in %; the last row has the means of the percentages. The truth of the detector is the mean of
+        the doctors, that of the doctors (the junior one) is the senior one.
     """
     rows = []
     for j, measure in enumerate(MEASURES):
@@ -320,10 +321,11 @@ def changed_diagnoses(table, measure=None, to=None):
 def summarize_changes(changed):
     """``changed_diagnoses`` as percentages of patients: a row for each method, iteration and kind of change."""
     groups = changed.groupby(["method", "iteration"], sort=False)
-    share = (100 * groups.mean()).rename_axis(columns="measure").stack().rename("changed_%")
-    table = share.reset_index()
-    table.insert(3, "patients", len(changed.index.unique("image")))
-    return table
+    table = (100 * groups.mean()).reset_index()
+    table = table.melt(["method", "iteration"], var_name="measure", value_name="changed_%")
+    table.insert(3, "patients", changed.index.unique("image").size)
+    order = table["method"].map({method: i for i, method in enumerate(changed.index.unique("method"))})
+    return table.assign(order=order).sort_values(["order", "iteration"], kind="stable").drop(columns="order")
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

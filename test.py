@@ -40,7 +40,7 @@ from attack import (
     vote_goal_at,
 )
 from dataset import LANDMARKS, SPLITS, Cephalograms, in_batches, read_targets, rescale, to_input
-from diagnosis import NAMES, least_movement, measure_index
+from diagnosis import NAMES, least_movement, reachable_classes
 from eval import (
     SUCCESS_MM,
     changed_diagnoses,
@@ -193,8 +193,11 @@ def parse_arguments(parser, argv):
         parser.error("--measure and --targets diagnosis: neither works without the other")
     if args.measure is None and args.to != "any":
         parser.error("--to: needs --targets diagnosis")
-    if args.measure:
-        measure_index(args.measure, None if args.to == "any" else args.to)
+    if args.measure and not args.attack:
+        parser.error("--measure: needs an --attack")
+    if args.measure and args.to not in ("any", *(reachable := reachable_classes(args.measure))):
+        known = ", ".join(f"{number} ({meaning})" for number, meaning in reachable.items())
+        parser.error(f"--to {args.to}: {args.measure} can be moved to class {known}, or any")
     if args.transfer and not (args.save_adversarial or args.adversarial):
         parser.error("--transfer: needs --save-adversarial or --adversarial")
     if len({args.tag, *(args.transfer or ())}) <= len(args.transfer or ()):
@@ -231,17 +234,15 @@ def main(argv=None):
         others = [load_other(run_folder(tag), args, device) for tag in args.transfer or []]
         same |= {"data": data.sha256}
     out = Path(args.rand) if args.rand else run / default_name(args, epoch)
-    clean = None
-    if args.image or args.measure:  # not predicted by each process alone: GPUs may round differently
-        clean = to_px0(predict(model, data.images, args.batch_size, device, args.subpixel), data)
-    if args.image:
-        for each in (data, *(other for _, _, other in others)):
-            each.reference_px0 = clean
+    if args.image:  # not predicted by each process alone: GPUs may round differently
+        data.reference_px0 = to_px0(predict(model, data.images, args.batch_size, device, args.subpixel), data)
+        for _, _, other in others:
+            other.reference_px0 = data.reference_px0
+    targets = None
+    if args.attack:
+        ids, targets = make_targets(args, model, data, device, out / "targets.csv")
+        data, others = data.select(ids), [(name, other, images.select(ids)) for name, other, images in others]
     with distributed.guard() as same:
-        targets = None
-        if args.attack:
-            ids, targets = make_targets(args, data, clean, out)
-            data, others = data.select(ids), [(name, other, images.select(ids)) for name, other, images in others]
         training = load_training(args, size) if UNIVERSAL in (args.attack or ()) else None
         config = vars(args) | {"iteration": epoch, "size": size}
         config |= fingerprints(args, checkpoint, data, targets, training)
@@ -284,43 +285,65 @@ def load_data(args, size):
     return Cephalograms(args.data, args.split, size, args.limit, args.images, unusual=args.unusual, **options)
 
 
-def make_targets(args, data, clean, out):
+def make_targets(args, model, data, device, stored):
     """The images that are attacked, and their targets.
 
-    For a diagnosis these are the patients that have not the wanted class yet and whom a movement can give it. The
-    targets that an earlier call stored are taken again: predictions may differ in their last bits.
+    For a diagnosis the former are the patients whose class a movement can change. Targets that an earlier call stored
+    are taken again: predictions may differ in their last bits.
 
     Args:
-        clean: (N, K, 2) px0, the detector's output, which the attack on a diagnosis starts from.
-        out: output folder.
+        stored: path of targets.csv in the output folder.
 
     Returns:
         ids, and targets (n, K, 2) float64 px0, nan for stationary landmarks.
 
     Raises:
-        InputError: see ``choose_targets``; or nobody's diagnosis can be changed.
+        InputError: see ``choose_targets``; nobody's diagnosis can be changed; or the stored targets are of others.
     """
-    if args.targets != "diagnosis":
-        return data.ids, choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm)
-    stored = out / "targets.csv"
-    if stored.exists():
-        ids = list(dict.fromkeys(row["image"] for _, row in read_table(stored, ["image"], "image,landmark,x,y")))
-        return ids, torch.from_numpy(read_targets(stored, ids, len(LANDMARKS)))
-    to = None if args.to == "any" else args.to
-    targets = least_movement(clean, data.mm_per_px0, measure_index(args.measure, to), to).round(decimals=4)
+    clean = None
+    if args.targets == "diagnosis" and not distributed.broadcast(stored.exists()):
+        clean = data.reference_px0
+        if not args.image:
+            clean = to_px0(predict(model, data.images, args.batch_size, device, args.subpixel), data)
+    found = None
+    with distributed.guard():
+        if is_main():  # the least movements of two machines may differ
+            if args.targets != "diagnosis":
+                targets = choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm)
+                found = data.ids, targets
+            elif clean is None:
+                found = read_stored_targets(stored, data)
+            else:
+                found = diagnosis_targets(clean, data, args.measure, args.to)
+    return distributed.broadcast(found)
+
+
+def diagnosis_targets(clean, data, measure, to):
+    """Ids and targets of the patients whose class by a measure can be changed; ``clean`` (N, K, 2) px0 are found."""
+    to = None if to == "any" else to
+    targets = least_movement(clean, data.mm_per_px0, NAMES.index(measure), to).round(decimals=4)  # as stored
     outside = (targets < 0) | (targets > data.sizes.flip(-1)[:, None] - 1)
     possible = ~targets.isnan().all(-1).all(-1) & ~outside.any(-1).any(-1)
     ids = [id for id, attacked in zip(data.ids, possible.tolist(), strict=True) if attacked]
-    wanted = f"{args.measure} to {'another class' if to is None else f'class {to}'}"
+    wanted = f"{measure} to {'another class' if to is None else f'class {to}'}"
     if not ids:
         raise InputError(f"--targets diagnosis: no patient has or can get {wanted} while the other classes stay")
     if len(ids) < len(data):
         warnings.warn(
             f"{len(data) - len(ids)} of {len(data)} patients are not attacked: they have the class already, or no "
-            f"movement of landmarks takes {wanted} while the other classes stay",
+            f"movement of landmarks is found that takes {wanted}, by a margin, while the other classes stay",
             stacklevel=2,
         )
     return ids, targets[possible]
+
+
+def read_stored_targets(file, data):
+    """Ids and targets of ``write_targets``."""
+    rows = read_table(file, ["image", "landmark", "x", "y"], "image,landmark,x,y")
+    ids = list(dict.fromkeys(row["image"] for _, row in rows))
+    if unknown := [id for id in ids if id not in data.ids]:
+        raise InputError(f"{file}: has targets of image {unknown[0]}, which is not attacked; choose another --rand")
+    return ids, torch.from_numpy(read_targets(file, ids, len(LANDMARKS)))
 
 
 def write_targets(file, ids, targets):

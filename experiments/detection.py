@@ -3,10 +3,11 @@
 import numpy as np
 import pandas as pd
 
-from dataset import LANDMARKS, index, read_doctors, read_image
+from dataset import LANDMARKS
 from eval import SDR_MM, summarize
 from experiments.charts import grouped_places, panels, save
 from experiments.markdown import markdown, with_interval
+from experiments.measures import read_marks
 from experiments.statistics import by_image, interval
 from support.files import write_table
 
@@ -57,14 +58,12 @@ def inter_observer(data, split, predictions):
     ``predictions`` on the split have the spacing of its images.
     """
     mm_per_px0 = predictions.groupby("image")["mm_per_px0"].first()
-    distances = []
-    for entry in index(data, split):
-        if len(entry.annotations) < 2:
-            return np.empty((0, len(LANDMARKS)))
-        _, size0 = read_image(entry.image, None)
-        senior, junior = read_doctors(entry, size0)
-        distances.append(np.linalg.norm(senior - junior, axis=-1) * mm_per_px0[entry.id])
-    return np.stack(distances)
+    marks = read_marks(data, split)
+    if len(marks) < len(mm_per_px0):
+        return np.empty((0, len(LANDMARKS)))
+    return np.stack(
+        [np.linalg.norm(np.diff(marks[id], axis=0)[0], axis=-1) * mm_per_px0[id] for id in mm_per_px0.index]
+    )
 
 
 def compute(errors):

@@ -11,12 +11,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dataset import index, read_doctors, read_image
 from diagnosis import NAMES, classes, measures
 from eval import changed_diagnoses, diagnose
 from experiments.charts import grouped_places, line_with_band, panels, save, tick_values
 from experiments.markdown import fold_intervals, markdown
-from experiments.measures import Result, last
+from experiments.measures import Result, last, read_marks
 from experiments.statistics import interval, named
 from support import command
 from support.errors import InputError
@@ -28,8 +27,8 @@ TEXT = (
     "least movement of landmarks that changes the class by this measure and none of the seven others. *Intended* is "
     "the share of patients whose class by this measure then differs from that on the clean image; *only intended*, of "
     "those whose seven other classes are the same; *any*, of patients with any other class. Noise is uniform, of the "
-    "same epsilon. Patients for whom no such movement exists are left out. The yardstick is how often two doctors, who "
-    "marked the same radiograph, disagree."
+    "same epsilon. Patients for whom no such movement is found are left out. The yardstick is how often two doctors, "
+    "who marked the same radiographs, disagree."
 )
 SHARES = {"intended": "intended diagnosis changed", "only intended": "... and no other", "any": "any diagnosis changed"}
 POOLED = "all"
@@ -57,10 +56,10 @@ def publish(results, data, out):
     """Write tables and charts to ``out``; return the section of the report."""
     changed = collect(results)
     table = compute(changed)
-    doctors = compute_doctors(data, sorted({image for frame in changed.values() for image in frame.index}))
+    doctors = compute_doctors(results, changed, data)
     write_table(out / "diagnosis.csv", table)
     write_table(out / "diagnosis_doctors.csv", doctors)
-    plot(table, doctors, out / "diagnosis.png")
+    plot(table, compared(changed), doctors, out / "diagnosis.png")
     patient = find_patient(results)
     plot_patient(*patient, out / "diagnosis_patient.png")
     return render(table, doctors, patient)
@@ -71,31 +70,58 @@ def attacked(result):
     records = result.predictions()
     ends = pd.concat([records[records["iteration"] == 0], last(records)])
     table = diagnose(ends)
-    changed = changed_diagnoses(table, result.labels["measure"])
+    changed = changed_diagnoses(table, result.labels["measure"], result.labels.get("to"))
     return ends, table, changed[changed.index.get_level_values("iteration") > 0].droplevel("iteration")
 
 
 def collect(results):
-    """{(epsilon, method, measure): DataFrame with a row for each image and a bool for each of ``SHARES``}."""
+    """{(epsilon, method, measure): DataFrame with a row for each image, a bool for each of ``SHARES``, iterations}.
+
+    Raises:
+        InputError: two runs have the same epsilon, method and measure.
+    """
     found = {}
     for result in results:
-        _, _, changed = attacked(result)
+        ends, _, changed = attacked(result)
         for method in changed.index.unique("method"):
-            found[result.labels["epsilon"], method, result.labels["measure"]] = changed.loc[method][[*SHARES]]
+            key = result.labels["epsilon"], method, result.labels["measure"]
+            if key in found:
+                raise InputError(f"{result.folder}: a second run of epsilon {key[0]:g}, {method}, {key[2]}; omit one")
+            iterations = ends.loc[ends["method"] == method, "iteration"].max()
+            found[key] = changed.loc[method][[*SHARES]].assign(iterations=iterations)
     return found
 
 
+def compared(changed):
+    """The measures that all methods have attacked at all their epsilons."""
+    attacked = {}
+    for epsilon, method, measure in changed:
+        attacked.setdefault((epsilon, method), set()).add(measure)
+    common = set.intersection(*attacked.values())
+    return [name for name in NAMES if name in common]
+
+
+def pooled_name(names):
+    return POOLED if len(names) == len(NAMES) else ", ".join(names)
+
+
 def compute(changed):
-    """Shares in % with intervals, for each measure and pooled over all."""
+    """Shares in % with intervals, for each measure, pooled over all where all have been attacked, and ``compared``."""
     rows = []
     groups = {}
     for (epsilon, method, measure), frame in changed.items():
-        groups.setdefault((epsilon, method, POOLED), {})[measure] = frame
-        groups[epsilon, method, measure] = {measure: frame}
+        groups.setdefault((epsilon, method), {})[measure] = frame
+    for (epsilon, method), frames in list(groups.items()):
+        groups |= {(epsilon, method, measure): {measure: frame} for measure, frame in frames.items()}
+        for names in (NAMES, compared(changed)):
+            if names and frames.keys() >= {*names}:
+                groups[epsilon, method, pooled_name(names)] = {name: frames[name] for name in names}
+        del groups[epsilon, method]
     for (epsilon, method, measure), frames in groups.items():
         images = sorted({image for frame in frames.values() for image in frame.index})
         row = {"epsilon": epsilon, "grey_levels": grey(epsilon), "method": method, "measure": measure}
-        row |= {"patients": len(images), "attacks": sum(map(len, frames.values()))}
+        iterations = max(frame["iterations"].max() for frame in frames.values())
+        row |= {"iterations": iterations, "patients": len(images), "attacks": sum(map(len, frames.values()))}
         for share in SHARES:
             values = np.stack([100.0 * frame[share].reindex(images).astype(float) for frame in frames.values()], axis=1)
             row |= named(f"{share}_%", *interval(values, np.nanmean))
@@ -108,34 +134,47 @@ def grey(epsilon):
     return epsilon / 2
 
 
-def compute_doctors(data, images):
-    """How often two doctors' classes of these images differ, in %: a row for each measure, and the mean."""
-    entries = [entry for entry in index(data, "test") if entry.id in images]
-    if min(len(entry.annotations) for entry in entries) < 2:
-        return pd.DataFrame(columns=["measure", "patients", "disagree_%"])
-    marks = torch.tensor(np.stack([read_doctors(entry, read_image(entry.image, None)[1]) for entry in entries]))
-    senior, junior = (classes(measures(points, 0.1)) for points in marks.unbind(1))
-    shares = 100 * (senior != junior).double().mean(0)
-    return pd.DataFrame(
-        {
-            "measure": [*NAMES, POOLED],
-            "patients": len(entries),
-            "disagree_%": [*shares.tolist(), shares.mean().item()],
-        }
-    )
+def compute_doctors(results, changed, data):
+    """How often two doctors' classes differ for the attacked patients, in %: a row for each measure, and their mean.
+
+    No row where not every patient was marked by two doctors.
+    """
+    records = pd.concat([result.predictions() for result in results])
+    spacing = records.groupby("image")["mm_per_px0"].first()
+    marks = read_marks(data, "test")
+    rows = []
+    for measure in NAMES:
+        images = sorted({image for (*_, name), frame in changed.items() if name == measure for image in frame.index})
+        if images and marks.keys() >= {*images}:
+            points = torch.tensor(np.stack([marks[image] for image in images]))
+            mm_per_px0 = torch.tensor(spacing[images].to_numpy())
+            senior, junior = (classes(measures(one, mm_per_px0))[:, NAMES.index(measure)] for one in points.unbind(1))
+            share = 100 * (senior != junior).double().mean().item()
+            rows.append({"measure": measure, "patients": len(images), "disagree_%": share})
+    if rows:
+        mean = {"measure": POOLED, "patients": len(spacing), "disagree_%": np.mean([row["disagree_%"] for row in rows])}
+        rows.append(mean)
+    return pd.DataFrame(rows, columns=["measure", "patients", "disagree_%"])
 
 
-def plot(table, doctors, path):
-    """Shares against grey levels, pooled over measures; and each measure at two grey levels (or what is nearest)."""
+def plot(table, names, doctors, path):
+    """Shares against grey levels, pooled over the measures ``names``; each measure at the epsilon nearest to 4."""
     figure, (*left, right) = panels(3, width=5.5, height=4.4)
-    pooled = table[table["measure"] == POOLED].sort_values("grey_levels")
+    pooled = table[table["measure"] == pooled_name(names)].sort_values("grey_levels")
     disagree = dict(zip(doctors["measure"], doctors["disagree_%"], strict=True))
     for panel, share in zip(left, ("intended", "only intended"), strict=True):
         for method, rows in pooled.groupby("method", sort=False):
             line_with_band(panel, rows, "grey_levels", f"{share}_%", "uniform noise" if method == "noise" else method)
-        if disagree and share == "intended":
-            panel.axhline(disagree[POOLED], color="black", linestyle=":", label="two doctors disagree")
-        panel.set(title=SHARES[share], xlabel=LEVELS, ylabel="patients (%)", ylim=(0, 103), xscale="log")
+        if share == "intended" and disagree.keys() >= {*names}:
+            height = np.mean([disagree[name] for name in names])
+            panel.axhline(height, color="black", linestyle=":", label="two doctors disagree")
+        panel.set(
+            title=f"{SHARES[share]} ({pooled_name(names)})",
+            xlabel=LEVELS,
+            ylabel="patients (%)",
+            ylim=(0, 103),
+            xscale="log",
+        )
         tick_values(panel, table["grey_levels"])
         panel.legend(fontsize=8)
     chosen = min(table["epsilon"].unique(), key=lambda epsilon: abs(epsilon - 4))
@@ -149,7 +188,7 @@ def plot(table, doctors, path):
         label = "uniform noise" if method == "noise" else method
         right.bar(places, value, width, yerr=ends, capsize=1, error_kw={"linewidth": 0.6}, label=label)
     if disagree:
-        heights = [disagree[name] for name in NAMES]
+        heights = [disagree.get(name, np.nan) for name in NAMES]
         right.plot(range(len(NAMES)), heights, "k_", markersize=22, label="two doctors disagree")
     right.set_xticks(range(len(NAMES)), NAMES)
     right.set(title=f"{SHARES['intended']}, {grey(chosen)} grey levels", ylabel="patients (%)", ylim=(0, 103))
@@ -209,7 +248,7 @@ def render(table, doctors, patient):
     *_, title, texts = patient
 
     def order(value):
-        return [POOLED, *NAMES].index(value) if isinstance(value, str) else value
+        return [POOLED, *NAMES, value].index(value) if isinstance(value, str) else value
 
     shown = table.sort_values(["measure", "epsilon"], key=lambda column: column.map(order), kind="stable")
     shown = fold_intervals(shown).rename(columns={f"{share}_%": f"{share} (%)" for share in SHARES})
@@ -236,7 +275,8 @@ def main(argv=None):
             raise InputError(
                 f"{folder}: not an attack on a diagnosis; give output folders of test.py --targets diagnosis"
             )
-        results.append(Result({"measure": config["measure"], "epsilon": config["epsilon"]}, folder))
+        to = None if config["to"] == "any" else config["to"]
+        results.append(Result({"measure": config["measure"], "epsilon": config["epsilon"], "to": to}, folder))
     make_folder(out)
     write_text(out / "diagnosis.md", publish(results, args.data, out))
     print(f"written to {out}/")

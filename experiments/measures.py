@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from dataset import MM_PER_PX0
+from dataset import MM_PER_PX0, index, read_doctors, read_image
 from eval import SUCCESS_MM, read_records
 from experiments.markdown import fold_intervals, markdown
 from experiments.statistics import by_image, interval, named, verdict
@@ -45,6 +45,16 @@ def distance_mm(records, a, b):
 def error_from_truth(records):
     """Distances of predictions from the ground truth in mm, whatever a landmark's role."""
     return distance_mm(records, ("x_px0", "y_px0"), ("true_x_px0", "true_y_px0"))
+
+
+def read_marks(data, split):
+    """The doctors' marks of the images of a split that two doctors have marked: {id: (2, K, 2) px0}."""
+    marks = {}
+    for entry in index(data, split):
+        if len(entry.annotations) == 2:
+            _, size0 = read_image(entry.image, None)
+            marks[entry.id] = read_doctors(entry, size0)
+    return marks
 
 
 def last(records):

@@ -196,6 +196,16 @@ def test_an_attack_on_a_diagnosis(here, official, run):
     assert (changes[changes["iteration"] == 0]["changed_%"] == 0).all()
     assert len(pd.read_csv(folder / "measures.csv")) == len(table) / K * 8
 
+    status, _, err = run("experiments/diagnoses.py", "--data", official, "--out", "tables", folder)
+    assert status == 0, err
+    shares = pd.read_csv(here / "tables" / "diagnosis.csv").set_index(["method", "measure"])
+    final = changes.groupby(["method", "measure"])["changed_%"].last()
+    assert shares.loc[("ATI-FGSM", "MW"), "intended_%"] == final["ATI-FGSM", "intended"]
+    assert (here / "tables" / "diagnosis_patient.png").stat().st_size > 5000
+    assert_refused(run("experiments/diagnoses.py", "--out", "none", folder, folder), "a second run of epsilon 8")
+
+    result = run(*arguments[:4], official, "--limit", 1, *arguments[5:])
+    assert result[0] == 2 and "which is not attacked; choose another --rand" in result[2], result[2]
     (folder / "records" / f"noise_{targets['image'][0]}.csv").unlink()
     targets.assign(x=targets["x"] + 1).to_csv(folder / "targets.csv", index=False)
     status, _, err = run(*arguments)
@@ -551,6 +561,7 @@ BAD_ARGUMENTS = {
     ),
     "a diagnosis of nothing": (["--attack", 1, "--targets", "diagnosis"], "--measure and --targets diagnosis"),
     "a measure without diagnosis": (["--attack", 1, "--measure", "ANB"], "--measure and --targets diagnosis"),
+    "a measure without attack": (["--targets", "diagnosis", "--measure", "ANB"], "--measure: needs an --attack"),
     "a class without diagnosis": (["--attack", 1, "--to", 2], "--to: needs --targets diagnosis"),
     "a class that there is not": (
         ["--attack", 1, "--targets", "diagnosis", "--measure", "MW", "--to", 2],

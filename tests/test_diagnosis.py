@@ -10,10 +10,9 @@ import torch
 from conftest import REAL, K
 
 from dataset import Cephalograms, index, read_doctors
-from diagnosis import MEASURES, NAMES, challenge_score, classes, least_movement, measure_index, measures
+from diagnosis import MEASURES, NAMES, challenge_score, classes, least_movement, measures, reachable_classes
 from eval import changed_diagnoses, diagnose, record, record_attack, summarize_changes, summarize_diagnoses
 from phantom import SHAPE
-from support.errors import InputError
 
 
 def patient(**landmarks):
@@ -171,10 +170,9 @@ def test_no_movement_where_none_is_needed_or_possible():
     assert least_movement(contradiction, mm[:1], 0).isnan().all()
 
 
-def test_a_class_that_cannot_be_aimed_at_is_refused():
-    assert measure_index("ANB", 2) == 0 and measure_index("MW", None) == 7
-    with pytest.raises(InputError, match=r"--to 2: MW can be moved to class 1 \(normal\), 3 .*, 4 .*, or any"):
-        measure_index("MW", 2)
+def test_classes_to_aim_at():
+    assert reachable_classes("MW") == {1: "normal", 3: "anterior cross bite", 4: "overjet"}
+    assert list(reachable_classes("SNB")) == [1, 2, 3]
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

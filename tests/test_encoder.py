@@ -1,6 +1,8 @@
 """The encoder made from HED's VGG16: the same function, in VGG19's places."""
 
+import io
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from conftest import assert_refused
 from torchvision.models.vgg import cfgs, make_layers
 
 from model import UNet
-from scripts.encoder_from_hed import MEAN, SCALE, vgg19
+from scripts.encoder_from_hed import BLOCKS, FILE, MEAN, SCALE, read_convolutions, vgg19
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +52,23 @@ def test_without_h5py_the_message_says_so(tmp_path, run, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     result = run("scripts/encoder_from_hed.py", tmp_path / "hed.h5", tmp_path / "out.pth")
     assert_refused(result, "pip install h5py", tmp_path / "out.pth")
+
+
+def test_the_weights_are_read_from_the_package(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    generator = torch.Generator().manual_seed(0)
+    layers, channels = [], 3
+    for block, count in enumerate(BLOCKS, 1):
+        for _ in range(count):
+            layers.append((torch.randn(8 * block, channels, 3, 3, generator=generator), torch.randn(8 * block)))
+            channels = 8 * block
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        places = [f"block{b}/layers/conv2d{f'_{i}' if i else ''}" for b, n in enumerate(BLOCKS, 1) for i in range(n)]
+        for place, (weight, bias) in zip(places, layers, strict=True):
+            file[f"{place}/vars/0"] = weight.permute(2, 3, 1, 0).numpy()  # height, width, in, out
+            file[f"{place}/vars/1"] = bias.numpy()
+    with zipfile.ZipFile(tmp_path / "hed.whl", "w") as wheel:
+        wheel.writestr(FILE, content.getvalue())
+    for (weight, bias), found in zip(layers, read_convolutions(tmp_path / "hed.whl"), strict=True):
+        assert torch.equal(found[0], weight.double()) and torch.equal(found[1], bias.double())

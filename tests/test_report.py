@@ -174,11 +174,17 @@ def test_detection_beside_the_doctors(official, drawn, tmp_path):
 def test_shares_of_diagnoses_by_hand():
     """Two measures: image 3 cannot be attacked for MW. The pool is over attacks, its interval over images."""
     shares = {"intended": [True, True, False], "only intended": [True, False, False], "any": [True, True, True]}
-    anb = pd.DataFrame(shares, index=["1", "2", "3"])
+    anb = pd.DataFrame(shares, index=["1", "2", "3"]).assign(iterations=10)
     changed = {(4.0, "Vote-PGD", "ANB"): anb, (4.0, "Vote-PGD", "MW"): anb[:2]}
     table = diagnoses.compute(changed).set_index("measure")
-    assert table["patients"].to_dict() == {"all": 3, "ANB": 3, "MW": 2} and table.loc["all", "attacks"] == 5
-    assert table.loc["all", "intended_%"] == 80 and table.loc["MW", "intended_%"] == 100
+    both = "ANB, MW"
+    assert table["patients"].to_dict() == {both: 3, "ANB": 3, "MW": 2} and table.loc[both, "attacks"] == 5
+    assert table.loc[both, "intended_%"] == 80 and table.loc["MW", "intended_%"] == 100
     assert table.loc["ANB", "only intended_%"] == pytest.approx(100 / 3)
-    assert (table["any_%_low"] == 100).all() and table.loc["all", "intended_%_low"] < 80 < 100
+    assert (table["any_%_low"] == 100).all() and table.loc[both, "intended_%_low"] < 80 < table.loc[
+        both, "intended_%_high"
+    ]
     assert table.loc["ANB", "grey_levels"] == 2
+    changed[2.0, "Vote-PGD", "ANB"] = anb
+    assert diagnoses.compared(changed) == ["ANB"]  # curves against epsilon need the same measures everywhere
+    assert set(diagnoses.compute(changed).query("epsilon == 2")["measure"]) == {"ANB"}
