@@ -63,11 +63,18 @@ def test_two_processes_train_as_one_does(trained):
     pd.testing.assert_frame_equal(*logs, rtol=1e-9)
 
 
-@pytest.mark.parametrize("attack", [[], ["--attack", 0, 1, "--steps", 3, "--targets", "shift", "--save-adversarial"]])
+@pytest.mark.parametrize(
+    "attack",
+    [
+        [],
+        ["--attack", 0, 1, "--steps", 3, "--targets", "shift", "--save-adversarial"],
+        ["--attack", 1, "noise", "--steps", 2, "--targets", "diagnosis", "--measure", "MW"],
+    ],
+)
 def test_two_processes_find_what_one_does(attack, trained, official):
     outputs = []
     for processes in (1, 2):
-        out = f"{'attack' if attack else 'test'}_{processes}"
+        out = f"{len(attack)}_{processes}"
         command = ["--tag", "of_1", "--data", official, "--batch-size", 1, "--pictures", 1, "--rand", out, *attack]
         status, _, err = torchrun(processes, "test.py", *command, folder=trained)
         assert status == 0, err
