@@ -5,6 +5,7 @@
 writes the tables and charts that reproduce.py makes of its own runs, and their text, diagnosis.md.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from diagnosis import NAMES, classes, measures
 from eval import changed_diagnoses, diagnose
 from experiments.charts import grouped_places, line_with_band, panels, save, tick_values
 from experiments.markdown import fold_intervals, markdown
-from experiments.measures import Result, last, read_marks
+from experiments.measures import Result, last, of_role, read_marks
 from experiments.statistics import interval, named
 from support import command
 from support.errors import InputError
@@ -32,6 +33,8 @@ TEXT = (
 )
 SHARES = {"intended": "intended diagnosis changed", "only intended": "... and no other", "any": "any diagnosis changed"}
 POOLED = "all"
+MOVEMENTS = (0, 1.5, 3, 5, np.inf)
+FAR_MM = 2
 LEVELS = "perturbation (grey levels of 255)"
 TRACING = (  # polylines of landmarks, counted from 1
     (1, 2),
@@ -59,10 +62,14 @@ def publish(results, data, out):
     doctors = compute_doctors(results, changed, data)
     write_table(out / "diagnosis.csv", table)
     write_table(out / "diagnosis_doctors.csv", doctors)
+    ways = collect_ways(results)
+    movements, landmarks = compute_movements(ways), compute_landmarks(ways)
+    write_table(out / "diagnosis_movements.csv", movements)
+    write_table(out / "diagnosis_landmarks.csv", landmarks)
     plot(table, compared(changed), doctors, out / "diagnosis.png")
     patient = find_patient(results)
     plot_patient(*patient, out / "diagnosis_patient.png")
-    return render(table, doctors, patient)
+    return render(table, doctors, movements, patient)
 
 
 def attacked(result):
@@ -132,6 +139,49 @@ def compute(changed):
 def grey(epsilon):
     """Half grey levels as grey levels."""
     return epsilon / 2
+
+
+def collect_ways(results):
+    """The targeted landmarks at the last iteration, see ``Result.attacked``, with epsilon, measure and ``intended``."""
+    tables = []
+    for result in results:
+        _, _, changed = attacked(result)
+        rows = of_role(last(result.attacked()), "targeted")
+        rows = rows.join(changed["intended"], on=["method", "image"])
+        tables.append(rows.assign(epsilon=result.labels["epsilon"], measure=result.labels["measure"]))
+    return pd.concat(tables)
+
+
+def compute_movements(ways):
+    """Intended changes in % against the movement that they take: the root of its sum of squares over landmarks."""
+    keys = ["epsilon", "method", "measure", "image"]
+    attacks = ways.groupby(keys, sort=False).agg(
+        movement_mm=("start_mm", lambda way: np.sqrt((way**2).sum())), intended=("intended", "first")
+    )
+    rows = []
+    for (epsilon, method), found in attacks.groupby(["epsilon", "method"], sort=False):
+        for low, high in pairwise(MOVEMENTS):
+            part = found[found["movement_mm"].between(low, high, inclusive="left")].reset_index()
+            if len(part):
+                values = 100.0 * part.pivot(index="image", columns="measure", values="intended").astype(float)
+                row = {
+                    "epsilon": epsilon,
+                    "method": method,
+                    "movement (mm)": f"{low:g} to {high:g}" if high < np.inf else f"over {low:g}",
+                }
+                row |= {"patients": len(values), "attacks": len(part)}
+                rows.append(row | named("intended_%", *interval(values.to_numpy(), np.nanmean)))
+    return pd.DataFrame(rows)
+
+
+def compute_landmarks(ways):
+    """Of each landmark with at least ``FAR_MM`` to go, the median share of the way that it has gone, in %."""
+    far = ways[ways["start_mm"] >= FAR_MM]
+    far = far.assign(share=100 * (1 - far["radial_error_mm"] / far["start_mm"]))
+    groups = far.groupby(["epsilon", "method", "landmark", "name"])
+    return groups.agg(
+        attacks=("share", "size"), way_mm=("start_mm", "median"), **{"gone_%": ("share", "median")}
+    ).reset_index()
 
 
 def compute_doctors(results, changed, data):
@@ -244,7 +294,7 @@ def plot_patient(before, after, measure, title, texts, path):
     save(figure, path)
 
 
-def render(table, doctors, patient):
+def render(table, doctors, movements, patient):
     *_, title, texts = patient
 
     def order(value):
@@ -255,6 +305,10 @@ def render(table, doctors, patient):
     text = f"\n{markdown(shown)}\n![changed diagnoses against grey levels](diagnosis.png)\n"
     if len(doctors):
         text += f"\nTwo doctors disagree about these patients (%):\n\n{markdown(doctors, '.1f')}"
+    text += (
+        "\nIntended changes against the movement that they take (the root of its sum of squares over landmarks):\n\n"
+    )
+    text += markdown(fold_intervals(movements).rename(columns={"intended_%": "intended (%)"}))
     before, after = texts
     return text + f"\nThe tracing of {title}: {before} before, {after} after.\n\n![tracings](diagnosis_patient.png)\n"
 
