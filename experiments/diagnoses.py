@@ -241,9 +241,9 @@ def plot(table, names, doctors, path):
         heights = [disagree.get(name, np.nan) for name in NAMES]
         right.plot(range(len(NAMES)), heights, "k_", markersize=22, label="two doctors disagree")
     right.set_xticks(range(len(NAMES)), NAMES)
-    right.set(title=f"{SHARES['intended']}, {grey(chosen)} grey levels", ylabel="patients (%)", ylim=(0, 103))
+    right.set(title=f"{SHARES['intended']}, {grey(chosen)} grey levels", ylabel="patients (%)", ylim=(0, 118))
     right.grid(alpha=0.3, axis="y")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="upper right", ncols=3)
     save(figure, path)
 
 
@@ -290,7 +290,7 @@ def plot_patient(before, after, measure, title, texts, path):
     panel.invert_yaxis()
     panel.set(title=title, xlabel="x (px0)", ylabel="y (px0)", aspect="equal")
     panel.grid(alpha=0.3)
-    panel.legend(loc="upper left", fontsize=9)
+    panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), fontsize=9)
     save(figure, path)
 
 
