@@ -147,19 +147,20 @@ def add_attack_arguments(parser):
         type=attack_name,
         nargs="+",
         metavar="METHOD",
-        help=f"attack, by one method or several: {', '.join(f'{i} or {name}' for i, name in enumerate(METHODS))}",
+        help=f"attack, by one method or several: {', '.join(f'{i} or {name}' for i, name in enumerate(METHODS))} "
+        "(uniform, of the same epsilon: the control)",
     )
     parser.add_argument(
         "--targets",
         default="random",
         metavar="SOURCE",
         help="random (the paper's protocol), shift (displacements, drawn for each image), common (displacements, one "
-        "for all images), diagnosis (the least movement that changes --measure), or a CSV file [image,]landmark,x,y in "
-        "px of the original",
+        "for all images), diagnosis (the least movement that changes the class by --measure and no other), or a CSV "
+        "file [image,]landmark,x,y in px of the original",
     )
-    parser.add_argument("--measure", choices=NAMES, help="the clinical measure of --targets diagnosis")
+    parser.add_argument("--measure", choices=NAMES, help="whose class is to change, see docs/diagnoses.md")
     parser.add_argument(
-        "--to", type=class_or_any, default="any", metavar="CLASS", help="the class that it should have, or any other"
+        "--to", type=class_or_any, default="any", metavar="CLASS", help="the class that it should become, or any"
     )
     parser.add_argument(
         "--shift-count", type=positive_int, default=5, metavar="N", help="landmarks that shift and common target"
