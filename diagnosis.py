@@ -154,10 +154,11 @@ def least_movement(points_px0, mm_per_px0, measure, to=None, margin_mm=MARGIN_MM
             movement[movement.norm(dim=-1) < MOVED_MM] = 0
             places = start[patients] + movement / mm_per_px0[patients, None, None]
             reached = (classes(measures(places, mm_per_px0[patients])) == wanted).all(-1)
-            better = reached & (movement.square().sum((1, 2)) < cost[patients])
+            size = movement.square().sum((1, 2))
+            better = reached & (size < cost[patients])
             stay = (movement == 0).all(-1, keepdim=True)
             found[patients[better]] = places.masked_fill(stay, math.nan)[better]
-            cost[patients[better]] = movement.square().sum((1, 2))[better]
+            cost[patients[better]] = size[better]
     return found
 
 

@@ -324,8 +324,7 @@ def summarize_changes(changed):
     table = (100 * groups.mean()).reset_index()
     table = table.melt(["method", "iteration"], var_name="measure", value_name="changed_%")
     table.insert(3, "patients", changed.index.unique("image").size)
-    order = table["method"].map({method: i for i, method in enumerate(changed.index.unique("method"))})
-    return table.assign(order=order).sort_values(["order", "iteration"], kind="stable").drop(columns="order")
+    return table.sort_values(["method", "iteration"], kind="stable")
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

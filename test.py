@@ -259,7 +259,7 @@ def main(argv=None):
         if is_main():
             make_folder(out)
             save_config(out / "config.json", config, device)
-            if args.targets == "diagnosis" and args.attack:
+            if args.measure:
                 write_targets(out / "targets.csv", data.ids, targets)
 
     if args.attack:

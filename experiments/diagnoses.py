@@ -7,6 +7,7 @@ writes the tables and charts that reproduce.py makes of its own runs, and their 
 
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -35,6 +36,7 @@ SHARES = {"intended": "intended diagnosis changed", "only intended": "... and no
 POOLED = "all"
 MOVEMENTS = (0, 1.5, 3, 5, np.inf)
 FAR_MM = 2
+LEGEND = {"noise": "uniform noise"}
 LEVELS = "perturbation (grey levels of 255)"
 TRACING = (  # polylines of landmarks, counted from 1
     (1, 2),
@@ -57,23 +59,33 @@ LINES = {  # of each measure
 
 def publish(results, data, out):
     """Write tables and charts to ``out``; return the section of the report."""
-    changed = collect(results)
+    runs = [Attacked(result, *read_attacked(result)) for result in results]
+    changed = collect(runs)
     table = compute(changed)
-    doctors = compute_doctors(results, changed, data)
+    doctors = compute_doctors(runs, changed, data)
     write_table(out / "diagnosis.csv", table)
     write_table(out / "diagnosis_doctors.csv", doctors)
-    ways = collect_ways(results)
+    ways = collect_ways(runs)
     movements, landmarks = compute_movements(ways), compute_landmarks(ways)
     write_table(out / "diagnosis_movements.csv", movements)
     write_table(out / "diagnosis_landmarks.csv", landmarks)
     plot(table, compared(changed), doctors, out / "diagnosis.png")
-    patient = find_patient(results)
+    patient = find_patient(runs)
     plot_patient(*patient, out / "diagnosis_patient.png")
     return render(table, doctors, movements, patient)
 
 
-def attacked(result):
-    """A run's first and last records, ``eval.diagnose`` of them, and ``changed_diagnoses`` at the last iteration."""
+class Attacked(NamedTuple):
+    """A run of test.py, read once."""
+
+    result: Result
+    records: pd.DataFrame  # of the clean images and of the last iteration
+    table: pd.DataFrame  # ``eval.diagnose`` of them
+    changed: pd.DataFrame  # ``eval.changed_diagnoses`` at the last iteration: method, image
+
+
+def read_attacked(result):
+    """The records, table and changes of ``Attacked``."""
     records = result.predictions()
     ends = pd.concat([records[records["iteration"] == 0], last(records)])
     table = diagnose(ends)
@@ -81,30 +93,29 @@ def attacked(result):
     return ends, table, changed[changed.index.get_level_values("iteration") > 0].droplevel("iteration")
 
 
-def collect(results):
+def collect(runs):
     """{(epsilon, method, measure): DataFrame with a row for each image, a bool for each of ``SHARES``, iterations}.
 
     Raises:
         InputError: two runs have the same epsilon, method and measure.
     """
     found = {}
-    for result in results:
-        ends, _, changed = attacked(result)
+    for result, records, _, changed in runs:
         for method in changed.index.unique("method"):
             key = result.labels["epsilon"], method, result.labels["measure"]
             if key in found:
                 raise InputError(f"{result.folder}: a second run of epsilon {key[0]:g}, {method}, {key[2]}; omit one")
-            iterations = ends.loc[ends["method"] == method, "iteration"].max()
+            iterations = records.loc[records["method"] == method, "iteration"].max()
             found[key] = changed.loc[method][[*SHARES]].assign(iterations=iterations)
     return found
 
 
 def compared(changed):
     """The measures that all methods have attacked at all their epsilons."""
-    attacked = {}
+    found = {}
     for epsilon, method, measure in changed:
-        attacked.setdefault((epsilon, method), set()).add(measure)
-    common = set.intersection(*attacked.values())
+        found.setdefault((epsilon, method), set()).add(measure)
+    common = set.intersection(*found.values())
     return [name for name in NAMES if name in common]
 
 
@@ -114,16 +125,14 @@ def pooled_name(names):
 
 def compute(changed):
     """Shares in % with intervals, for each measure, pooled over all where all have been attacked, and ``compared``."""
-    rows = []
-    groups = {}
+    rows, attacks, groups, common = [], {}, {}, compared(changed)
     for (epsilon, method, measure), frame in changed.items():
-        groups.setdefault((epsilon, method), {})[measure] = frame
-    for (epsilon, method), frames in list(groups.items()):
+        attacks.setdefault((epsilon, method), {})[measure] = frame
+    for (epsilon, method), frames in attacks.items():
         groups |= {(epsilon, method, measure): {measure: frame} for measure, frame in frames.items()}
-        for names in (NAMES, compared(changed)):
+        for names in (NAMES, common):
             if names and frames.keys() >= {*names}:
                 groups[epsilon, method, pooled_name(names)] = {name: frames[name] for name in names}
-        del groups[epsilon, method]
     for (epsilon, method, measure), frames in groups.items():
         images = sorted({image for frame in frames.values() for image in frame.index})
         row = {"epsilon": epsilon, "grey_levels": grey(epsilon), "method": method, "measure": measure}
@@ -141,11 +150,10 @@ def grey(epsilon):
     return epsilon / 2
 
 
-def collect_ways(results):
+def collect_ways(runs):
     """The targeted landmarks at the last iteration, see ``Result.attacked``, with epsilon, measure and ``intended``."""
     tables = []
-    for result in results:
-        _, _, changed = attacked(result)
+    for result, _, _, changed in runs:
         rows = of_role(last(result.attacked()), "targeted")
         rows = rows.join(changed["intended"], on=["method", "image"])
         tables.append(rows.assign(epsilon=result.labels["epsilon"], measure=result.labels["measure"]))
@@ -184,12 +192,12 @@ def compute_landmarks(ways):
     ).reset_index()
 
 
-def compute_doctors(results, changed, data):
+def compute_doctors(runs, changed, data):
     """How often two doctors' classes differ for the attacked patients, in %: a row for each measure, and their mean.
 
     No row where not every patient was marked by two doctors.
     """
-    records = pd.concat([result.predictions() for result in results])
+    records = pd.concat([run.records for run in runs])
     spacing = records.groupby("image")["mm_per_px0"].first()
     marks = read_marks(data, "test")
     rows = []
@@ -214,7 +222,7 @@ def plot(table, names, doctors, path):
     disagree = dict(zip(doctors["measure"], doctors["disagree_%"], strict=True))
     for panel, share in zip(left, ("intended", "only intended"), strict=True):
         for method, rows in pooled.groupby("method", sort=False):
-            line_with_band(panel, rows, "grey_levels", f"{share}_%", "uniform noise" if method == "noise" else method)
+            line_with_band(panel, rows, "grey_levels", f"{share}_%", LEGEND.get(method, method))
         if share == "intended" and disagree.keys() >= {*names}:
             height = np.mean([disagree[name] for name in names])
             panel.axhline(height, color="black", linestyle=":", label="two doctors disagree")
@@ -235,7 +243,7 @@ def plot(table, names, doctors, path):
         places, width = grouped_places(len(NAMES), len(methods), i)
         value = part["intended_%"]
         ends = np.stack([value - part["intended_%_low"], part["intended_%_high"] - value]).clip(0)
-        label = "uniform noise" if method == "noise" else method
+        label = LEGEND.get(method, method)
         right.bar(places, value, width, yerr=ends, capsize=1, error_kw={"linewidth": 0.6}, label=label)
     if disagree:
         heights = [disagree.get(name, np.nan) for name in NAMES]
@@ -250,30 +258,25 @@ def plot(table, names, doctors, path):
 # --- one patient -----------------------------------------------------------------------------------------------------
 
 
-def find_patient(results):
+def find_patient(runs):
     """A patient whose intended diagnosis alone has changed, else the first: (before, after, measure, title, texts).
 
     Of the first measure, at the epsilon nearest to 4, by the method that changes most diagnoses.
     """
-    measure = results[0].labels["measure"]
-    candidates = [result for result in results if result.labels["measure"] == measure]
-    result = min(candidates, key=lambda result: abs(result.labels["epsilon"] - 4))
-    records, table, changed = attacked(result)
+    measure = runs[0].result.labels["measure"]
+    candidates = [run for run in runs if run.result.labels["measure"] == measure]
+    result, records, table, changed = min(candidates, key=lambda run: abs(run.result.labels["epsilon"] - 4))
     method = changed.groupby("method", sort=False)["only intended"].mean().idxmax()
     image = changed.loc[method, "only intended"].idxmax()
     chosen = records[(records["method"] == method) & (records["image"] == image)]
     before, after = (rows.sort_values("landmark") for _, rows in chosen.groupby("iteration"))
     values = table[(table["method"] == method) & (table["image"] == image) & (table["measure"] == measure)]
     texts = [
-        f"{measure} {value:.3g} {unit}, {text}" for value, unit, text in values[["value", "unit", "meaning"]].values
+        f"{f'{measure} {value:.3g} {unit}'.strip()}, {text}"
+        for value, unit, text in values[["value", "unit", "meaning"]].values
     ]
-    return (
-        before,
-        after,
-        measure,
-        f"image {image}, {method}, at most {grey(result.labels['epsilon'])} grey levels",
-        texts,
-    )
+    title = f"image {image}, {method}, at most {grey(result.labels['epsilon'])} grey levels"
+    return before, after, measure, title, texts
 
 
 def plot_patient(before, after, measure, title, texts, path):
