@@ -324,7 +324,7 @@ def training_step(model, data, image, precision, compiled):
     batches = in_batches(image_order(0, 0, len(data)), batch_size)
     images, landmarks = data.images[batches[0]], data.landmarks[batches[0]]
     points = landmarks.to(device)
-    model = place(copy.deepcopy(model), device, precision).train()
+    model = place(copy.deepcopy(model), device, precision, training=True)
     network = compile_anew(model, image) if compiled else model
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)  # random gradients must not change the weights
     gradient = torch.rand(map_shape(image), device=device) / image.numel()

@@ -81,7 +81,8 @@ class UNet(nn.Module):
     def __init__(self, num_landmarks=19, encoder_weights="none", encoder_batch_norm=False):
         super().__init__()
         self.num_landmarks = num_landmarks
-        self.bf16 = False  # forward under autocast; set by ``place``
+        self.bf16 = False  # forward under autocast; this and the next are set by ``place``
+        self.memory_format = torch.channels_last
         # torchvision.models.vgg19().features, without allocating the 123.6 M weights of its classifier
         _, *layers = make_layers(cfgs["E"], encoder_batch_norm)
         self.encoder = Sequential(ImageConv2d(3, 64, 3, padding=1), *layers)
@@ -114,6 +115,7 @@ class UNet(nn.Module):
         if min(image.shape[-2:]) < MIN_SIZE:
             raise ValueError(f"image of {tuple(image.shape[-2:])} px: at least {MIN_SIZE} x {MIN_SIZE} needed")
         with torch.autocast(image.device.type, torch.bfloat16, enabled=self.bf16):
+            image = image.contiguous(memory_format=self.memory_format)
             _, (f1, f2, f3, f4, f5) = self.encoder(image, get_features=True)
             x = self.up1(f5, f4.shape[-2:], f4)
             x = self.up2(x, f3.shape[-2:], f3)
@@ -124,17 +126,22 @@ class UNet(nn.Module):
         return maps.to(torch.promote_types(maps.dtype, torch.float32)).unflatten(1, (3, self.num_landmarks))
 
 
-def place(model, device, precision="fp32"):
-    """Move a ``UNet`` to a device, channels last: the memory layout in which convolutions are fastest.
+def place(model, device, precision="fp32", training=False):
+    """Move a ``UNet`` to a device, in the memory layout in which its convolutions are fastest.
+
+    That is channels last, except for float32 weight gradients on a CPU.
 
     Args:
         precision: "fp32", or "bf16" for autocast.
+        training: whether weight gradients are wanted; the model is put into training or evaluation mode.
 
     Returns:
         the model itself.
     """
     model.bf16 = precision == "bf16"
-    return model.to(device, memory_format=torch.channels_last)
+    slow = training and precision == "fp32" and torch.device(device).type == "cpu"
+    model.memory_format = torch.contiguous_format if slow else torch.channels_last
+    return model.to(device, memory_format=model.memory_format).train(training)
 
 
 def freeze(model, batch_statistics=False):

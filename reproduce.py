@@ -1,7 +1,8 @@
 """Run the paper's experiments: train the detector, test it, attack it in every way, and write a report.
 
     python reproduce.py --scale paper                       # as published; for GPUs
-    python reproduce.py --scale cpu                         # a quarter of the size; two cores, a few hours
+    python reproduce.py --scale cpu                         # a quarter of the size; two cores, a night
+    python reproduce.py --scale cpu-full                    # then at full size, on few images; two days
     python reproduce.py --scale quick --data phantoms       # to see that everything works
     python reproduce.py --scale demo                        # on phantoms that it draws; two cores, ten minutes
     python reproduce.py --scale cpu --only epsilon          # one experiment
@@ -42,8 +43,8 @@ def parse_arguments():
         "--scale",
         choices=SCALES,
         required=True,
-        help="paper: as published; cpu: what two cores can do; quick: to see that everything works; demo: detection "
-        "and attack on phantoms, needs no data",
+        help="paper: as published; cpu: a quarter of its size; cpu-full: from there to its size, few images; "
+        "quick: to see that everything works; demo: detection and attack on phantoms, needs no data",
     )
     command.add_data_arguments(parser)
     parser.add_argument(
@@ -52,6 +53,11 @@ def parse_arguments():
         choices=report.EXPERIMENTS,
         metavar="EXPERIMENT",
         help=f"some of {', '.join(report.EXPERIMENTS)} (default: all)",
+    )
+    parser.add_argument(
+        "--encoder-weights",
+        metavar="SOURCE",
+        help="what training starts from, see train.py (default: imagenet; none for quick and demo)",
     )
     parser.add_argument("--name", type=command.tag, help="of results/NAME/ and runs/NAME-... (default: the scale)")
     parser.add_argument("--device", default="auto", help="auto (cuda if available), cpu, cuda, cuda:1, ...")
@@ -62,6 +68,7 @@ def parse_arguments():
     )
     args = parser.parse_args()
     args.name = args.name or args.scale
+    args.encoder_weights = args.encoder_weights or ("none" if args.scale in ("quick", "demo") else "imagenet")
     if args.scale == "demo":
         if args.data != parser.get_default("data"):
             parser.error("--scale demo: draws its own data; omit --data")
@@ -112,6 +119,7 @@ class Plan(NamedTuple):
     chosen: list  # names of experiments, in order
     name: str
     data: str  # folder
+    encoder_weights: str
     options: dict  # of every train.py and test.py
 
     @property
@@ -119,7 +127,8 @@ class Plan(NamedTuple):
         return RESULTS / self.name
 
     def run_folder(self, detector):
-        return RUNS / f"{self.name}-{detector}"
+        *other, detector = detector.split("/")  # "cpu/200x160" belongs to another scale
+        return RUNS / f"{other[0] if other else self.name}-{detector}"
 
     def commands(self, experiment):
         """The command lines [program, argument, ...] of an experiment, each once; not those of other experiments."""
@@ -139,7 +148,8 @@ class Plan(NamedTuple):
         if run.program == "phantom.py":
             options = {"out": self.data, **options}
         elif run.program == "train.py":
-            options = {**common, **options, "resume": True}
+            start = {} if "init" in options else {"encoder_weights": self.encoder_weights}
+            options = {**common, **start, **options, "resume": True}
         else:
             options = {**common, **options, "rand": self.run_folder(run.detector) / run.folder}
         return [run.program, *arguments(options)]
@@ -176,7 +186,7 @@ def make_plan(args):
     options |= {"device": args.device} if args.device != "auto" else {}
     options |= {"mm_per_px": args.mm_per_px} if args.mm_per_px else {}
     options |= {"unusual": True} if args.unusual else {}
-    plan = Plan(scale, chosen, args.name, args.data, options)
+    plan = Plan(scale, chosen, args.name, args.data, args.encoder_weights, options)
     check_order(plan)
     if "fancy" in chosen:
         check_sizes(plan)
@@ -184,16 +194,28 @@ def make_plan(args):
 
 
 def check_order(plan):
-    """Refuse experiments that depend on others which have not been run."""
+    """Refuse experiments that depend on others, or on another scale, which have not been run."""
     trained = is_trained(plan.run_folder(plan.scale.victim))
     for name in plan.chosen:
         needed = [] if trained or name == "detection" else ["detection"]
         for run in plan.scale.experiments[name]:
+            if (missing := missing_elsewhere(plan, run)) is not None:
+                raise InputError(f"--only {name}: {missing} of another scale is missing; run that scale first")
             if run.folder and not (plan.run_folder(run.detector) / run.folder / "predictions.csv").exists():
                 needed.append(owner(run, name))
         for other in needed:
             if other not in plan.chosen:
                 raise InputError(f"--only {name}: depends on {other}, which has not been run; name it too")
+
+
+def missing_elsewhere(plan, run):
+    """The file of another scale that a run depends on, if it does not exist."""
+    files = []
+    if "/" in run.detector:
+        files.append(plan.run_folder(run.detector) / run.folder / "predictions.csv")
+    if "init" in run.options and "/" in run.options["init"].detector:
+        files.append(checkpoint_path(plan.run_folder(run.options["init"].detector), run.options["init"].epoch))
+    return next((file for file in files if not file.exists()), None)
 
 
 def is_trained(folder):

@@ -246,7 +246,7 @@ def initial_state(args, folder, device):
     model = UNet(len(LANDMARKS), source, args.encoder_batch_norm)
     if args.init and new and is_main():
         load_weights(model, args.init)
-    place(model, device, args.precision).train()
+    place(model, device, args.precision, training=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=1e-4, fused=True)
     state = State(model, optimizer)
     if not new:

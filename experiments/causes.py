@@ -29,16 +29,18 @@ def publish(results, data, out):
 
 
 def collect(results):
-    """{question: {answer: records}}, cut down to the images and iterations that all answers have."""
+    """{question: {answer: records}}, cut down to the images, methods and iterations that all answers have."""
     records = {}
     for result in results:
         records.setdefault(result.labels["question"], {})[result.labels["answer"]] = result.attacked()
     for answers in records.values():
-        images, iterations = (
-            set.intersection(*(set(rows[column]) for rows in answers.values())) for column in ("image", "iteration")
-        )
+        shared = {
+            column: set.intersection(*(set(rows[column]) for rows in answers.values()))
+            for column in ("image", "method", "iteration")
+        }
         for answer, rows in answers.items():
-            answers[answer] = rows[rows["image"].isin(images) & (rows["iteration"] <= max(iterations))]
+            kept = rows["image"].isin(shared["image"]) & rows["method"].isin(shared["method"])
+            answers[answer] = rows[kept & (rows["iteration"] <= max(shared["iteration"]))]
     return records
 
 

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from dataset import index, read_image
 from eval import SUCCESS_MM
-from experiments.charts import panels, save
+from experiments.charts import save
 from experiments.markdown import markdown
 from experiments.measures import last
 from observe import stored_file
@@ -14,7 +14,7 @@ from readers.layouts import SIZE0  # letters are drawn for images of this size
 from support.files import write_table
 
 TITLE = "The fancy attack"
-TEXT = "All 19 landmarks targeted on the strokes of a letter, by ATI-FGSM; each letter of the word on another image."
+TEXT = "All 19 landmarks targeted on the strokes of a letter; each letter of the word on another image."
 
 
 def publish(results, data, out):
@@ -28,10 +28,20 @@ def publish(results, data, out):
     return render(table)
 
 
+def by_method(results, records):
+    """{method: [(result, its records by the method), ...]}."""
+    methods = records[0]["method"].unique()
+    return {
+        method: [(result, rows[rows["method"] == method]) for result, rows in zip(results, records, strict=True)]
+        for method in methods
+    }
+
+
 def compute(results, records):
-    """A row for each letter; column names are those of the published tables."""
+    """A row for each method and letter; column names are those of the published tables."""
     return pd.DataFrame(
         {
+            "method": method,
             **result.labels,
             "to go (mm)": found["start_mm"].mean(),
             "MRE to target (mm)": found["radial_error_mm"].mean(),
@@ -39,50 +49,61 @@ def compute(results, records):
             "within 4 mm (%)": 100 * (found["radial_error_mm"] <= SUCCESS_MM).mean(),
             "largest change (of 255)": found["largest_change"].max(),
         }
-        for result, found in zip(results, records, strict=True)
+        for method, letters in by_method(results, records).items()
+        for result, found in letters
     )
 
 
 def plot(results, records, path):
-    """Truth, targets and predictions of each letter."""
-    figure, axes = panels(len(results), width=2.4, height=3.4)
-    for panel, result, found in zip(axes, results, records, strict=True):
-        truth, target, place = (
-            found[[f"{kind}x_px0", f"{kind}y_px0"]].to_numpy().T for kind in ("true_", "target_", "")
-        )
-        panel.plot(*truth, "+", color="tab:gray", label="truth", markersize=5)
-        panel.plot(*np.stack([target, place]).transpose(1, 0, 2), color="tab:blue", linewidth=0.4)
-        panel.plot(*target, "x", color="tab:blue", label="target", markersize=5)
-        panel.plot(*place, "o", color="tab:red", label="prediction", markersize=3)
-        height, width = SIZE0
-        panel.set(title=result.labels["letter"], xlim=(0, width), ylim=(height, 0), aspect="equal", xlabel="x (px0)")
-        panel.tick_params(labelsize=6)
-    axes[0].set_ylabel("y (px0)")
-    axes[0].legend(fontsize=6, loc="upper left")
+    """Truth, targets and predictions of each letter, a row of panels for each method."""
+    methods = by_method(results, records)
+    figure = Figure(figsize=(2.4 * len(results), 3.4 * len(methods)), layout="constrained")
+    axes = figure.subplots(len(methods), len(results), sharey=True, squeeze=False)
+    height, width = SIZE0
+    for row, (method, letters) in zip(axes, methods.items(), strict=True):
+        for panel, (result, found) in zip(row, letters, strict=True):
+            truth, target, place = (
+                found[[f"{kind}x_px0", f"{kind}y_px0"]].to_numpy().T for kind in ("true_", "target_", "")
+            )
+            panel.plot(*truth, "+", color="tab:gray", label="truth", markersize=5)
+            panel.plot(*np.stack([target, place]).transpose(1, 0, 2), color="tab:blue", linewidth=0.4)
+            panel.plot(*target, "x", color="tab:blue", label="target", markersize=5)
+            panel.plot(*place, "o", color="tab:red", label="prediction", markersize=3)
+            panel.set(xlim=(0, width), ylim=(height, 0), aspect="equal", xlabel="x (px0)")
+            panel.set_title(f"{result.labels['letter']}, {method}", fontsize=9)
+            panel.tick_params(labelsize=6)
+        row[0].set_ylabel("y (px0)")
+    axes[0, 0].legend(fontsize=6, loc="upper left")
     save(figure, path)
 
 
 def plot_images(results, records, data, path):
-    """The attacked images with predictions, above their perturbations."""
+    """The attacked images with predictions, above their perturbations, for each method."""
     files = {entry.id: entry.image for entry in index(data, "test")}
-    figure = Figure(figsize=(2.4 * len(results), 6.4), layout="constrained")
-    axes = figure.subplots(2, len(results), squeeze=False)
-    for (above, below), result, found in zip(axes.T, results, records, strict=True):
-        letter, id = result.labels["letter"], result.labels["image"]
-        stored = stored_file(result.folder / "adversarial", found["method"].iloc[0], "input", id)
-        attacked, size = read_image(stored, None, "RGB")
-        clean, (height0, width0) = read_image(files[id], size)
-        frame = {"extent": (-0.5, width0 - 0.5, height0 - 0.5, -0.5)}  # of the original: records are in px0
-        above.imshow(attacked, **frame)
-        above.scatter(found["x_px0"], found["y_px0"], c="red", s=8)
-        above.set_title(f"{letter}: image {id}", fontsize=9)
-        perturbation = attacked.astype(float) - clean[..., None]
-        bound = max(np.abs(perturbation).max(), 1)
-        below.imshow(perturbation / (2 * bound) + 0.5, **frame)
-        below.set_title(f"perturbation, at most {bound:.0f} of 255", fontsize=8)
-        for panel in (above, below):
-            panel.set_axis_off()
+    methods = by_method(results, records)
+    figure = Figure(figsize=(2.4 * len(results), 6.4 * len(methods)), layout="constrained")
+    axes = figure.subplots(2 * len(methods), len(results), squeeze=False)
+    for row, (method, letters) in enumerate(methods.items()):
+        for (above, below), (result, found) in zip(axes[2 * row : 2 * row + 2].T, letters, strict=True):
+            draw_pair(above, below, result, found, method, files)
     save(figure, path)
+
+
+def draw_pair(above, below, result, found, method, files):
+    """An attacked image with predictions, and its perturbation."""
+    letter, id = result.labels["letter"], result.labels["image"]
+    attacked, size = read_image(stored_file(result.folder / "adversarial", method, "input", id), None, "RGB")
+    clean, (height0, width0) = read_image(files[id], size)
+    frame = {"extent": (-0.5, width0 - 0.5, height0 - 0.5, -0.5)}  # of the original: records are in px0
+    above.imshow(attacked, **frame)
+    above.scatter(found["x_px0"], found["y_px0"], c="red", s=8)
+    above.set_title(f"{letter}: image {id}, {method}", fontsize=9)
+    perturbation = attacked.astype(float) - clean[..., None]
+    bound = max(np.abs(perturbation).max(), 1)
+    below.imshow(perturbation / (2 * bound) + 0.5, **frame)
+    below.set_title(f"perturbation, at most {bound:.0f} of 255", fontsize=8)
+    for panel in (above, below):
+        panel.set_axis_off()
 
 
 def render(table):

@@ -15,7 +15,7 @@ LETTERS = Path(__file__).parent / "letters"  # <letter>.csv: targets
 
 
 class Checkpoint(NamedTuple):
-    """Weights of a detector after an epoch."""
+    """Weights of a detector after an epoch; "cpu/200x160" is a detector of the scale cpu."""
 
     detector: str
     epoch: int
@@ -146,51 +146,52 @@ def reuse(run, question, answer):
 
 # --- scales ----------------------------------------------------------------------------------------------------------
 
-BOTH = "I-FGSM", "ATI-FGSM"
-ALL = *BOTH, "Vote-PGD", "noise"
+PAPER = "I-FGSM", "ATI-FGSM"
+BEST = *PAPER, "Vote-PGD"
+ALL = *BEST, "noise"
 TARGETS = {"random": {"targets": "random"}}
 TARGETS |= {f"{mm} mm": {"targets": "shift", "shift_mm": mm} for mm in (2, 4, 8, 16)}
 EPSILONS = 0.5, 1, 2, 4, 8  # the paper's
-SMALL = {"encoder_weights": "none", "batch_size": 4, "schedule": "cosine"}
+SMALL = {"batch_size": 4, "schedule": "cosine"}
 
 
 def paper(splits, ids):
     """As published, for GPUs."""
     attack = partial(test, "800x640", steps=300)
     near, far, few = TARGETS["8 mm"], TARGETS["random"], {"limit": 50}
-    random = attack("attack/random", {"description": "Random targets, epsilon 8"}, attack=BOTH, **far, epsilon=8)
-    shift = attack("attack/shift", {"description": "Displacements of 8 mm, epsilon 8"}, attack=BOTH, **near, epsilon=8)
-    vary = partial(variant, {"attack": BOTH, **near, "epsilon": 8, "steps": 300, **few})
+    random = attack("attack/random", {"description": "Random targets, epsilon 8"}, attack=BEST, **far, epsilon=8)
+    shift = attack("attack/shift", {"description": "Displacements of 8 mm, epsilon 8"}, attack=BEST, **near, epsilon=8)
+    vary = partial(variant, {"attack": BEST, **near, "epsilon": 8, "steps": 300, **few})
     experiments = {
         "detection": [train("800x640", size=(800, 640)), *detection("800x640", splits)],
         "attack": [random, shift],
-        "epsilon": sweep_epsilon(partial(attack, attack=BOTH, **few), dict.fromkeys(TARGETS, EPSILONS)),
+        "epsilon": sweep_epsilon(partial(attack, attack=BEST, **few), dict.fromkeys(TARGETS, EPSILONS)),
         "count": [
-            *sweep_count(partial(attack, attack=BOTH, **near, epsilon=8, **few), (1, 2, 4, 8, 12, 16, 19)),
+            *sweep_count(partial(attack, attack=PAPER, **near, epsilon=8, **few), (1, 2, 4, 8, 12, 16, 19)),
             random,
         ],
         "coupling": [random, shift],
-        "fancy": spell(partial(attack, attack="ATI-FGSM", epsilon=8), ids),
+        "fancy": spell(partial(attack, attack=("ATI-FGSM", "Vote-PGD"), epsilon=8), ids),
         "baselines": sweep_one_step(partial(test, "800x640"), EPSILONS),
         "causes": [
             train("400x320", size=(400, 320)),
             train("200x160", size=(200, 160)),
             train("batch-norm", size=(800, 640), encoder_batch_norm=True),
             train("random-encoder", size=(800, 640), encoder_weights="none"),
+            vary("encoder's initial weights", "random", "random-encoder"),
+            reuse(shift, "encoder's initial weights", "pretrained"),
             vary("epochs of training", "10", "800x640", iteration=9),
-            vary("epochs of training", "50", "800x640", iteration=49),
+            vary("epochs of training", "60", "800x640", iteration=59),
             reuse(shift, "epochs of training", "230"),
-            reuse(shift, "batch norm in the encoder", "no"),
-            vary("batch norm in the encoder", "yes", "batch-norm"),
-            vary("initial weights", "random", "random-encoder"),
-            reuse(shift, "initial weights", "ImageNet"),
-            vary("channels of the perturbation", "one", "800x640", grey=True),
-            reuse(shift, "channels of the perturbation", "three"),
             vary("input size (px)", "200 x 160", "200x160"),
             vary("input size (px)", "400 x 320", "400x320"),
             reuse(shift, "input size (px)", "800 x 640"),
             reuse(shift, "statistics of batch norm", "of the training"),
             vary("statistics of batch norm", "of the image", "800x640", batch_statistics=True),
+            reuse(shift, "batch norm in the encoder", "no"),
+            vary("batch norm in the encoder", "yes", "batch-norm"),
+            vary("channels of the perturbation", "one", "800x640", grey=True),
+            reuse(shift, "channels of the perturbation", "three"),
         ],
         "diagnosis": sweep_diagnosis(partial(test, "800x640", attack=ALL, steps=50, subpixel=True, **few), EPSILONS),
     }
@@ -198,72 +199,89 @@ def paper(splits, ids):
 
 
 def cpu(splits, ids):
-    """A quarter of the size: two cores, a few hours."""
-    attack = partial(test, "200x160", subpixel=True)
-    ati, near, far = partial(attack, attack="ATI-FGSM"), TARGETS["8 mm"], TARGETS["random"]
-    comparison = partial(attack, attack=BOTH, steps=50)
-    shift = comparison(
-        "attack/shift", {"description": "Displacements of 8 mm, epsilon 16"}, **near, epsilon=16, limit=10
-    )
-    random = comparison("attack/random", {"description": "Random targets, epsilon 128"}, **far, epsilon=128, limit=5)
-    epsilons = {"random": (*EPSILONS, 32, 128), "2 mm": EPSILONS, "4 mm": EPSILONS}
-    epsilons |= {"8 mm": (*EPSILONS, 32), "16 mm": (*EPSILONS, 32, 128)}
-    vary = partial(variant, {"attack": BOTH, **near, "epsilon": 16, "steps": 30, "limit": 10, "subpixel": True})
-    coarse, fine, finest = {"size": (100, 80)}, {"size": (200, 160)}, {"size": (400, 320)}
+    """The paper's schedule at a quarter of its input size: two cores, a night."""
+    attack = partial(test, "200x160", subpixel=True, epsilon=8)
+    near, far, few = TARGETS["8 mm"], TARGETS["random"], {"limit": 20, "steps": 30}
+    compare = partial(attack, attack=BEST, steps=100, limit=50)
+    shift = compare("attack/shift", {"description": "Displacements of 8 mm, epsilon 8"}, **near)
+    random = compare("attack/random", {"description": "Random targets, epsilon 8"}, **far)
+    longer = {"steps": 300, "limit": 10}  # another schedule of Vote-PGD, not a continuation
+    ati = partial(attack, attack="ATI-FGSM", **few)
+    vary = partial(variant, {"attack": PAPER, **near, "epsilon": 8, **few, "subpixel": True})
     experiments = {
-        "detection": [
-            train("100x80", **coarse, **SMALL, epochs=24, checkpoint_every=8),
-            train("200x160", **fine, **SMALL, init=Checkpoint("100x80", 23), lr=5e-4, epochs=9, checkpoint_every=3),
-            *detection("200x160", splits),
+        "detection": [train("200x160", size=(200, 160), checkpoint_every=10), *detection("200x160", splits)],
+        "attack": [
+            shift,
+            random,
+            compare("attack/shift_300", {"description": "Displacements of 8 mm, 300 iterations"}, **near, **longer),
+            compare("attack/random_300", {"description": "Random targets, 300 iterations"}, **far, **longer),
         ],
-        "attack": [shift, random],
-        "epsilon": sweep_epsilon(partial(ati, steps=20, limit=3), epsilons),
-        "count": [*sweep_count(partial(ati, **near, epsilon=16, steps=20, limit=5), (1, 2, 5, 10, 19)), random],
+        "epsilon": sweep_epsilon(
+            partial(test, "200x160", subpixel=True, attack=("ATI-FGSM", "Vote-PGD"), **few),
+            {"random": EPSILONS, "8 mm": EPSILONS},
+        ),
+        "count": [*sweep_count(partial(ati, **near), (1, 2, 5, 10, 19)), random],
         "coupling": [shift, random],
-        "fancy": spell(partial(ati, epsilon=128, steps=40), ids),
-        "baselines": sweep_one_step(partial(attack, limit=5), (*EPSILONS, 16, 32, 64, 128)),
+        "fancy": spell(partial(attack, attack=("ATI-FGSM", "Vote-PGD"), steps=100), ids),
+        "baselines": sweep_one_step(partial(test, "200x160", subpixel=True, limit=20), (*EPSILONS, 16, 32, 64, 128)),
         "causes": [
-            train("short", **coarse, **SMALL, epochs=6, checkpoint_every=6),
-            train("batch-norm", **coarse, **SMALL, epochs=6, checkpoint_every=6, encoder_batch_norm=True),
-            train("50x40", size=(50, 40), **SMALL, epochs=12, checkpoint_every=12),
-            train("pretrained", **coarse, **SMALL, init=Checkpoint("50x40", 11), epochs=6, checkpoint_every=6),
-            train("400x320", **finest, **SMALL, init=Checkpoint("200x160", 8), lr=3e-4, epochs=1),
-            vary("epochs of training", "6", "short"),
-            vary("epochs of training", "24", "100x80"),
-            vary("batch norm in the encoder", "no", "short"),
-            vary("batch norm in the encoder", "yes", "batch-norm"),
-            vary("initial weights", "random", "short"),
-            vary("initial weights", "of 50 x 40", "pretrained"),
-            vary("channels of the perturbation", "one", "100x80", grey=True),
-            vary("channels of the perturbation", "three", "100x80"),
-            vary("epsilon", "8", "100x80", epsilon=8),
-            vary("epsilon", "16", "100x80"),
-            vary("epsilon", "32", "100x80", epsilon=32),
-            vary("input size (px)", "100 x 80", "100x80"),
-            reuse(shift, "input size (px)", "200 x 160"),
-            reuse(shift, "fine-tuned at (px)", "200 x 160"),
-            vary("fine-tuned at (px)", "400 x 320", "400x320", limit=3, steps=20),
-            vary("statistics of batch norm", "of the training", "100x80"),
-            vary("statistics of batch norm", "of the image", "100x80", batch_statistics=True),
+            train("random-encoder", size=(200, 160), encoder_weights="none", epochs=60, checkpoint_every=10),
+            vary("encoder's initial weights", "random", "random-encoder"),
+            vary("encoder's initial weights", "pretrained", "200x160", iteration=59),
+            vary("epochs of training", "10", "200x160", iteration=9),
+            vary("epochs of training", "60", "200x160", iteration=59),
+            reuse(shift, "epochs of training", "230"),
+            reuse(shift, "statistics of batch norm", "of the training"),
+            vary("statistics of batch norm", "of the image", "200x160", batch_statistics=True),
+            vary("channels of the perturbation", "one", "200x160", grey=True),
+            reuse(shift, "channels of the perturbation", "three"),
         ],
         "diagnosis": [
-            *sweep_diagnosis(partial(attack, attack=("Vote-PGD", "noise"), steps=10, limit=30), EPSILONS),
+            *sweep_diagnosis(
+                partial(test, "200x160", subpixel=True, attack=("Vote-PGD", "noise"), steps=10, limit=30), EPSILONS
+            ),
             # steps of 0.05 epsilon take 20 iterations to the bound
-            *sweep_diagnosis(partial(attack, attack=BOTH, steps=20, limit=30), (4,), suffix="_paper"),
+            *sweep_diagnosis(
+                partial(test, "200x160", subpixel=True, attack=PAPER, steps=20, limit=30), (4,), suffix="_paper"
+            ),
         ],
     }
     return Scale("200x160", experiments)
+
+
+def cpu_full(splits, ids):
+    """800 x 640 px, coarse to fine from the detector of the scale cpu: two cores, two days."""
+    attack = partial(test, "800x640", attack=BEST, epsilon=8, steps=100, limit=10, subpixel=True, batch_size=1)
+    near, far = TARGETS["8 mm"], TARGETS["random"]
+    shift = attack("attack/shift", {"description": "Displacements of 8 mm, epsilon 8"}, **near)
+    random = attack("attack/random", {"description": "Random targets, epsilon 8"}, **far)
+    medium = {"attack": BEST, **near, "epsilon": 8, "steps": 100, "limit": 20, "subpixel": True}
+    experiments = {
+        "detection": [
+            train("400x320", size=(400, 320), init=Checkpoint("cpu/200x160", 229), **SMALL, lr=3e-4, epochs=10),
+            train("800x640", size=(800, 640), init=Checkpoint("400x320", 9), **SMALL, lr=3e-4, epochs=3),
+            *detection("800x640", splits),
+        ],
+        "attack": [shift, random],
+        "coupling": [shift, random],
+        "causes": [
+            reuse(test("cpu/200x160", "attack/shift", {}), "input size (px)", "200 x 160"),
+            variant(medium, "input size (px)", "400 x 320", "400x320"),
+            reuse(shift, "input size (px)", "800 x 640"),
+        ],
+    }
+    return Scale("800x640", experiments)
 
 
 def quick(splits, ids):
     """To see that everything works, on phantoms for example."""
     attack = partial(test, "100x80", subpixel=True)
     ati, near, far = partial(attack, attack="ATI-FGSM"), TARGETS["8 mm"], TARGETS["random"]
-    comparison = partial(attack, attack=BOTH, steps=30, limit=4)
+    comparison = partial(attack, attack=PAPER, steps=30, limit=4)
     shift = comparison("attack/shift", {"description": "Displacements of 8 mm, epsilon 16"}, **near, epsilon=16)
     random = comparison("attack/random", {"description": "Random targets, epsilon 128"}, **far, epsilon=128)
     epsilons = dict.fromkeys(TARGETS, (2, 8)) | {"random": (8, 32, 128)}
-    vary = partial(variant, {"attack": BOTH, **near, "epsilon": 16, "steps": 30, "limit": 4, "subpixel": True})
+    vary = partial(variant, {"attack": PAPER, **near, "epsilon": 16, "steps": 30, "limit": 4, "subpixel": True})
     coarse, fine = {"size": (50, 40)}, {"size": (100, 80)}
     experiments = {
         "detection": [
@@ -296,7 +314,7 @@ def quick(splits, ids):
 
 def demo():
     """Phantoms, a detector trained on them, tested and attacked: two cores, ten minutes."""
-    attack = {"attack": BOTH, **TARGETS["8 mm"], "shift_count": 5, "epsilon": 16, "steps": 40, "limit": 6}
+    attack = {"attack": PAPER, **TARGETS["8 mm"], "shift_count": 5, "epsilon": 16, "steps": 40, "limit": 6}
     experiments = {
         "detection": [
             draw(train=80, test1=20, test2=0),
@@ -319,4 +337,4 @@ def demo():
     return Scale("200x160", experiments)
 
 
-SCALES = {"paper": paper, "cpu": cpu, "quick": quick, "demo": demo}
+SCALES = {"paper": paper, "cpu": cpu, "cpu-full": cpu_full, "quick": quick, "demo": demo}
