@@ -18,6 +18,7 @@ from PIL import Image
 
 from attack import UNTARGETED
 from dataset import LANDMARKS, read_image, read_images
+from defences import confidence
 from eval import predict, read_records, record_attack, to_px0
 from model import decode
 from support import distributed
@@ -42,21 +43,20 @@ class Observer:
     Attributes:
         points: {iteration: (B, K, 2) px}.
         norms: {iteration: (B,) in units of the [-1, 1] scale}.
-        clean_peak: (B, K), maxima of the clean heatmaps.
+        confidence: {iteration: (peak, share)}, see ``defences.confidence``.
         adversarial: like ``image``, of the last iteration observed.
     """
 
     def __init__(self, image, steps, subpixel=False):
         self.image, self.steps, self.subpixel = image, steps, subpixel
-        self.points, self.norms, self.adversarial = {}, {}, image
+        self.points, self.norms, self.confidence, self.adversarial = {}, {}, {}, image
 
     def observe(self, iteration, adversarial, maps):
         """Take what an attack yields."""
         self.adversarial = adversarial
-        if iteration == 0:
-            self.clean_peak = maps[:, 0].amax((-2, -1)).sigmoid()
         if iteration in RECORDED or iteration == self.steps:
             self.points[iteration] = decode(maps, self.subpixel)
+            self.confidence[iteration] = confidence(maps, self.points[iteration])
             self.norms[iteration] = (adversarial - self.image).abs().amax((1, 2, 3))
 
     def records(self, data, batch, targets_px0, method):
@@ -72,9 +72,10 @@ class Observer:
         for iteration, points in self.points.items():
             points_px0 = to_px0(points.cpu(), data, batch).numpy()
             norms = self.norms[iteration].cpu().numpy() * 127.5
-            tables.append(record_points(data, batch, points_px0, targets_px0, method, iteration, norms))
-        peaks = self.clean_peak.cpu().numpy().ravel()
-        return pd.concat([table.assign(clean_peak=peaks) for table in tables])
+            table = record_points(data, batch, points_px0, targets_px0, method, iteration, norms)
+            peak, share = (values.cpu().numpy().ravel() for values in self.confidence[iteration])
+            tables.append(table.assign(heatmap_peak=peak, vote_share=share))
+        return pd.concat(tables)
 
 
 def record_points(data, batch, points_px0, targets_px0, method, iteration, norms):
@@ -197,7 +198,7 @@ def observe(detectors, folder, batch_size, device, subpixel=False):
                 points = to_px0(predict(model, images, batch_size, device, subpixel), data, batch).numpy()
                 table = record_points(data, batch, points, targets, method, iteration, norms)
                 tables.append(table.assign(detector=name, stored=f"{FORMATS[suffix][0]} {size}"))
-    return pd.concat(tables).drop(columns="clean_peak", errors="ignore")
+    return pd.concat(tables).drop(columns=["heatmap_peak", "vote_share"], errors="ignore")
 
 
 def stored_forms(folder, method, ids):

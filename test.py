@@ -7,6 +7,7 @@
     python test.py --tag other --adversarial temp/adversarial                        # tested on another detector
     python test.py --tag baseline --attack 1 4 --restarts 2 --rand strong            # Vote-PGD beside ATI-FGSM
     python test.py --tag baseline --attack 1 --targets diagnosis --measure ANB       # a diagnosis is changed, see docs/
+    python test.py --tag baseline --attack 1 4 --defence jpeg:75 blur:1 --rand safe  # attackers who know of a defence
     python test.py --tag baseline --image mine.png --attack 1 --targets shift        # own images, without annotation
     torchrun --nproc-per-node 4 test.py --tag baseline --attack 1 --rand temp        # on four GPUs, the same results
 
@@ -17,8 +18,6 @@ how often their classes are right or changed; for an attack also line charts and
 
 import argparse
 import hashlib
-import math
-import re
 import warnings
 from functools import partial
 from pathlib import Path
@@ -40,6 +39,7 @@ from attack import (
     vote_goal_at,
 )
 from dataset import LANDMARKS, SPLITS, Cephalograms, in_batches, read_targets, rescale, to_input
+from defences import DEFENCES, defend, parse_defence
 from diagnosis import NAMES, least_movement, reachable_classes
 from eval import (
     SUCCESS_MM,
@@ -49,6 +49,7 @@ from eval import (
     plot_attack,
     predict,
     predict_batches,
+    radial_errors,
     read_records,
     record,
     summarize,
@@ -62,7 +63,7 @@ from observe import Observer, find_in_memory, in_memory_file, observe, save_adve
 from readers.tables import read_table
 from support import command, distributed
 from support.checkpoints import find_checkpoint, load_file, sha256, write_tensors
-from support.command import natural_int, positive_float, positive_int, progress
+from support.command import half_grey_levels, natural_int, positive_float, positive_int, progress
 from support.distributed import is_main
 from support.errors import InputError
 from support.files import (
@@ -88,22 +89,18 @@ def attack_name(text):
     return by_text[text.lower()]
 
 
+def defence(text):
+    """A value of --defence."""
+    try:
+        parse_defence(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(error) from None
+    return text
+
+
 def class_or_any(text):
     """A value of --to."""
     return text if text == "any" else natural_int(text)
-
-
-def half_grey_levels(text):
-    """A value of --epsilon."""
-    if fraction := re.fullmatch(r"([\d.]+)/255", text):
-        levels = 2 * float(fraction[1])
-        raise argparse.ArgumentTypeError(
-            f"{text}: epsilon counts half grey levels; {text} of an image in [0, 1] is --epsilon {levels:g}"
-        )
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of half grey levels")
-    return value
 
 
 def make_parser():
@@ -124,6 +121,15 @@ def make_parser():
     )
     add_attack_arguments(parser)
     parser.add_argument("--adversarial", metavar="DIR", help="test the stored images of a folder adversarial/")
+    parser.add_argument(
+        "--defence",
+        type=defence,
+        nargs="+",
+        default=[],
+        metavar="NAME:NUMBER",
+        help="also test, or attack with and without knowledge of it, the detector behind each of these transformations "
+        f"of its input: {', '.join(example for *_, example in DEFENCES.values())}",
+    )
     parser.add_argument(
         "--subpixel", action="store_true", help="subpixel decoding: the mean of the votes near the winner"
     )
@@ -251,8 +257,12 @@ def main(argv=None):
         same |= {"configuration": config}
     if args.compile:
         model = compile_network(model, to_input(data.images[: args.batch_size], device))
+    detectors = [
+        (args.tag, model, data),
+        *((f"{args.tag}, {name}", defend(model, name), data) for name in args.defence),
+    ]
     observe_stored = partial(
-        observe, [(args.tag, model, data), *others], batch_size=args.batch_size, device=device, subpixel=args.subpixel
+        observe, [*detectors, *others], batch_size=args.batch_size, device=device, subpixel=args.subpixel
     )
     table = observe_stored(Path(args.adversarial)) if args.adversarial else None  # before anything is written
     with distributed.guard():
@@ -409,7 +419,7 @@ def check_output(out, config, defaults):
     """Raise InputError where the output folder holds anything but earlier results of the same configuration."""
     if (out / "config.json").exists():
         no_effect = ["device", "compile", "data", "image", "unusual", "batch_size", "rand", "pictures"]
-        no_effect += ["save_adversarial", "adversarial", "transfer"]
+        no_effect += ["save_adversarial", "adversarial", "transfer", "defence"]  # these add files
         # a file, of whose content targets_sha256 is a hash
         if config["targets"] not in ("random", "shift", "common", "diagnosis"):
             no_effect.append("targets")
@@ -421,8 +431,9 @@ def check_output(out, config, defaults):
 # --- work and its files ----------------------------------------------------------------------------------------------
 
 
-def record_file(out, data, i, method=None):
-    return out / "records" / f"{f'{method}_' if method else ''}{data.ids[i]}.csv"
+def record_file(out, data, i, method=None, defence=None):
+    kind = "".join(f"{name}_" for name in (defence and defence.replace(":", "_"), method) if name)
+    return out / "records" / f"{kind}{data.ids[i]}.csv"
 
 
 def picture_file(out, data, i, method=None):
@@ -441,6 +452,7 @@ def unfinished(args, data, out, methods):
 
     def is_unfinished(method, i):
         files = [record_file(out, data, i, method)]
+        files += [record_file(out, data, i, method, name) for name in args.defence if method]
         if i < args.pictures:
             files.append(picture_file(out, data, i, method))
         if args.save_adversarial:
@@ -469,6 +481,22 @@ def test(args, model, data, device, out):
     with distributed.guard():  # publish
         if is_main():
             report_test(out, data)
+    if args.defence:
+        test_defended(args, model, data, device, out)
+
+
+def test_defended(args, model, data, device, out):
+    """The accuracy behind each defence: defences_summary.csv."""
+    rows = {}
+    for name in (None, *args.defence):
+        detector = model if name is None else defend(model, name, args.seed)
+        errors = radial_errors(predict(detector, data.images, args.batch_size, device, args.subpixel), data)
+        rows[name or "none"] = summarize(errors.numpy()).loc["all"]
+    with distributed.guard():  # publish
+        if is_main():
+            summary = pd.DataFrame(rows).T.rename_axis("defence").reset_index()
+            write_table(out / "defences_summary.csv", summary)
+            print(f"\n{summary.to_string(index=False, float_format='%.2f')}")
 
 
 def write_tested(args, data, i, points, out):
@@ -526,7 +554,8 @@ def attack(args, model, data, targets_px0, training, device, out):
     if UNIVERSAL in methods:
         delta = universal_perturbation(args, victim, training, device, out / "universal_perturbation.pth")
     todo = unfinished(args, data, out, methods)
-    total = sum(steps[method] * len(batch) for method, batch, _ in todo)
+    runs = {method: 1 if method in (UNIVERSAL, NOISE) else 1 + len(args.defence) for method in methods}
+    total = sum(runs[method] * steps[method] * len(batch) for method, batch, _ in todo)
     with progress(total=total, desc="attacking", unit="step", disable=not todo) as bar:
         for method, batch, missing in todo:
             ids = [data.ids[i] for i in batch]
@@ -534,10 +563,10 @@ def attack(args, model, data, targets_px0, training, device, out):
             image = to_input(data.images[batch], device)[:, : 1 if args.grey else 3]
             observer, done = Observer(image, steps[method], args.subpixel), 0
             if method == UNIVERSAL:
-                iterates = apply_perturbation(victim, image, delta, args.steps)
+                iterates = shown(victim, image, (image + delta).clamp(-1, 1), args.steps)
             elif method == NOISE:
                 noise = uniform_noise(image, args.epsilon, [generator(args.seed, id) for id in ids])
-                iterates = apply_perturbation(victim, image, noise, 1)
+                iterates = shown(victim, image, (image + noise).clamp(-1, 1), 1)
             else:
                 iterates = run_attack(method, victim, image, targets[batch].to(device), **options)
             for found in iterates:
@@ -547,8 +576,23 @@ def attack(args, model, data, targets_px0, training, device, out):
             aims = None if method == UNTARGETED else targets_px0[batch].numpy()
             records = observer.records(data, batch, aims, method)
             bar.set_postfix(progress_figure(records))
+            tables = {None: records}
+            for name in args.defence:
+                defended = defend(model, name, int(generator(args.seed, ids[0]).integers(2**32)))
+                defended = grey_model(defended) if args.grey else defended
+                attacked = {"oblivious": observer.adversarial}
+                if runs[method] > 1:
+                    for _, adversarial, _ in run_attack(method, defended, image, targets[batch].to(device), **options):
+                        attacked["adaptive"] = adversarial
+                    bar.update(len(batch) * steps[method])
+                tables[name] = pd.concat(
+                    observe_defended(args, defended, observer, adversarial, data, batch, aims, method).assign(
+                        defence=name, attacker=attacker
+                    )
+                    for attacker, adversarial in attacked.items()
+                )
             for i in missing:
-                write_attacked(args, data, i, batch.index(i), observer, targets[i], method, records, out)
+                write_attacked(args, data, i, batch.index(i), observer, targets[i], method, tables, out)
     distributed.barrier()
     with distributed.guard():  # publish
         if is_main():
@@ -596,12 +640,20 @@ def training_batches(args, victim, data, targets_px0, device):
             yield to_input(data.images[batch], device)[:, :channels], goal
 
 
-def apply_perturbation(victim, image, delta, steps):
-    """What an attack would yield whose perturbation is known: the clean image, and the perturbed one as the last."""
-    for iteration, adversarial in ((0, image), (steps, (image + delta).clamp(-1, 1))):
+def shown(victim, image, adversarial, steps):
+    """What an attack would yield whose result is known: the clean image, and the attacked one as the last."""
+    for iteration, seen in ((0, image), (steps, adversarial)):
         with torch.no_grad():
-            maps = victim(adversarial)
-        yield iteration, adversarial, maps
+            maps = victim(seen)
+        yield iteration, seen, maps
+
+
+def observe_defended(args, defended, observer, adversarial, data, batch, targets_px0, method):
+    """Records of a defended detector on the clean images of an observer and on attacked ones."""
+    other = Observer(observer.image, observer.steps, args.subpixel)
+    for found in shown(defended, observer.image, adversarial, observer.steps):
+        other.observe(*found)
+    return other.records(data, batch, targets_px0, method)
 
 
 def progress_figure(records):
@@ -610,9 +662,8 @@ def progress_figure(records):
     return {f"{rows['role'].iloc[0]} MRE": f"{rows['radial_error_mm'].mean():.1f} mm"}
 
 
-def write_attacked(args, data, i, b, observer, targets, method, records, out):
-    """The files of image i, which is number b of its batch; the record last, since it marks the image as finished."""
-    rows = records[records["image"] == data.ids[i]]
+def write_attacked(args, data, i, b, observer, targets, method, tables, out):
+    """The files of image i, number b of its batch; ``tables`` are records by defence, those of None without one."""
     if i < args.pictures:
         title = f"{data.ids[i]}, {method}, epsilon {args.epsilon:g}, iteration {observer.steps}"
         images = [image[b].expand(3, -1, -1).cpu().numpy() for image in (observer.image, observer.adversarial)]
@@ -622,7 +673,8 @@ def write_attacked(args, data, i, b, observer, targets, method, records, out):
             draw(temporary, title, images[0], data.landmarks[i].numpy(), clean, images[1], attacked, aims)
     if args.save_adversarial:
         save_adversarial(out / "adversarial", method, data, i, observer.adversarial[b])
-    write_table(record_file(out, data, i, method), rows)
+    for name, records in tables.items():
+        write_table(record_file(out, data, i, method, name), records[records["image"] == data.ids[i]])
 
 
 def report_attack(args, data, methods, steps, out):
@@ -647,9 +699,44 @@ def report_attack(args, data, methods, steps, out):
     final = changes[changes["iteration"] == changes["method"].map(steps)]
     shown = final.pivot(index=["method", "patients"], columns="measure", values="changed_%")[final["measure"].unique()]
     print(f"\nPatients with another class than on the clean image (%)\n\n{shown.to_string(float_format='%.1f')}")
+    if args.defence:
+        report_defended(args, data, steps, table, out)
     if args.save_adversarial:
         last = table[table["iteration"] == table["method"].map(steps)]
         write_table(in_memory_file(out / "adversarial"), last.assign(detector=args.tag))
+
+
+def report_defended(args, data, steps, undefended, out):
+    """defences.csv, defences_summary.csv: every defence against an attacker who knows it and one who does not."""
+    files = [
+        record_file(out, data, i, method, name) for name in args.defence for method in steps for i in range(len(data))
+    ]
+    table = read_records(files)
+    ends = undefended[undefended["iteration"].isin([0, *table["iteration"].unique()])]
+    ends = ends[
+        ends["iteration"].isin([0]) | (ends["iteration"] == ends.groupby("method")["iteration"].transform("max"))
+    ]
+    table = pd.concat([ends.assign(defence="none", attacker="adaptive"), table])
+    write_table(out / "defences.csv", table)
+    summary = summarize_attack(table, by=["defence", "attacker", "iteration"])
+    if args.measure:
+        summary = summary.merge(defended_diagnoses(args, table))
+    write_table(out / "defences_summary.csv", summary)
+    reached = summary[(summary["iteration"] > 0) & (summary["role"] == summary["role"].iloc[0])]
+    reached = reached.pivot(index=["defence", "attacker"], columns="method", values="within_4mm_%")
+    print(f"\nWithin {SUCCESS_MM} mm (%), {summary['role'].iloc[0]} landmarks\n\n{reached.to_string(float_format='%.1f')}")
+
+
+def defended_diagnoses(args, table):
+    """Percentage of patients whose class by --measure changes as intended, for each defence and attacker."""
+    to = None if args.to == "any" else args.to
+    groups = table.groupby(["defence", "attacker"], sort=False)
+    parts = {key: summarize_changes(changed_diagnoses(diagnose(rows), args.measure, to)) for key, rows in groups}
+    changes = pd.concat(parts, names=["defence", "attacker"]).reset_index(["defence", "attacker"])
+    changes = changes[changes["measure"].isin(["intended", "only intended"])]
+    keys = ["defence", "attacker", "method", "iteration"]
+    wide = changes.pivot(index=keys, columns="measure", values="changed_%").reset_index()
+    return wide.rename(columns={"intended": "intended_%", "only intended": "only_intended_%"})
 
 
 def warn_of_weak_goals(table):
@@ -657,10 +744,10 @@ def warn_of_weak_goals(table):
     paper = ~table["method"].isin(["Vote-PGD", UNIVERSAL, NOISE])
     clean = table[paper & (table["iteration"] == 0) & (table["role"] == "stationary")]
     clean = clean.drop_duplicates(["image", "landmark"])
-    weak = (clean.get("clean_peak", pd.Series(dtype=float)) <= 0.5).sum()
+    weak = (clean.get("heatmap_peak", pd.Series(dtype=float)) <= 0.5).sum()
     if weak:
         warnings.warn(
-            f"the clean heatmaps of {weak} of {len(clean)} stationary landmarks nowhere exceed 0.5 (clean_peak in "
+            f"the clean heatmaps of {weak} of {len(clean)} stationary landmarks nowhere exceed 0.5 (heatmap_peak in "
             "predictions.csv): the goal maps of the paper's attacks leave their offsets free",
             stacklevel=2,
         )

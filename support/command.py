@@ -146,6 +146,19 @@ def positive_float(text):
     return value
 
 
+def half_grey_levels(text):
+    """A value of --epsilon, such as 8; 4/255 is refused with the number that it would be."""
+    if fraction := re.fullmatch(r"([\d.]+)/255", text):
+        levels = 2 * float(fraction[1])
+        raise argparse.ArgumentTypeError(
+            f"{text}: epsilon counts half grey levels; {text} of an image in [0, 1] is --epsilon {levels:g}"
+        )
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of half grey levels")
+    return value
+
+
 def tag(text):
     """A run's name: one folder below runs/."""
     if not text or text in (".", "..") or "/" in text or "\\" in text or "\0" in text:

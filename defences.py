@@ -1,0 +1,178 @@
+"""Defences that need no training: transformations of the input, and scores that tell attacked images from clean ones.
+
+    defended = defend(model, "jpeg:75")    # to test, and to attack by whoever knows the defence
+    peak, share = confidence(maps, decode(maps))
+
+A defence that an attack overcomes which knows it is no defence (Athalye et al., "Obfuscated gradients give a false
+sense of security", arXiv 1802.00420), so every transformation has a gradient: its own or, where it rounds, that of the
+identity ("straight through"); one that is random is averaged over DRAWS draws.
+"""
+
+import functools
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
+from torchvision.transforms.functional import gaussian_blur
+
+from model import SUBPIXEL, offsets_at, pixel_positions, radius_of
+from support.errors import InputError
+
+DRAWS = 4  # of a random defence, for one gradient
+SHAPE = Path(__file__).parent / "assets" / "shape_model.json"
+MODEL_MM_PER_PX0 = 0.1  # of the shape model
+
+
+# --- transformations of the input ------------------------------------------------------------------------------------
+# Each maps images (B, 3, H, W) float in [-1, 1] to such images, and has one parameter.
+
+
+def jpeg(image, quality):
+    """Stored as JPEG of a quality from 1 to 100 by torchvision, chroma at half resolution; straight through."""
+    levels = ((image.detach() + 1) * 127.5).round().clamp(0, 255).byte().cpu()
+    stored = encode_jpeg(list(levels), quality=int(quality))
+    read = torch.stack(decode_jpeg(stored, mode=ImageReadMode.RGB)).to(image)
+    return straight_through(image, read / 127.5 - 1)
+
+
+def bits(image, number):
+    """Rounded to 2^number equidistant levels; straight through. Feature squeezing (Xu et al., arXiv 1704.01155)."""
+    steps = (2 ** int(number) - 1) / 2
+    return straight_through(image, ((image.detach() + 1) * steps).round() / steps - 1)
+
+
+def blur(image, sigma):
+    """Gaussian blur of standard deviation sigma px."""
+    return gaussian_blur(image, 2 * max(1, round(3 * sigma)) + 1, sigma)
+
+
+def median(image, size):
+    """The median of size x size px around each pixel, size being odd. Feature squeezing."""
+    size = int(size)
+    padded = F.pad(image, [size // 2] * 4, mode="reflect")
+    return padded.unfold(2, size, 1).unfold(3, size, 1).flatten(-2).median(-1).values
+
+
+def resize(image, scale):
+    """Reduced by a factor below 1, with antialiasing, and enlarged again."""
+    height, width = image.shape[-2:]
+    reduced = max(1, round(scale * height)), max(1, round(scale * width))
+    small = F.interpolate(image, reduced, mode="bilinear", antialias=True)
+    return F.interpolate(small, (height, width), mode="bilinear")
+
+
+def noise(image, sigma, generator):
+    """Gaussian noise of standard deviation sigma grey levels of 255, drawn anew in every pass."""
+    drawn = torch.randn(image.shape, generator=generator)
+    return (image + drawn.to(image) * sigma / 127.5).clamp(-1, 1)
+
+
+def straight_through(image, transformed):
+    """``transformed``, with the gradient of ``image``."""
+    return image + (transformed - image).detach()
+
+
+DEFENCES = {  # name: transformation, whether a parameter is valid, what is, an example
+    "jpeg": (jpeg, lambda quality: quality in range(1, 101), "a quality from 1 to 100", "jpeg:75"),
+    "blur": (blur, lambda sigma: 0 < sigma <= 20, "a standard deviation in px, up to 20", "blur:1"),
+    "bits": (bits, lambda number: number in range(1, 9), "1 to 8 bits", "bits:4"),
+    "median": (median, lambda size: size in (3, 5, 7, 9), "3, 5, 7 or 9 px", "median:3"),
+    "resize": (resize, lambda scale: 0 < scale < 1, "a factor below 1", "resize:0.5"),
+    "noise": (noise, lambda sigma: 0 < sigma <= 128, "a standard deviation in grey levels, up to 128", "noise:4"),
+}
+
+
+def parse_defence(text):
+    """(transformation, parameter) of a text such as "jpeg:75".
+
+    Raises:
+        InputError: not a defence.
+    """
+    name, _, number = text.partition(":")
+    if name not in DEFENCES:
+        raise InputError(f"{text!r} is not a defence NAME:NUMBER with one of the names {', '.join(DEFENCES)}")
+    transformation, is_valid, valid, example = DEFENCES[name]
+    try:
+        parameter = float(number)
+    except ValueError:
+        parameter = math.nan
+    if not is_valid(parameter):
+        raise InputError(f"{text!r}: {name} takes {valid}, as in {example}")
+    return transformation, parameter
+
+
+def defend(model, defence, seed=0):
+    """The model as a function of images that first pass through a defence.
+
+    Args:
+        model: callable, (B, 3, H, W) -> (B, 3, K, H, W).
+        defence: see ``parse_defence``.
+        seed: of a random defence.
+
+    Returns:
+        a callable like ``model``. With gradients, a random defence returns the mean of the maps over DRAWS draws.
+    """
+    transformation, parameter = parse_defence(defence)
+    if transformation is not noise:
+        return lambda image: model(transformation(image, parameter))
+    generator = torch.Generator().manual_seed(seed)
+
+    def defended(image):
+        draws = DRAWS if image.requires_grad else 1
+        maps = model(noise(image.repeat(draws, 1, 1, 1), parameter, generator))
+        return maps.unflatten(0, (draws, len(image))).mean(0)
+
+    return defended
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def confidence(maps, points):
+    """How sure the decoder is of each landmark.
+
+    Args:
+        maps: (B, 3, K, H, W), heatmap logits and offsets.
+        points: (B, K, 2) px, their ``model.decode``.
+
+    Returns:
+        peak: (B, K), the heatmap's maximum, in [0, 1].
+        share: (B, K), the fraction of the voters whose votes lie within 0.1 R, at least a pixel, of the point.
+    """
+    height, width = maps.shape[-2:]
+    radius = radius_of((height, width))
+    heatmap, offset = maps.flatten(-2).split([1, 2], dim=1)
+    highest, voters = heatmap[:, 0].topk(min(int(3.14 * radius**2), height * width), sorted=False)
+    votes = pixel_positions(voters, width) + radius * offsets_at(voters, offset)
+    near = (votes - points.movedim(-1, 1)[..., None]).square().sum(1) <= max(1, SUBPIXEL * radius) ** 2
+    return highest.amax(-1).sigmoid(), near.float().mean(-1)
+
+
+@functools.cache
+def shape_model():
+    """Mean (38,), modes (10, 38), their standard deviations (10,), and that of the residual, float64 in px0."""
+    content = json.loads(SHAPE.read_text(encoding="utf-8"))
+    mean, modes, std = (torch.tensor(content[name], dtype=torch.float64) for name in ("mean", "modes", "mode_std"))
+    return mean.flatten(), modes.flatten(1), std, content["residual_std"]
+
+
+def shape_distance(points, mm_per_px0):
+    """How unlike the population's an arrangement of the 19 landmarks is.
+
+    The squared Mahalanobis distance in the population's shape model: that along its modes and that of the rest.
+
+    Args:
+        points: (N, 19, 2) float64 px0, in images like those of ISBI 2015.
+        mm_per_px0: (N,).
+
+    Returns:
+        (N,) float64; about 38 for a common shape.
+    """
+    mean, modes, std, residual_std = shape_model()
+    deviation = (points * (mm_per_px0 / MODEL_MM_PER_PX0)[:, None, None]).flatten(1) - mean
+    weights = deviation @ modes.T
+    rest = deviation - weights @ modes
+    return (weights / std).square().sum(-1) + (rest / residual_std).square().sum(-1)
