@@ -37,7 +37,7 @@ RANDOM_Y = (250, 750)  # and of y
 # --- attacks ---------------------------------------------------------------------------------------------------------
 
 
-def pgd(model, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentum=0.0, start=None):
+def pgd(model, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentum=0.0, start=None, last_maps=True):
     """Projected gradient descent in an L-infinity ball: gradient, step, project, clip. Every attack here calls it.
 
     Args:
@@ -49,6 +49,7 @@ def pgd(model, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentum=
         step_size: of a sign step, in units of epsilon; a number, or a callable of the progress, iteration / steps.
         momentum: of the gradients, each divided by its mean magnitude.
         start: perturbation to start from, like ``image`` (default: none).
+        last_maps: False saves the forward pass of the last iterate, whose maps are then None.
 
     Yields:
         (iteration, adversarial, maps) for iteration 0 .. steps, 0 being the clean image unless there is a ``start``;
@@ -58,6 +59,9 @@ def pgd(model, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentum=
     delta, velocity = torch.zeros_like(image) if start is None else start, torch.zeros_like(image)
     for iteration in range(steps + 1):
         adversarial = (image + delta).clamp(-1, 1).requires_grad_(iteration < steps)
+        if iteration == steps and not last_maps:
+            yield iteration, adversarial, None
+            return
         with torch.set_grad_enabled(iteration < steps):
             maps = model(adversarial)
         yield iteration, adversarial.detach(), maps.detach()

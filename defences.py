@@ -9,13 +9,15 @@ identity ("straight through"); one that is random is averaged over DRAWS draws.
 """
 
 import functools
+import io
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
+from PIL import Image
 from torchvision.transforms.functional import gaussian_blur
 
 from model import SUBPIXEL, offsets_at, pixel_positions, radius_of
@@ -31,10 +33,14 @@ MODEL_MM_PER_PX0 = 0.1  # of the shape model
 
 
 def jpeg(image, quality):
-    """Stored as JPEG of a quality from 1 to 100 by torchvision, chroma at half resolution; straight through."""
-    levels = ((image.detach() + 1) * 127.5).round().clamp(0, 255).byte().cpu()
-    stored = encode_jpeg(list(levels), quality=int(quality))
-    read = torch.stack(decode_jpeg(stored, mode=ImageReadMode.RGB)).to(image)
+    """Stored as JPEG of a quality from 1 to 100, chroma at half resolution, and read again; straight through."""
+    levels = ((image.detach() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    stored = []
+    for pixels in levels:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=int(quality))
+        stored.append(np.array(Image.open(file)))
+    read = torch.from_numpy(np.stack(stored)).to(image).permute(0, 3, 1, 2)
     return straight_through(image, read / 127.5 - 1)
 
 

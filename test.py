@@ -700,7 +700,7 @@ def report_attack(args, data, methods, steps, out):
     shown = final.pivot(index=["method", "patients"], columns="measure", values="changed_%")[final["measure"].unique()]
     print(f"\nPatients with another class than on the clean image (%)\n\n{shown.to_string(float_format='%.1f')}")
     if args.defence:
-        report_defended(args, data, steps, table, out)
+        report_defended(args, data, {method: steps[method] for method in methods}, table, out)
     if args.save_adversarial:
         last = table[table["iteration"] == table["method"].map(steps)]
         write_table(in_memory_file(out / "adversarial"), last.assign(detector=args.tag))
@@ -724,7 +724,9 @@ def report_defended(args, data, steps, undefended, out):
     write_table(out / "defences_summary.csv", summary)
     reached = summary[(summary["iteration"] > 0) & (summary["role"] == summary["role"].iloc[0])]
     reached = reached.pivot(index=["defence", "attacker"], columns="method", values="within_4mm_%")
-    print(f"\nWithin {SUCCESS_MM} mm (%), {summary['role'].iloc[0]} landmarks\n\n{reached.to_string(float_format='%.1f')}")
+    print(
+        f"\nWithin {SUCCESS_MM} mm (%), {summary['role'].iloc[0]} landmarks\n\n{reached.to_string(float_format='%.1f')}"
+    )
 
 
 def defended_diagnoses(args, table):

@@ -3,14 +3,17 @@
     python train.py --tag baseline                              # the paper's: 800 x 640, 230 epochs, ImageNet encoder
     python train.py --tag small --size 200 160 --encoder-weights none --epochs 60 --batch-size 4 --schedule cosine
     python train.py --tag baseline --resume                     # with the same arguments: continue after a stop
+    python train.py --tag robust --adversarial --init runs/baseline/model_epoch_229.pth --epochs 9  # on attacked images
     torchrun --nproc-per-node 4 train.py --tag baseline         # on four GPUs, the same training
 
-A training can be resumed after any stop. Its only random choices, the initial weights and the order of the images in
-each epoch, follow from --seed. On SIGTERM it finishes its step, saves, and exits with status 143.
+A training can be resumed after any stop. Its random choices, the initial weights, the order of the images in each
+epoch and the starts of attacks on them, follow from --seed. On SIGTERM it finishes its step, saves, and exits with
+status 143.
 
 Writes into runs/<tag>/: config.json, model_epoch_<e>.pth (weights), resume.pth, train_log.csv, train_log.png.
 """
 
+import argparse
 import copy
 import math
 import time
@@ -21,12 +24,24 @@ import numpy as np
 import pandas as pd
 import torch
 
+from attack import pgd, random_targets, uniform_noise
 from dataset import LANDMARKS, Cephalograms, available_splits, check_disjoint, in_batches, to_input
 from eval import plot_training, predict, radial_errors, summarize
-from model import LAMBDA, MIN_SIZE, UNet, compile_network, encode, freeze, load_weights, loss_terms, place
+from model import (
+    LAMBDA,
+    MIN_SIZE,
+    UNet,
+    compile_network,
+    encode,
+    freeze,
+    landmark_loss,
+    load_weights,
+    loss_terms,
+    place,
+)
 from support import command, distributed
 from support.checkpoints import checkpoint_epochs, checkpoint_path, load_file, write_tensors
-from support.command import positive_float, positive_int, progress
+from support.command import half_grey_levels, positive_float, positive_int, progress
 from support.distributed import is_main, world_size
 from support.errors import InputError, Stopped
 from support.files import RUNS, atomic, check_same_config, make_folder, read_config, save_config
@@ -55,6 +70,16 @@ def make_parser():
     parser.add_argument("--encoder-batch-norm", action="store_true", help="VGG19-BN as encoder; the paper's is VGG19")
     parser.add_argument("--init", metavar="FILE", help="start from this checkpoint, of any input size, instead")
     parser.add_argument(
+        "--adversarial",
+        nargs="?",
+        choices=["untargeted", "targeted"],
+        const="untargeted",
+        help="train on attacked images: untargeted, as without a value, or with random targets of the paper's protocol",
+    )
+    parser.add_argument("--epsilon", type=half_grey_levels, default=8.0, help="bound of these attacks, see test.py")
+    parser.add_argument("--attack-steps", type=positive_int, default=1, help="their iterations, from a random start")
+    parser.add_argument("--clean-share", type=share, default=0.0, help="fraction of the images that are not attacked")
+    parser.add_argument(
         "--checkpoint-every", type=positive_int, default=5, metavar="EPOCHS", help="epochs between checkpoints"
     )
     parser.add_argument("--resume", action="store_true", help="continue from runs/TAG/resume.pth, if it exists")
@@ -62,8 +87,19 @@ def make_parser():
     return parser
 
 
+def share(text):
+    """A value of --clean-share."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a fraction below 1")
+    return value
+
+
 def parse_arguments(parser, argv):
     args = parser.parse_args(argv)
+    for name in ("epsilon", "attack_steps", "clean_share"):
+        if not args.adversarial and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')}: needs --adversarial")
     if min(args.size) < MIN_SIZE:
         parser.error(f"--size: at least {MIN_SIZE} {MIN_SIZE}")
     if args.batch_size < world_size():
@@ -144,7 +180,13 @@ def train_one_epoch(network, state, data, args, device, bar, stop):
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(state.epoch + (state.step + 0.5) / len(batches), args)
         mine = distributed.shard(batch)
-        state.terms += train_step(network, state.optimizer, data.images[mine], data.landmarks[mine], len(batch), device)
+        image = to_input(data.images[mine], device)
+        landmarks = data.landmarks[mine].to(device, non_blocking=True)
+        goal = encode(landmarks, image.shape[-2:])
+        if args.adversarial:
+            rngs = [np.random.default_rng([args.seed, state.epoch, i]) for i in mine]
+            image = attack_images(state.model, image, landmarks, rngs, args)
+        state.terms += train_step(network, state.optimizer, image, goal, len(batch))
         state.step += 1
         bar.update(len(batch))
         stopped = distributed.any_process(stop.is_set())
@@ -155,24 +197,66 @@ def train_one_epoch(network, state, data, args, device, bar, stop):
     return stopped
 
 
-def train_step(network, optimizer, images, landmarks, batch_size, device):
+def train_step(network, optimizer, image, goal, batch_size):
     """One step of Adam on a batch.
 
     Args:
-        images: (B, H, W) uint8, this process's part of the batch.
-        landmarks: (B, K, 2) float32 x, y in px.
+        image: (B, 3, H, W) float in [-1, 1], this process's part of the batch.
+        goal: model.Goal of its landmarks.
         batch_size: number of images of the whole batch.
 
     Returns:
         (3,) terms of the loss, see ``model.loss_terms``: mean over landmarks, sum over these images.
     """
     optimizer.zero_grad()
-    goal = encode(landmarks.to(device, non_blocking=True), images.shape[-2:])
-    terms = loss_terms(network(to_input(images, device)), goal).mean(2).sum(1)
+    terms = loss_terms(network(image), goal).mean(2).sum(1)
     loss = (LAMBDA * terms[0] + terms[1] + terms[2]) / batch_size
     (world_size() * loss).backward()  # gradients are averaged over processes
     optimizer.step()
     return terms.detach()
+
+
+def attack_images(model, image, landmarks, rngs, args):
+    """The images of a batch, attacked from random starts; with one step, "fast" (Wong et al., arXiv 2001.03994).
+
+    Args:
+        model: the network itself, not what distributes or compiles it; attacked in evaluation mode, so that the
+            statistics of its batch norms come from the training steps alone.
+        image: (B, 3, H, W) float in [-1, 1].
+        landmarks: (B, K, 2) px, the truth.
+        rngs: a numpy random generator for each image, so that its attack depends on no other image.
+
+    Returns:
+        (B, 3, H, W); each image stays clean with probability args.clean_share.
+    """
+    chosen = [b for b, rng in enumerate(rngs) if rng.random() >= args.clean_share]
+    if not chosen:
+        return image
+    clean, places, rngs, size = image[chosen], landmarks[chosen], [rngs[b] for b in chosen], image.shape[-2:]
+    towards = args.adversarial == "targeted"
+    if towards:
+        targets = np.stack([random_targets(rng, places.shape[1], size) for rng in rngs])
+        targets = torch.from_numpy(targets).to(places)
+        places = torch.where(targets.isnan(), places, targets)
+    goal, sign = encode(places, size), 1 if towards else -1
+    start, steps = uniform_noise(clean, args.epsilon, rngs), args.attack_steps
+    step_size = 1.25 if steps == 1 else 2.5 / steps
+    model.eval()
+    iterates = pgd(
+        model,
+        clean,
+        lambda maps: sign * landmark_loss(maps, goal).sum(-1),
+        args.epsilon,
+        steps,
+        step_size,
+        start=start,
+        last_maps=False,
+    )
+    *_, (_, attacked, _) = iterates
+    model.train()
+    image = image.clone()
+    image[chosen] = attacked
+    return image
 
 
 def learning_rate(epoch, args):

@@ -1,0 +1,285 @@
+"""Defences: transformations of the input, scores, adversarial training, and the commands that use them."""
+
+import argparse
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import TRAIN, assert_refused
+from torch import nn
+
+import train
+from dataset import to_input
+from defences import (
+    DEFENCES,
+    DRAWS,
+    bits,
+    blur,
+    confidence,
+    defend,
+    jpeg,
+    median,
+    noise,
+    resize,
+    shape_distance,
+    shape_model,
+)
+from model import UNet, decode, encode, landmark_loss, place
+
+EXAMPLES = [example for *_, example in DEFENCES.values()]
+
+
+@pytest.fixture(scope="module")
+def image():
+    torch.manual_seed(0)
+    smooth = nn.functional.interpolate(torch.rand(2, 3, 6, 5) * 2 - 1, (48, 40), mode="bicubic").clamp(-1, 1)
+    return ((smooth + 1) * 127.5).round() / 127.5 - 1
+
+
+# --- transformations -------------------------------------------------------------------------------------------------
+
+
+def test_jpeg_rounds_more_at_a_lower_quality(image):
+    high, low = ((jpeg(image, quality) - image).abs().mean() * 127.5 for quality in (95, 10))
+    assert 0.1 < high < 3 and low > 2 * high
+    grey = image[:, :1].expand(-1, 3, -1, -1)
+    assert (jpeg(grey, 95).diff(dim=1) == 0).all()  # stays grey
+    levels = (jpeg(image, 50) + 1) * 127.5
+    assert torch.allclose(levels, levels.round(), atol=1e-3)
+
+
+def test_bits_by_hand():
+    grey = torch.tensor([-1, -0.9, -0.1, 0.2, 1]).view(1, 1, 1, 5)
+    assert bits(grey, 1).flatten().tolist() == [-1, -1, -1, 1, 1]
+    assert torch.allclose(bits(grey, 2).flatten(), torch.tensor([-1, -1, -1 / 3, 1 / 3, 1]))
+    levels = torch.arange(256).view(1, 1, 16, 16) / 127.5 - 1
+    assert torch.allclose(bits(levels, 8), levels, atol=1e-6)
+
+
+def test_median_removes_a_single_pixel_and_keeps_an_edge():
+    image = torch.zeros(1, 3, 9, 9)
+    image[..., 5:] = 1
+    spotted = image.clone()
+    spotted[..., 4, 2] = 1
+    assert torch.equal(median(spotted, 3), image)
+
+
+def test_smoothing_keeps_the_mean_and_removes_detail(image):
+    flat = torch.full_like(image, 0.3)
+    for transformation, parameter in ((blur, 1.5), (resize, 0.5)):
+        assert torch.allclose(transformation(flat, parameter), flat, atol=1e-6)
+        rough = image + 0.2 * torch.randn(image.shape, generator=torch.Generator().manual_seed(1))
+        assert transformation(rough, parameter).diff(dim=-1).std() < 0.5 * rough.diff(dim=-1).std()
+
+
+def test_noise_has_its_standard_deviation_and_is_drawn_anew():
+    grey, generator = torch.zeros(1, 3, 64, 64), torch.Generator().manual_seed(0)
+    first, second = noise(grey, 4, generator), noise(grey, 4, generator)
+    assert (first * 127.5).std() == pytest.approx(4, rel=0.05) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_defence_passes_a_gradient_and_leaves_the_shape(name, image):
+    def model(image):
+        return image.flatten(2).unflatten(1, (3, 1)).unsqueeze(-1)
+
+    shown = image.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(defend(model, name)(shown)[:, 0].sum(), shown)
+    # every transformation keeps the sum of a channel, but for rounding, clipping and borders
+    assert gradient[:, 0].mean() == pytest.approx(1, abs=0.1) and (gradient[:, 1:] == 0).all()
+    with torch.no_grad():
+        seen = defend(model, name)(image)
+    assert seen.shape == model(image).shape and 0 < (seen - model(image)).abs().mean() < 0.1
+
+
+def test_a_random_defence_is_averaged_where_a_gradient_is_wanted():
+    def model(image):
+        sizes.append(len(image))
+        return image[:, :, None]
+
+    sizes, grey = [], torch.zeros(2, 3, 32, 32)
+    defended = defend(model, "noise:8", seed=1)
+    single, averaged = defended(grey), defended(grey.clone().requires_grad_())
+    assert sizes == [2, 2 * DRAWS]
+    assert averaged.std().item() == pytest.approx(single.std().item() / DRAWS**0.5, rel=0.1)
+    assert torch.equal(defend(model, "noise:8", seed=1)(grey), single)
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def test_confidence_by_hand():
+    """R = 2: 12 voters. Nine of them vote for (10, 12), three for (20, 12)."""
+    maps = torch.full((1, 3, 1, 40, 32), -5.0)
+    maps[:, 1:] = 0
+    voters = [(8 + i % 4, 11 + i // 4) for i in range(12)]
+    for n, (x, y) in enumerate(voters):
+        goal = (10, 12) if n < 9 else (20, 12)
+        maps[0, :, 0, y, x] = torch.tensor([n / 10, (goal[0] - x) / 2, (goal[1] - y) / 2])
+    points = decode(maps)
+    assert points.tolist() == [[[10, 12]]]
+    peak, share = confidence(maps, points)
+    assert peak.item() == pytest.approx(torch.tensor(1.1).sigmoid().item()) and share.item() == 9 / 12
+
+
+def test_shape_distance_grows_with_displaced_landmarks_and_knows_spacing():
+    mean, modes, std, _ = shape_model()
+    common = mean.unflatten(0, (19, 2))
+    along = (mean + 2 * std[0] * modes[0]).unflatten(0, (19, 2))
+    spacing = torch.full((2,), 0.1, dtype=torch.float64)
+    assert torch.allclose(shape_distance(torch.stack([common, along]), spacing), torch.tensor([0, 4.0]).double())
+    odd = common.clone()
+    odd[3, 0] += 80
+    assert shape_distance(odd[None], spacing[:1]).item() > 10
+    assert torch.allclose(shape_distance(odd[None] / 2, 2 * spacing[:1]), shape_distance(odd[None], spacing[:1]))
+
+
+# --- adversarial training --------------------------------------------------------------------------------------------
+
+
+def attacked(model, image, landmarks, indices, **changes):
+    options = {"adversarial": "untargeted", "epsilon": 8.0, "attack_steps": 1, "clean_share": 0.0} | changes
+    rngs = [np.random.default_rng([0, 0, i]) for i in indices]
+    return train.attack_images(model, image, landmarks, rngs, argparse.Namespace(**options))
+
+
+@pytest.fixture(scope="module")
+def detector():
+    torch.manual_seed(0)
+    model = place(UNet(19), "cpu", training=True)
+    images = (torch.rand(2, 40, 32) * 255).byte()
+    return model, to_input(images, "cpu"), torch.rand(2, 19, 2) * 30
+
+
+@pytest.mark.parametrize("mode", ["untargeted", "targeted"])
+def test_training_attacks_stay_in_the_ball_and_leave_the_network_as_it_was(detector, mode):
+    model, image, landmarks = detector
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = attacked(model, image, landmarks, [0, 1], adversarial=mode, attack_steps=2)
+    assert 0 < (found - image).abs().max() <= 8 / 256 + 1e-6 and found.abs().max() <= 1
+    assert model.training and all(weight.grad is None for weight in model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())  # statistics too
+
+
+def test_training_attacks_raise_the_loss_and_depend_on_no_other_image(detector):
+    model, image, landmarks = detector
+    found = attacked(model, image, landmarks, [0, 1], attack_steps=3)
+    start = attacked(lambda_free(model), image, landmarks, [0, 1])
+    goal = encode(landmarks, image.shape[-2:])
+    model.eval()
+    with torch.no_grad():
+        clean, worse, by_noise = (landmark_loss(model(x), goal).sum(-1) for x in (image, found, start))
+    model.train()
+    assert (worse > clean).all() and (worse > by_noise).all()
+    both, alone = attacked(model, image, landmarks, [0, 1]), attacked(model, image[1:], landmarks[1:], [1])
+    assert torch.isclose(both[1:], alone).float().mean() > 0.99  # but for the sign of gradients near zero
+    assert torch.isclose(both, attacked(model, image, landmarks, [2, 3])).float().mean() < 0.5
+
+
+def lambda_free(model):
+    """A network whose gradient is zero: what is left of the attack is its random start."""
+    flat = nn.Module()
+    flat.forward = lambda image: model(image).detach() + 0 * image.sum()
+    return flat
+
+
+def test_a_share_of_the_images_stays_clean(detector):
+    model, image, landmarks = detector
+    many = image[:1].expand(40, -1, -1, -1)
+    found = attacked(model, many, landmarks[:1].expand(40, -1, -1), range(40), clean_share=0.5)
+    clean = (found == many).flatten(1).all(1).sum().item()
+    assert 10 <= clean <= 30
+
+
+@pytest.mark.slow
+def test_adversarial_training_resumes_exactly(official, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    options = ["--data", official, "--adversarial", "--clean-share", 0.5, "--checkpoint-every", 1]
+    whole, parts = ([*TRAIN[:2], tag, *TRAIN[3:], *options] for tag in ("whole", "parts"))
+    assert run(*whole, "--epochs", 2)[0] == 0
+    assert run(*parts, "--epochs", 1)[0] == 0 and run(*parts, "--epochs", 2, "--resume")[0] == 0
+    clean = [*TRAIN[:2], "clean", *TRAIN[3:], "--data", official, "--epochs", 2]
+    assert run(*clean)[0] == 0
+    weights = [
+        torch.load(tmp_path / "runs" / tag / "model_epoch_1.pth", weights_only=True)["head.weight"]
+        for tag in ("whole", "parts", "clean")
+    ]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--epsilon", 4], "--epsilon: needs --adversarial"),
+        (["--clean-share", 0.5], "--clean-share: needs --adversarial"),
+        (["--adversarial", "--clean-share", 1], "1 is not a fraction below 1"),
+        (["--adversarial", "--epsilon", "8/255"], "is --epsilon 16"),
+        (["--adversarial", "backwards"], "invalid choice: 'backwards'"),
+    ],
+)
+def test_wrong_arguments_of_training(words, message, official, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(run(*TRAIN, "--data", official, *words), message, tmp_path / "runs")
+
+
+# --- test.py ---------------------------------------------------------------------------------------------------------
+
+ATTACK = ["test.py", "--tag", "small", "--split", "test1", "--steps", 2, "--pictures", 0]
+
+
+def test_defences_as_conditions_of_an_attack(trained, official, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(trained)
+    command = [*ATTACK, "--data", official, "--attack", 1, "noise", "--targets", "shift", "--rand", tmp_path / "out"]
+    status, out, err = run(*command, "--defence", "blur:1", "noise:8", "--save-adversarial")
+    assert status == 0, err
+    table = pd.read_csv(tmp_path / "out" / "defences.csv", dtype={"image": str})
+    found = table.groupby(["method", "defence", "attacker"])["iteration"].agg(lambda column: sorted(set(column)))
+    assert found.to_dict() == {
+        ("ATI-FGSM", "none", "adaptive"): [0, 2],
+        ("noise", "none", "adaptive"): [0, 1],
+        **{("ATI-FGSM", d, a): [0, 2] for d in ("blur:1", "noise:8") for a in ("oblivious", "adaptive")},
+        **{("noise", d, "oblivious"): [0, 1] for d in ("blur:1", "noise:8")},
+    }
+    plain = pd.read_csv(tmp_path / "out" / "predictions.csv", dtype={"image": str})
+    assert "defence" not in plain and {"heatmap_peak", "vote_share"} <= set(plain)
+    assert plain["vote_share"].between(0, 1).all() and plain["heatmap_peak"].between(0, 1).all()
+    summary = pd.read_csv(tmp_path / "out" / "defences_summary.csv")
+    assert len(summary) == 2 * 2 * (2 + 4 + 2) and "blur:1" in out
+    stored = pd.read_csv(tmp_path / "out" / "read_back_summary.csv")
+    assert {"small", "small, blur:1", "small, noise:8"} == set(stored["detector"])
+
+    records = {path: path.read_bytes() for path in (tmp_path / "out" / "records").iterdir()}
+    lost = tmp_path / "out" / "records" / "noise_8_ATI-FGSM_152.csv"
+    lost.unlink()
+    assert run(*command, "--defence", "blur:1", "noise:8", "--save-adversarial")[0] == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "out" / "records").iterdir()} == records
+
+
+def test_accuracy_behind_defences(trained, official, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(trained)
+    command = ["test.py", "--tag", "small", "--split", "test1", "--data", official, "--pictures", 0]
+    assert run(*command, "--defence", "bits:1", "jpeg:95", "--rand", tmp_path / "out")[0] == 0
+    table = pd.read_csv(tmp_path / "out" / "defences_summary.csv", index_col="defence")
+    tested = pd.read_csv(tmp_path / "out" / "summary.csv").iloc[-1]
+    assert table.index.tolist() == ["none", "bits:1", "jpeg:95"]
+    assert table.loc["none", "mre_mm"] == pytest.approx(tested["mre_mm"], abs=1e-3)
+    assert table.loc["bits:1", "mre_mm"] != table.loc["none", "mre_mm"]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("sharpen:1", "is not a defence NAME:NUMBER"),
+        ("jpeg", "jpeg takes a quality from 1 to 100, as in jpeg:75"),
+        ("jpeg:0", "jpeg takes a quality"),
+        ("jpeg:75.5", "jpeg takes a quality"),
+        ("median:4", "median takes 3, 5, 7 or 9 px"),
+        ("blur:nan", "blur takes a standard deviation"),
+        ("resize:1", "resize takes a factor below 1"),
+    ],
+)
+def test_wrong_defences(text, message, trained, official, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(trained)
+    result = run(*ATTACK, "--data", official, "--defence", text, "--rand", tmp_path / "out")
+    assert_refused(result, message, tmp_path / "out")
