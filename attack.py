@@ -1,4 +1,4 @@
-"""Targeted adversarial attacks on a landmark detector: FGSM, I-FGSM, ATI-FGSM, and the choice of targets.
+"""Targeted adversarial attacks on a landmark detector: FGSM, I-FGSM, ATI-FGSM, Vote-PGD, and the choice of targets.
 
 A white-box attacker moves chosen ("targeted") landmarks of the detector's output to target positions and keeps the
 others ("stationary") where they are, by a perturbation of L-infinity norm at most epsilon/256 of an image in [-1, 1]
@@ -29,6 +29,7 @@ VOTE_WIDTH = (0.1, 0.33)  # of a landmark's kernel in units of R: its distance f
 TOLERANCE = 1 / 3  # in units of R, 4 mm in the ISBI 2015 images: up to it, a goal position counts as reached
 TARGETED_WEIGHT = (1.0, 2.5, 1.5)  # of a landmark's loss: minimum, maximum, slope per tolerance of distance
 STATIONARY_WEIGHT = (0.1, 1.0, 1.0)
+PEAK_WEIGHT = 0.1  # of a heatmap's peak in the evasive attack
 RANDOM_SIZE = (800, 640)  # (H, W) px of the image for which the paper states its random targets,
 RANDOM_X = (100, 600)  # the range of x
 RANDOM_Y = (250, 750)  # and of y
@@ -257,7 +258,7 @@ def vote_goal_at(places, targeted, size):
     return VoteGoal(places, targeted, disc.pixels, disc.weight > 0)
 
 
-def vote_pgd(model, image, goal, epsilon=8, steps=300, restarts=1, seed=0):
+def vote_pgd(model, image, goal, epsilon=8, steps=300, restarts=1, seed=0, loss=None):
     """Vote-PGD: its loss is on the votes that the decoder counts, not on the maps.
 
     Distance: L-infinity. Source: this implementation; momentum and the best iterate are as in APGD (Croce and Hein,
@@ -272,6 +273,7 @@ def vote_pgd(model, image, goal, epsilon=8, steps=300, restarts=1, seed=0):
         steps: iterations of each restart; the schedule depends on it. Default: 300.
         restarts: runs, the first from the clean image, the others from random perturbations. Default: 1.
         seed: of these.
+        loss: callable, (maps, goal) -> (B,). Default: ``vote_loss``.
 
     Shape:
         - image: (B, C, H, W) float32, C = 3, or 1 with ``grey_model``.
@@ -284,11 +286,12 @@ def vote_pgd(model, image, goal, epsilon=8, steps=300, restarts=1, seed=0):
         ...     pass
     """
     noise = torch.Generator().manual_seed(seed)
+    loss = partial(loss or vote_loss, goal=goal)
 
     def iterates():
         for restart in range(restarts):
             start = None if restart == 0 else random_start(image, epsilon, noise)
-            run = pgd(model, image, partial(vote_loss, goal=goal), epsilon, steps, falling, MOMENTUM, start)
+            run = pgd(model, image, loss, epsilon, steps, falling, MOMENTUM, start)
             for iteration, adversarial, maps in run:
                 if restart == 0 or iteration > 0:  # the start of a further run counts as no iteration
                     yield restart * steps + iteration, adversarial, maps
@@ -344,6 +347,36 @@ def landmarks_in_place(maps, goal):
 def distance_in_tolerances(maps, goal):
     """Distance of the decoded landmarks from their goal positions in units of the tolerance, R / 3: (B, K)."""
     return (decode(maps) - goal.places).norm(dim=-1) / (TOLERANCE * radius_of(maps.shape[-2:]))
+
+
+def evasive_vote_pgd(model, image, goal, epsilon=8, steps=300):
+    """Vote-PGD against a detector of attacks that looks at heatmaps: its landmarks shall also have high peaks.
+
+    Arguments, shapes and example as in ``vote_pgd``. What ``defences.confidence`` returns is thus attacked as a whole:
+    the share of the votes by ``vote_loss``, the heatmap's peak by the added term, its negative logarithm.
+    """
+
+    def loss(maps, goal):
+        return vote_loss(maps, goal) - PEAK_WEIGHT * F.logsigmoid(maps[:, 0].amax((-2, -1))).sum(-1)
+
+    return vote_pgd(model, image, goal, epsilon, steps, loss=loss)
+
+
+def random_search(model, image, goal, epsilon=8, steps=300, seed=0):
+    """The best of many random perturbations, a control: no attack by gradients should do worse.
+
+    Arguments, shapes and example as in ``vote_pgd``; each of the ``steps`` is a perturbation uniform in the ball.
+    """
+    noise = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def iterates():
+        for iteration in range(steps + 1):
+            delta = random_start(image, epsilon, noise) if iteration else torch.zeros_like(image)
+            adversarial = (image + delta).clamp(-1, 1)
+            yield iteration, adversarial, model(adversarial)
+
+    return keep_best(iterates(), partial(landmarks_in_place, goal=goal))
 
 
 def universal_vote_pgd(model, image, batches, epsilon=8, steps=300):
@@ -411,7 +444,10 @@ ATTACKS = {
     "FGSM": fgsm,
     "untargeted-FGSM": untargeted_fgsm,
     "Vote-PGD": vote_pgd,
+    "evasive-Vote-PGD": evasive_vote_pgd,
+    "random-search": random_search,
 }
+BY_VOTES = ("Vote-PGD", "evasive-Vote-PGD", "random-search")
 ONE_STEP = ("FGSM", "untargeted-FGSM")
 UNTARGETED = "untargeted-FGSM"
 
@@ -426,7 +462,7 @@ def make_goal(method, clean, targets):
     """
     if method == UNTARGETED:
         return encode(decode(clean), clean.shape[-2:])
-    goal = vote_goal if method == "Vote-PGD" else goal_maps
+    goal = vote_goal if method in BY_VOTES else goal_maps
     return goal(clean, targets.nan_to_num(), ~targets.isnan().any(-1))
 
 

@@ -26,7 +26,7 @@ import train
 from dataset import available_splits, index, read_image
 from experiments import fancy, report
 from experiments.measures import Result
-from experiments.scales import SCALES, Scale, arguments
+from experiments.scales import SCALES, Checkpoint, Scale, Tags, arguments
 from support import command, distributed
 from support.checkpoints import checkpoint_epochs, checkpoint_path
 from support.distributed import is_main
@@ -140,10 +140,7 @@ class Plan(NamedTuple):
         return commands
 
     def command(self, run):
-        options = {
-            name: checkpoint_path(self.run_folder(value.detector), value.epoch) if name == "init" else value
-            for name, value in run.options.items()
-        }
+        options = {name: self.value(value) for name, value in run.options.items()}
         common = {"tag": self.run_folder(run.detector).name, "data": self.data, **self.options}
         if run.program == "phantom.py":
             options = {"out": self.data, **options}
@@ -153,6 +150,12 @@ class Plan(NamedTuple):
         else:
             options = {**common, **options, "rand": self.run_folder(run.detector) / run.folder}
         return [run.program, *arguments(options)]
+
+    def value(self, value):
+        """An option's value with the names of this plan's runs."""
+        if isinstance(value, Checkpoint):
+            return checkpoint_path(self.run_folder(value.detector), value.epoch)
+        return self.run_folder(value.detector).name if isinstance(value, Tags) else value
 
     def results(self, experiment):
         """What an experiment reports on, as measures.Result."""

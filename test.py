@@ -28,6 +28,7 @@ import torch
 
 from attack import (
     ATTACKS,
+    BY_VOTES,
     ONE_STEP,
     UNTARGETED,
     choose_targets,
@@ -78,7 +79,8 @@ from support.files import (
 
 UNIVERSAL = "universal-Vote-PGD"
 NOISE = "noise"
-METHODS = (*ATTACKS, UNIVERSAL, NOISE)
+METHODS = ("I-FGSM", "ATI-FGSM", "FGSM", "untargeted-FGSM", "Vote-PGD", UNIVERSAL, NOISE)  # by their numbers
+METHODS += ("evasive-Vote-PGD", "random-search")
 
 
 def attack_name(text):
@@ -743,7 +745,7 @@ def defended_diagnoses(args, table):
 
 def warn_of_weak_goals(table):
     """Say how many stationary landmarks the paper's goal maps constrain by the heatmap term alone."""
-    paper = ~table["method"].isin(["Vote-PGD", UNIVERSAL, NOISE])
+    paper = ~table["method"].isin([*BY_VOTES, UNIVERSAL, NOISE])
     clean = table[paper & (table["iteration"] == 0) & (table["role"] == "stationary")]
     clean = clean.drop_duplicates(["image", "landmark"])
     weak = (clean.get("heatmap_peak", pd.Series(dtype=float)) <= 0.5).sum()

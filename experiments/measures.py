@@ -24,17 +24,21 @@ class Result(NamedTuple):
         return table if "mm_per_px0" in table else table.assign(mm_per_px0=MM_PER_PX0)  # runs of older versions
 
     def attacked(self):
-        """The predictions of an attack, see ``eval.record_attack``, joined with the clean ones.
+        """The predictions of an attack, see ``join_clean``."""
+        return join_clean(self.predictions())
 
-        Further columns: x_px0_clean, y_px0_clean; start_mm, distance of the clean prediction from the target, or from
-        the truth if a landmark has none; flown_mm, displacement of the prediction from the clean one.
-        """
-        table = self.predictions()
-        keys = ["method", "image", "landmark"]
-        clean = table[table["iteration"] == 0][[*keys, "x_px0", "y_px0", "radial_error_mm"]]
-        table = table.merge(clean, on=keys, suffixes=("", "_clean"), validate="many_to_one")
-        table = table.rename(columns={"radial_error_mm_clean": "start_mm"})
-        return table.assign(flown_mm=distance_mm(table, ("x_px0", "y_px0"), ("x_px0_clean", "y_px0_clean")))
+
+def join_clean(table):
+    """Records of an attack, see ``eval.record_attack``, joined with the clean ones.
+
+    Further columns: x_px0_clean, y_px0_clean; start_mm, distance of the clean prediction from the target, or from the
+    truth if a landmark has none; flown_mm, displacement of the prediction from the clean one.
+    """
+    keys = ["method", "image", "landmark"]
+    clean = table[table["iteration"] == 0][[*keys, "x_px0", "y_px0", "radial_error_mm"]]
+    table = table.merge(clean, on=keys, suffixes=("", "_clean"), validate="many_to_one")
+    table = table.rename(columns={"radial_error_mm_clean": "start_mm"})
+    return table.assign(flown_mm=distance_mm(table, ("x_px0", "y_px0"), ("x_px0_clean", "y_px0_clean")))
 
 
 def distance_mm(records, a, b):

@@ -2,7 +2,18 @@
 
 import os
 
-from experiments import baselines, causes, comparison, count, coupling, detection, diagnoses, epsilon, fancy
+from experiments import (
+    baselines,
+    causes,
+    comparison,
+    count,
+    coupling,
+    defences,
+    detection,
+    diagnoses,
+    epsilon,
+    fancy,
+)
 from experiments.statistics import ENOUGH
 from support.files import read_config, write_text
 
@@ -16,6 +27,7 @@ EXPERIMENTS = {  # in order; each module has TITLE, TEXT and publish(results, da
     "baselines": baselines,
     "causes": causes,
     "diagnosis": diagnoses,
+    "defence": defences,
 }
 NOTE = (
     "Brackets contain 95 % confidence intervals by a bootstrap over images; [0.0, 0.0] and [100.0, 100.0] mean that no "

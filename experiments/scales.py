@@ -21,6 +21,12 @@ class Checkpoint(NamedTuple):
     epoch: int
 
 
+class Tags(NamedTuple):
+    """The run of a detector, as a value of --transfer."""
+
+    detector: str
+
+
 class Run(NamedTuple):
     """One command.
 
@@ -119,6 +125,32 @@ def sweep_diagnosis(attack, epsilons, measures=NAMES, suffix=""):
     ]
 
 
+def sweep_defence(attack, training, splits, epsilons, more_steps, measure="ANB"):
+    """Input defences and adversarial training, and the checks for masked gradients.
+
+    ``attack`` has its number of steps and images; ``training`` are the options of the adversarial one.
+    """
+    plain, robust = attack.args[0], f"{attack.args[0]}-adversarial"
+    near = {**TARGETS["8 mm"], "subpixel": True}
+    methods = "ATI-FGSM", "Vote-PGD"
+    defended = partial(attack, attack=methods, **near, epsilon=8, defence=INPUT_DEFENCES)
+    harden = partial(test, robust, **attack.keywords, **near)
+    diagnosis = {"targets": "diagnosis", "measure": measure, "epsilon": 4, "steps": 10, "subpixel": True}
+    accuracy = {"split": splits[0], "subpixel": True}
+    return [
+        train(robust, adversarial=True, **training),
+        test(plain, "defence/accuracy", {}, **accuracy, defence=INPUT_DEFENCES),
+        test(robust, "defence/accuracy", {}, **accuracy),
+        defended("defence/input", {}, save_adversarial=True, transfer=Tags(robust)),
+        attack("defence/evasive", {}, **near, epsilon=8, attack="evasive-Vote-PGD"),
+        *(harden(f"defence/{epsilon:g}", {}, attack=methods, epsilon=epsilon) for epsilon in epsilons),
+        harden("defence/more_steps", {}, attack=methods, epsilon=8, **more_steps),
+        harden("defence/random_search", {}, attack="random-search", epsilon=8),
+        test(plain, "defence/diagnosis", {}, attack="Vote-PGD", **diagnosis, limit=30, defence=INPUT_DEFENCES),
+        test(robust, "defence/diagnosis", {}, attack="Vote-PGD", **diagnosis, limit=30),
+    ]
+
+
 def spell(attack, ids, word=WORD):
     """An attack for each letter of a word, each on another image as far as there are enough."""
     runs = []
@@ -152,6 +184,7 @@ ALL = *BEST, "noise"
 TARGETS = {"random": {"targets": "random"}}
 TARGETS |= {f"{mm} mm": {"targets": "shift", "shift_mm": mm} for mm in (2, 4, 8, 16)}
 EPSILONS = 0.5, 1, 2, 4, 8  # the paper's
+INPUT_DEFENCES = "jpeg:75", "blur:1", "bits:4", "median:3", "resize:0.5", "noise:4"
 SMALL = {"batch_size": 4, "schedule": "cosine"}
 
 
@@ -194,6 +227,13 @@ def paper(splits, ids):
             reuse(shift, "channels of the perturbation", "three"),
         ],
         "diagnosis": sweep_diagnosis(partial(test, "800x640", attack=ALL, steps=50, subpixel=True, **few), EPSILONS),
+        "defence": sweep_defence(
+            partial(test, "800x640", steps=100, **few),
+            {"size": (800, 640), "init": Checkpoint("800x640", 229), "lr": 3e-4, "schedule": "cosine", "epochs": 30},
+            splits,
+            (*EPSILONS, 16, 32),
+            {"steps": 300},
+        ),
     }
     return Scale("800x640", experiments)
 
@@ -245,6 +285,13 @@ def cpu(splits, ids):
                 partial(test, "200x160", subpixel=True, attack=PAPER, steps=20, limit=30), (4,), suffix="_paper"
             ),
         ],
+        "defence": sweep_defence(
+            partial(test, "200x160", **few),
+            {"size": (200, 160), "init": Checkpoint("200x160", 229), **SMALL, "lr": 3e-4, "epochs": 10},
+            splits,
+            (2, 4, 8, 16, 32),
+            {"steps": 100},
+        ),
     }
     return Scale("200x160", experiments)
 
@@ -308,6 +355,14 @@ def quick(splits, ids):
             reuse(shift, "input size (px)", "100 x 80"),
         ],
         "diagnosis": sweep_diagnosis(partial(attack, attack=ALL, steps=10, limit=4), (4, 16), ("ANB", "MW")),
+        "defence": sweep_defence(
+            partial(test, "100x80", steps=10, limit=4),
+            {**fine, "init": Checkpoint("100x80", 5), **SMALL, "lr": 3e-4, "epochs": 3},
+            splits,
+            (8, 32),
+            {"steps": 30},
+            "MW",
+        ),
     }
     return Scale("100x80", experiments)
 

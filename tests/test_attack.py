@@ -8,6 +8,7 @@ from torch import nn
 
 from attack import (
     ATTACKS,
+    BY_VOTES,
     ONE_STEP,
     adaptive_weights,
     ati_fgsm,
@@ -155,7 +156,7 @@ def test_a_batch_is_its_images_one_by_one(unet, image, name):
         assert torch.allclose(alone[0], together[b])
 
 
-@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "Vote-PGD"])
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name not in BY_VOTES])
 def test_grey_noise_follows_the_sum_of_the_channels_gradients(small, image, name):
     grey = image[:, :1]
     goal = goal_of(small, grey.expand(-1, 3, -1, -1))

@@ -59,6 +59,9 @@ def tiny(splits, ids):
         "diagnosis": scales.sweep_diagnosis(
             partial(attack, attack=("ATI-FGSM", "noise"), steps=1, limit=3), (4, 16), ("MW",)
         ),
+        "defence": scales.sweep_defence(
+            partial(scales.test, "48x40", steps=1, limit=3), LARGE, splits, (8,), {"steps": 2}, "MW"
+        ),
     }
     return Scale("48x40", experiments)
 
@@ -227,7 +230,7 @@ def check_report(results, out):
     """Complete, in order, with all its charts, and with the commands that were printed."""
     report = (results / "report.md").read_text()
     assert "Not yet run" not in report and "nan" not in report
-    assert [int(n) for n in re.findall(r"^## (\d+)\.", report, re.M)] == [*range(1, 10)]
+    assert [int(n) for n in re.findall(r"^## (\d+)\.", report, re.M)] == [*range(1, 11)]
     for name in re.findall(r"!\[[^]]*\]\(([^)]*)\)", report):
         assert (results / name).stat().st_size > 5000, name
     assert not [file.name for file in results.iterdir() if ".part" in file.name]

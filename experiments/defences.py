@@ -1,0 +1,328 @@
+"""Experiment 10: defences against attackers who know of them and who do not, and what they cost.
+
+    python -m experiments.defences --out tables accuracy attack adversarial   # of finished runs of test.py
+
+writes the tables and charts that reproduce.py makes of its own runs, and their text, defence.md.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from defences import shape_distance
+from eval import SUCCESS_MM, changed_diagnoses, diagnose, read_records
+from experiments.charts import grouped_places, panels, save
+from experiments.markdown import fold_intervals, markdown
+from experiments.measures import Result, join_clean, measure, of_role, rate
+from experiments.statistics import interval, named
+from support import command
+from support.files import make_folder, read_config, write_table, write_text
+
+TITLE = "Defences"
+TEXT = (
+    "Transformations of the input, and adversarial training. An *oblivious* attacker perturbs the image for the plain "
+    "detector, an *adaptive* one for the defended detector, with gradients through the transformation, or straight "
+    "through it where it rounds, averaged over the draws of a random one. Only what holds against the adaptive one is "
+    "a defence. Then, whether images can be told to be attacked without any training."
+)
+SCORES = {"votes": "share of votes", "peak": "heatmap peak", "shape": "shape", "sum": "sum of the three"}
+NAMES = {
+    "clean_mre_mm": "clean MRE (mm)",
+    "within_4mm_%": f"targeted within {SUCCESS_MM} mm (%)",
+    "stationary_within_4mm_%": f"stationary within {SUCCESS_MM} mm (%)",
+    "intended_%": "intended diagnosis changed (%)",
+}
+KEYS = ["detector", "epsilon", "steps", "defence", "attacker"]
+
+
+def publish(results, data, out):
+    """Write tables and charts to ``out``; return the section of the report."""
+    runs = [(describe(result), result) for result in results]
+    accuracy = [(labels, result) for labels, result in runs if labels["kind"] == "accuracy"]
+    attacks = [(labels, result) for labels, result in runs if labels["kind"] == "attack"]
+    diagnoses = [(labels, result) for labels, result in runs if labels["kind"] == "diagnosis"]
+    tables = {
+        "accuracy": concatenate(compute_accuracy(*run) for run in accuracy),
+        "attacks": concatenate(compute_attack(*run) for run in attacks),
+        "transfer": concatenate(compute_transfer(*run) for run in attacks),
+        "diagnoses": concatenate(compute_diagnoses(*run) for run in diagnoses),
+    }
+    tables["masking"] = compute_masking(tables["attacks"], tables["transfer"])
+    scores = concatenate(compute_scores(*run) for run in attacks if run[0]["detector"] == attacks[0][0]["detector"])
+    tables["detection"] = compute_detection(scores)
+    for name, table in tables.items():
+        if len(table):
+            write_table(out / f"defence_{name}.csv", table)
+    plot(tables["attacks"], out / "defence_attacks.png")
+    plot_roc(scores, out / "defence_roc.png")
+    return render(tables)
+
+
+def describe(result):
+    """The kind of a run, its detector, and the attack's epsilon and steps."""
+    config = read_config(result.folder / "config.json")
+    kind = "accuracy" if not config["attack"] else "diagnosis" if config.get("measure") else "attack"
+    labels = {"kind": kind, "detector": config["tag"], "epsilon": config["epsilon"], "steps": config["steps"]}
+    return labels | result.labels
+
+
+def concatenate(tables):
+    tables = [table for table in tables if len(table)]
+    return pd.concat(tables) if tables else pd.DataFrame()
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def compute_accuracy(labels, result):
+    """MRE and SDR on clean images behind each defence."""
+    file = result.folder / "defences_summary.csv"
+    if file.exists():
+        table = pd.read_csv(file)
+    else:
+        table = pd.read_csv(result.folder / "summary.csv").iloc[-1:].assign(defence="none")
+    shown = ["defence", "mre_mm", "median_mm", "sdr_2mm_%", "sdr_4mm_%"]
+    images = result.predictions()["image"].nunique()
+    return table[shown].assign(detector=labels["detector"], images=images)[["detector", "images", *shown]]
+
+
+def conditions(result):
+    """(defence, attacker, records joined with the clean ones) of an attack, those without a defence first."""
+    file = result.folder / "defences.csv"
+    if not file.exists():
+        yield "none", "adaptive", result.attacked()
+        return
+    table = read_records([file])
+    for (defence, attacker), rows in table.groupby(["defence", "attacker"], sort=False):
+        yield defence, attacker, join_clean(rows)
+
+
+def compute_attack(labels, result):
+    """Measures of each method under each condition."""
+    shown = ["images", "clean_mre_mm", "targeted", "targeted_mre_mm"]
+    shown += [f"{name}{end}" for name in ("within_4mm_%", "stationary_within_4mm_%") for end in ("", "_low", "_high")]
+    tables = []
+    for defence, attacker, rows in conditions(result):
+        key = dict(zip(KEYS, (*(labels[name] for name in KEYS[:3]), defence, attacker), strict=True))
+        tables.append(measure(rows, key)[[*KEYS, "method", *shown]])
+    return pd.concat(tables)
+
+
+def compute_transfer(labels, result):
+    """Success of the stored attacked images on other detectors."""
+    file = result.folder / "read_back.csv"
+    if not file.exists():
+        return pd.DataFrame()
+    table = read_records([file])
+    table = table[table["stored"] == "8-bit input"]
+    config = read_config(result.folder / "config.json")
+    rows = []
+    for (detector, method), found in table.groupby(["detector", "method"], sort=False):
+        if detector in (config.get("transfer") or []):
+            targeted = of_role(found, "targeted")
+            success = named("within_4mm_%", *rate(targeted, targeted["radial_error_mm"] <= SUCCESS_MM))
+            rows.append(
+                {"from": labels["detector"], "to": detector, "epsilon": labels["epsilon"], "method": method} | success
+            )
+    return pd.DataFrame(rows)
+
+
+def compute_diagnoses(labels, result):
+    """Percentage of patients whose diagnosis changes as intended under each condition."""
+    config = read_config(result.folder / "config.json")
+    to = None if config["to"] == "any" else config["to"]
+    tables = []
+    for defence, attacker, rows in conditions(result):
+        changed = changed_diagnoses(diagnose(rows), config["measure"], to)
+        for method, found in changed.groupby("method", sort=False):
+            found = found[found.index.get_level_values("iteration") == found.index.get_level_values("iteration").max()]
+            row = {"detector": labels["detector"], "measure": config["measure"], "epsilon": labels["epsilon"]}
+            row |= {"defence": defence, "attacker": attacker, "method": method, "images": len(found)}
+            values = 100.0 * found["intended"].to_numpy(float)
+            tables.append(pd.DataFrame([row | named("intended_%", *interval(values, np.mean))]))
+    return pd.concat(tables)
+
+
+def compute_masking(attacks, transfer):
+    """The usual checks for masked gradients, each with the two success rates that it compares."""
+    if not len(attacks):
+        return attacks
+    plain = attacks[attacks["defence"] == "none"]
+    rows = []
+
+    def compare(check, less, more, **labels):
+        values = {"less_%": less["within_4mm_%"], "more_%": more["within_4mm_%"]}
+        rows.append(
+            {"check": check, **labels, **values, "holds": "yes" if values["less_%"] <= values["more_%"] else "no"}
+        )
+
+    for (detector, method), group in plain.groupby(["detector", "method"], sort=False):
+        for changing, fixed in (("steps", "epsilon"), ("epsilon", "steps")):
+            for value, part in group.groupby(fixed, sort=False):
+                part = part.drop_duplicates(changing).sort_values(changing)
+                for (_, one), (_, other) in zip(part.iloc[:-1].iterrows(), part.iloc[1:].iterrows(), strict=True):
+                    text = f"{changing} {one[changing]:g} against {other[changing]:g}, {fixed} {value:g}"
+                    compare(text, one, other, detector=detector, method=method)
+    for _, random in plain[plain["method"] == "random-search"].iterrows():
+        same = plain[(plain["detector"] == random["detector"]) & (plain["epsilon"] == random["epsilon"])]
+        for _, other in same[same["method"] != "random-search"].drop_duplicates("method").iterrows():
+            text = (
+                f"random search of {random['steps']:g} against {other['steps']:g} steps, epsilon {random['epsilon']:g}"
+            )
+            compare(text, random, other, detector=random["detector"], method=other["method"])
+    for _, seen in transfer.iterrows():
+        same = plain[(plain["detector"] == seen["to"]) & (plain["epsilon"] == seen["epsilon"])]
+        for _, other in same[same["method"] == seen["method"]].drop_duplicates("method").iterrows():
+            text = f"transfer from {seen['from']} against white box, epsilon {seen['epsilon']:g}"
+            compare(text, seen, other, detector=seen["to"], method=seen["method"])
+    return pd.DataFrame(rows)
+
+
+# --- detection of attacks --------------------------------------------------------------------------------------------
+
+
+def compute_scores(labels, result):
+    """Scores of each image, clean and attacked; a higher one is more suspicious."""
+    records = result.predictions()
+    if "vote_share" not in records:
+        return pd.DataFrame()
+    keys = ["method", "iteration", "image"]
+    records = records.sort_values([*keys, "landmark"], kind="stable")
+    heads = records.drop_duplicates(keys)[[*keys, "mm_per_px0"]].reset_index(drop=True)
+    points = torch.tensor(records[["x_px0", "y_px0"]].to_numpy()).unflatten(0, (len(heads), -1))
+    share, peak = (records[name].to_numpy().reshape(len(heads), -1) for name in ("vote_share", "heatmap_peak"))
+    table = heads.assign(
+        votes=-np.log(share.clip(1e-3)).mean(1),
+        peak=-np.log(peak.clip(1e-3)).mean(1),
+        shape=shape_distance(points, torch.tensor(heads["mm_per_px0"].to_numpy())).numpy(),
+    )
+    table["attacked"] = table["iteration"] > 0
+    final = table["iteration"] == table.groupby("method")["iteration"].transform("max")
+    table = table[final | ~table["attacked"]]
+    clean = table[~table["attacked"]].drop_duplicates("image")
+    table["sum"] = sum((table[name] - clean[name].mean()) / clean[name].std() for name in ("votes", "peak", "shape"))
+    return table.assign(**{name: labels[name] for name in KEYS[:3]})
+
+
+def auc(pairs):
+    """Area under the ROC curve: how often an attacked image has a higher score than a clean one, of (images, 2)."""
+    clean, attacked = pairs.T
+    return ((attacked[:, None] > clean) + 0.5 * (attacked[:, None] == clean)).mean()
+
+
+def score_pairs(rows, score):
+    """A score of each image, clean and attacked: (images, 2)."""
+    return rows.pivot(index="image", columns="attacked", values=score).to_numpy()
+
+
+def compute_detection(scores):
+    """Area under the ROC curve in % of each score for each attack."""
+    rows = []
+    for key, found in scores.groupby([*KEYS[:3], "method"], sort=False) if len(scores) else ():
+        row = dict(zip([*KEYS[:3], "method"], key, strict=True)) | {"images": found["image"].nunique()}
+        for name in SCORES:
+            row |= named(f"{name}_auc_%", *(100 * v for v in interval(score_pairs(found, name), auc)))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+# --- charts and text -------------------------------------------------------------------------------------------------
+
+
+def plot(table, path):
+    """Success behind each defence, of both attackers, by method; the first detector's attack with most defences."""
+    if not len(table):
+        return
+    counts = table.groupby(KEYS[:3], sort=False)["defence"].nunique()
+    chosen = table.set_index(KEYS[:3]).loc[[counts.idxmax()]].reset_index()
+    methods, defences = chosen["method"].unique(), list(chosen["defence"].unique())
+    figure, axes = panels(len(methods), width=6.5)
+    for panel, method in zip(axes, methods, strict=True):
+        for i, attacker in enumerate(("oblivious", "adaptive")):
+            rows = chosen[(chosen["method"] == method) & (chosen["attacker"] == attacker)].set_index("defence")
+            rows = rows.reindex(defences)
+            places, width = grouped_places(len(defences), 2, i)
+            ends = [rows["within_4mm_%"] - rows["within_4mm_%_low"], rows["within_4mm_%_high"] - rows["within_4mm_%"]]
+            errors = np.nan_to_num(np.stack(ends)).clip(0)
+            panel.bar(places, rows["within_4mm_%"], width, yerr=errors, capsize=2, label=attacker)
+        panel.set_xticks(range(len(defences)), defences, fontsize=8)
+        panel.set(title=method, ylim=(0, 103), ylabel=f"targeted, within {SUCCESS_MM} mm of target (%)")
+        panel.grid(alpha=0.3, axis="y")
+    axes[0].legend()
+    save(figure, path)
+
+
+def plot_roc(scores, path):
+    """A ROC curve for each score, a panel for each attack."""
+    if not len(scores):
+        return
+    groups = list(scores.groupby(["detector", "epsilon", "method"], sort=False))
+    figure, axes = panels(len(groups), width=4.2, height=4.2)
+    for panel, ((detector, epsilon, method), rows) in zip(axes, groups, strict=True):
+        for name, label in SCORES.items():
+            clean, attacked = score_pairs(rows, name).T
+            limits = np.sort(np.concatenate([clean, attacked, [np.inf, -np.inf]]))[::-1]
+            places = [100 * (values >= limits[:, None]).mean(1) for values in (clean, attacked)]
+            panel.plot(*places, label=label)
+        panel.plot([0, 100], [0, 100], ":", color="tab:gray", linewidth=0.8)
+        panel.set(title=f"{method}, epsilon {epsilon:g}\n{detector}", xlabel="clean images flagged (%)", aspect="equal")
+        panel.set_ylabel("attacked images flagged (%)")
+        panel.grid(alpha=0.3)
+    axes[0].legend(fontsize=8, loc="lower right")
+    save(figure, path)
+
+
+def two_columns(table, value):
+    """A table with a column for each attacker, who is adaptive where there is no defence."""
+    value = NAMES[value]
+    table = fold_intervals(table).rename(columns=NAMES)
+    others = [name for name in ("stationary within 4 mm (%)", "clean MRE (mm)") if name in table]
+    keys = [name for name in table if name in (*KEYS, "method", "measure", "images") and name != "attacker"]
+    wide = table.pivot(index=keys, columns="attacker", values=value)
+    wide = wide.reindex(pd.MultiIndex.from_frame(table[keys].drop_duplicates()))
+    wide.columns = [f"{value}, {attacker}" for attacker in wide]
+    adaptive = table[table["attacker"] == "adaptive"].set_index(keys)[others]
+    return wide.join(adaptive).fillna("").reset_index()
+
+
+def render(tables):
+    text = ""
+    shown = {name: fold_intervals(table).rename(columns=NAMES) for name, table in tables.items() if len(table)}
+    for name, value in (("attacks", "within_4mm_%"), ("diagnoses", "intended_%")):
+        if name in shown:
+            shown[name] = two_columns(tables[name], value)
+    headings = {
+        "accuracy": "Accuracy on clean images:",
+        "attacks": "Attacks, 95 % intervals:\n\n![success behind each defence](defence_attacks.png)",
+        "masking": "Checks for masked gradients: the first of each pair should succeed at most as often as the second.",
+        "diagnoses": "Diagnoses:",
+        "detection": "Detecting attacks, area under the ROC curve (%, 50: chance):\n\n![ROC](defence_roc.png)",
+    }
+    for name, heading in headings.items():
+        if name in shown:
+            table = shown[name].rename(columns={f"{score}_auc_%": label for score, label in SCORES.items()})
+            text += f"\n{heading}\n\n{markdown(table)}"
+    return text
+
+
+# --- finished runs ---------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    parser = command.Parser("Tables and charts of finished runs that test defences.")
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="output folders of test.py")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
+    args = parser.parse_args(argv)
+    out = Path(args.out)
+    results = [Result({}, Path(folder)) for folder in args.folders]
+    for result in results:
+        describe(result)  # refuses what is no run
+    make_folder(out)
+    write_text(out / "defence.md", publish(results, None, out))
+    print(f"written to {out}/")
+
+
+if __name__ == "__main__":
+    command.run(main)
