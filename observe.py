@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
+import torch
 import torch.nn.functional as F
 from PIL import Image
 
@@ -76,6 +77,35 @@ class Observer:
             peak, share = (values.cpu().numpy().ravel() for values in self.confidence[iteration])
             tables.append(table.assign(heatmap_peak=peak, vote_share=share))
         return pd.concat(tables)
+
+
+def shown(model, image, adversarial, steps):
+    """What an attack would yield whose result is known: the clean image, and the attacked one as the last."""
+    for iteration, seen in ((0, image), (steps, adversarial)):
+        with torch.no_grad():
+            maps = model(seen)
+        yield iteration, seen, maps
+
+
+def observe_defended(defended, observer, adaptive):
+    """What a defended detector finds on clean and attacked images, in passes of their own.
+
+    Args:
+        defended: the detector, see ``defences.defend``.
+        observer: Observer of the attack on the detector without the defence.
+        adaptive: what the attack on the defended detector yields; empty for one that depends on no detector.
+
+    Yields:
+        (attacker, Observer): "oblivious", then "adaptive".
+    """
+    attacked = {"oblivious": observer.adversarial}
+    for _, adversarial, _ in adaptive:
+        attacked["adaptive"] = adversarial
+    for attacker, adversarial in attacked.items():
+        other = Observer(observer.image, observer.steps, observer.subpixel)
+        for found in shown(defended, observer.image, adversarial, observer.steps):
+            other.observe(*found)
+        yield attacker, other
 
 
 def record_points(data, batch, points_px0, targets_px0, method, iteration, norms):

@@ -60,7 +60,16 @@ from eval import (
     to_px0,
 )
 from model import MIN_SIZE, UNet, compile_network, freeze, load_weights, place
-from observe import Observer, find_in_memory, in_memory_file, observe, save_adversarial, stored_files
+from observe import (
+    Observer,
+    find_in_memory,
+    in_memory_file,
+    observe,
+    observe_defended,
+    save_adversarial,
+    shown,
+    stored_files,
+)
 from readers.tables import read_table
 from support import command, distributed
 from support.checkpoints import find_checkpoint, load_file, sha256, write_tensors
@@ -582,17 +591,14 @@ def attack(args, model, data, targets_px0, training, device, out):
             for name in args.defence:
                 defended = defend(model, name, int(generator(args.seed, ids[0]).integers(2**32)))
                 defended = grey_model(defended) if args.grey else defended
-                attacked = {"oblivious": observer.adversarial}
+                adaptive = ()
                 if runs[method] > 1:
-                    for _, adversarial, _ in run_attack(method, defended, image, targets[batch].to(device), **options):
-                        attacked["adaptive"] = adversarial
-                    bar.update(len(batch) * steps[method])
+                    adaptive = run_attack(method, defended, image, targets[batch].to(device), **options)
                 tables[name] = pd.concat(
-                    observe_defended(args, defended, observer, adversarial, data, batch, aims, method).assign(
-                        defence=name, attacker=attacker
-                    )
-                    for attacker, adversarial in attacked.items()
+                    seen.records(data, batch, aims, method).assign(defence=name, attacker=attacker)
+                    for attacker, seen in observe_defended(defended, observer, adaptive)
                 )
+                bar.update(len(batch) * steps[method] * (runs[method] > 1))
             for i in missing:
                 write_attacked(args, data, i, batch.index(i), observer, targets[i], method, tables, out)
     distributed.barrier()
@@ -604,12 +610,12 @@ def attack(args, model, data, targets_px0, training, device, out):
 def run_attack(method, victim, image, targets, epsilon, steps, **options):
     """What an attack yields, by its name, see ``attack.pgd``; targets (B, K, 2) px, nan for stationary landmarks.
 
-    ``options`` are those of Vote-PGD alone.
+    ``options``: restarts and seed.
     """
     with torch.no_grad():
         goal = make_goal(method, victim(image), targets)
-    options = options if method == "Vote-PGD" else {}
-    options |= {} if method in ONE_STEP else {"steps": steps}
+    taken = {"Vote-PGD": ("restarts", "seed"), "random-search": ("seed",)}.get(method, ())
+    options = {name: options[name] for name in taken} | ({} if method in ONE_STEP else {"steps": steps})
     return ATTACKS[method](victim, image, goal, epsilon, **options)
 
 
@@ -640,22 +646,6 @@ def training_batches(args, victim, data, targets_px0, device):
         for batch in in_batches(rng.permutation(len(data)).tolist(), args.batch_size):
             goal = vote_goal_at(places[batch].to(device), targeted[batch].to(device), size)
             yield to_input(data.images[batch], device)[:, :channels], goal
-
-
-def shown(victim, image, adversarial, steps):
-    """What an attack would yield whose result is known: the clean image, and the attacked one as the last."""
-    for iteration, seen in ((0, image), (steps, adversarial)):
-        with torch.no_grad():
-            maps = victim(seen)
-        yield iteration, seen, maps
-
-
-def observe_defended(args, defended, observer, adversarial, data, batch, targets_px0, method):
-    """Records of a defended detector on the clean images of an observer and on attacked ones."""
-    other = Observer(observer.image, observer.steps, args.subpixel)
-    for found in shown(defended, observer.image, adversarial, observer.steps):
-        other.observe(*found)
-    return other.records(data, batch, targets_px0, method)
 
 
 def progress_figure(records):

@@ -25,6 +25,7 @@ from defences import (
     shape_distance,
     shape_model,
 )
+from experiments.defences import auc, compute_masking
 from model import UNet, decode, encode, landmark_loss, place
 
 EXAMPLES = [example for *_, example in DEFENCES.values()]
@@ -283,3 +284,32 @@ def test_wrong_defences(text, message, trained, official, tmp_path, monkeypatch,
     monkeypatch.chdir(trained)
     result = run(*ATTACK, "--data", official, "--defence", text, "--rand", tmp_path / "out")
     assert_refused(result, message, tmp_path / "out")
+
+
+# --- the experiment --------------------------------------------------------------------------------------------------
+
+
+def test_area_under_the_curve_by_hand():
+    assert auc(np.array([[0, 1], [1, 2]])) == 3.5 / 4  # clean 0 and 1, attacked 1 and 2: one tie
+    assert auc(np.array([[0, 5], [1, 6]])) == 1 and auc(np.array([[5, 0], [6, 1]])) == 0
+
+
+def test_checks_for_masked_gradients_by_hand():
+    rows = [
+        ("plain", 8, 30, "Vote-PGD", 60),
+        ("robust", 8, 30, "Vote-PGD", 10),
+        ("robust", 8, 100, "Vote-PGD", 15),
+        ("robust", 16, 30, "Vote-PGD", 8),  # a larger epsilon that succeeds less
+        ("robust", 8, 30, "random-search", 1),
+    ]
+    attacks = pd.DataFrame(rows, columns=["detector", "epsilon", "steps", "method", "within_4mm_%"])
+    attacks = attacks.assign(defence="none", attacker="adaptive")
+    transfer = pd.DataFrame([{"from": "plain", "to": "robust", "epsilon": 8, "method": "Vote-PGD", "within_4mm_%": 4}])
+    table = compute_masking(attacks, transfer).set_index("check")
+    assert table["holds"].to_dict() == {
+        "steps 30 against 100, epsilon 8": "yes",
+        "epsilon 8 against 16, steps 30": "no",
+        "random search of 30 against 30 steps, epsilon 8": "yes",
+        "transfer from plain against white box, epsilon 8": "yes",
+    }
+    assert table["less_%"].tolist() == [10, 10, 1, 4] and table["more_%"].tolist() == [15, 8, 10, 10]
