@@ -13,7 +13,7 @@ lint: .venv/installed
 	.venv/bin/ruff format --check .
 
 demo: .venv/installed
-	.venv/bin/python reproduce.py --scale demo
+	.venv/bin/python reproduce.py --scale demo $(if $(ENCODER),--encoder-weights $(ENCODER))
 
 .venv/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv

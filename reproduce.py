@@ -2,7 +2,7 @@
 
     python reproduce.py --scale paper                       # as published; for GPUs
     python reproduce.py --scale cpu                         # a quarter of the size; two cores, a night
-    python reproduce.py --scale cpu-full                    # then at full size, on few images; two days
+    python reproduce.py --scale cpu-full                    # then at full size, on few images; another night
     python reproduce.py --scale quick --data phantoms       # to see that everything works
     python reproduce.py --scale demo                        # on phantoms that it draws; two cores, ten minutes
     python reproduce.py --scale cpu --only epsilon          # one experiment
@@ -259,6 +259,11 @@ def show_demo(plan):
         "\nIn the paper: 150 radiographs to train on and 250 to attack, 800 x 640 px, 230 epochs from ImageNet "
         "weights, 1 to 17 random targets about 70 mm away, epsilon 8, 300 iterations"
     )
+    if plan.encoder_weights == "none":
+        print(
+            "\nThis detector's encoder started from random weights, which makes it harder to attack; "
+            "--encoder-weights starts it from a pretrained VGG19"
+        )
     print("\nPictures: clean prediction, attacked prediction with targets, perturbation\n")
     print(*sorted((attacked.folder / "pictures").glob("*.png")), sep="\n")
 

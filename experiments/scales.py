@@ -297,7 +297,7 @@ def cpu(splits, ids):
 
 
 def cpu_full(splits, ids):
-    """800 x 640 px, coarse to fine from the detector of the scale cpu: two cores, two days."""
+    """800 x 640 px, coarse to fine from the detector of the scale cpu: two cores, another night."""
     attack = partial(test, "800x640", attack=BEST, epsilon=8, steps=100, limit=10, subpixel=True, batch_size=1)
     near, far = TARGETS["8 mm"], TARGETS["random"]
     shift = attack("attack/shift", {"description": "Displacements of 8 mm, epsilon 8"}, **near)
