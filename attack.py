@@ -39,7 +39,7 @@ RANDOM_Y = (250, 750)  # and of y
 
 
 def pgd(model, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentum=0.0, start=None, last_maps=True):
-    """Projected gradient descent in an L-infinity ball: gradient, step, project, clip. Every attack here calls it.
+    """Projected gradient descent in an L-infinity ball: gradient, step, project, clip, as in every attack here.
 
     Args:
         model: callable, image -> maps; freeze its weights, so that only the gradient of the image is computed.

@@ -5,7 +5,7 @@
 
 A defence that an attack overcomes which knows it is no defence (Athalye et al., "Obfuscated gradients give a false
 sense of security", arXiv 1802.00420), so every transformation has a gradient: its own or, where it rounds, that of the
-identity ("straight through"); one that is random is averaged over DRAWS draws.
+identity ("straight through"); an attack on a random one takes the mean of several draws.
 """
 
 import functools
@@ -23,7 +23,7 @@ from torchvision.transforms.functional import gaussian_blur
 from model import SUBPIXEL, offsets_at, pixel_positions, radius_of
 from support.errors import InputError
 
-DRAWS = 4  # of a random defence, for one gradient
+DRAWS = 4  # of a random defence, in each pass of an attack on it
 SHAPE = Path(__file__).parent / "assets" / "shape_model.json"
 MODEL_MM_PER_PX0 = 0.1  # of the shape model
 
@@ -52,7 +52,8 @@ def bits(image, number):
 
 def blur(image, sigma):
     """Gaussian blur of standard deviation sigma px."""
-    return gaussian_blur(image, 2 * max(1, round(3 * sigma)) + 1, sigma)
+    radius = min(max(1, round(3 * sigma)), min(image.shape[-2:]) - 1)
+    return gaussian_blur(image, 2 * radius + 1, sigma)
 
 
 def median(image, size):
@@ -71,8 +72,8 @@ def resize(image, scale):
 
 
 def noise(image, sigma, generator):
-    """Gaussian noise of standard deviation sigma grey levels of 255, drawn anew in every pass."""
-    drawn = torch.randn(image.shape, generator=generator)
+    """Gaussian noise of standard deviation sigma grey levels of 255, the same on all images of the batch."""
+    drawn = torch.randn(image.shape[1:], generator=generator)
     return (image + drawn.to(image) * sigma / 127.5).clamp(-1, 1)
 
 
@@ -110,16 +111,18 @@ def parse_defence(text):
     return transformation, parameter
 
 
-def defend(model, defence, seed=0):
+def defend(model, defence, seed=0, draws=1):
     """The model as a function of images that first pass through a defence.
 
     Args:
         model: callable, (B, 3, H, W) -> (B, 3, K, H, W).
         defence: see ``parse_defence``.
-        seed: of a random defence.
+        seed: of a random defence, whose draws are common to all images of a batch.
+        draws: of a random defence. 1, to judge: the same draw in every pass, so that results do not depend on how
+            images are batched. More, to attack: the mean of the maps over so many, which are new in every pass.
 
     Returns:
-        a callable like ``model``. With gradients, a random defence returns the mean of the maps over DRAWS draws.
+        a callable like ``model``.
     """
     transformation, parameter = parse_defence(defence)
     if transformation is not noise:
@@ -127,8 +130,9 @@ def defend(model, defence, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def defended(image):
-        draws = DRAWS if image.requires_grad else 1
-        maps = model(noise(image.repeat(draws, 1, 1, 1), parameter, generator))
+        if draws == 1:
+            generator.manual_seed(seed)
+        maps = model(torch.cat([noise(image, parameter, generator) for _ in range(draws)]))
         return maps.unflatten(0, (draws, len(image))).mean(0)
 
     return defended

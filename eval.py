@@ -20,7 +20,7 @@ from support.errors import InputError
 SDR_MM = (2, 2.5, 3, 4)
 SUCCESS_MM = 4  # the radial error up to which the paper counts an attack on a landmark as successful
 MAY_BE_MISSING = ("true_x_px0", "true_y_px0", "radial_error_mm", "target_x_px0", "target_y_px0")
-MAY_BE_MISSING += ("largest_change",)
+MAY_BE_MISSING += ("largest_change", "heatmap_peak", "vote_share")  # the last two in records of older versions
 TEXT = {"image": str, "detector": str}  # columns that may look like numbers
 ROLES = ("targeted", "stationary", "untargeted")  # of a landmark in an attack
 

@@ -93,7 +93,7 @@ def observe_defended(defended, observer, adaptive):
     Args:
         defended: the detector, see ``defences.defend``.
         observer: Observer of the attack on the detector without the defence.
-        adaptive: what the attack on the defended detector yields; empty for one that depends on no detector.
+        adaptive: what the attack on the defended detector yields; empty for one that is made without it.
 
     Yields:
         (attacker, Observer): "oblivious", then "adaptive".
@@ -228,7 +228,7 @@ def observe(detectors, folder, batch_size, device, subpixel=False):
                 points = to_px0(predict(model, images, batch_size, device, subpixel), data, batch).numpy()
                 table = record_points(data, batch, points, targets, method, iteration, norms)
                 tables.append(table.assign(detector=name, stored=f"{FORMATS[suffix][0]} {size}"))
-    return pd.concat(tables).drop(columns=["heatmap_peak", "vote_share"], errors="ignore")
+    return pd.concat(tables).drop(columns=["heatmap_peak", "vote_share", "clean_peak"], errors="ignore")
 
 
 def stored_forms(folder, method, ids):

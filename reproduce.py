@@ -57,7 +57,7 @@ def parse_arguments():
     parser.add_argument(
         "--encoder-weights",
         metavar="SOURCE",
-        help="what training starts from, see train.py (default: imagenet; none for quick and demo)",
+        help="what training starts from, see train.py (default: imagenet; none for demo)",
     )
     parser.add_argument("--name", type=command.tag, help="of results/NAME/ and runs/NAME-... (default: the scale)")
     parser.add_argument("--device", default="auto", help="auto (cuda if available), cpu, cuda, cuda:1, ...")
@@ -68,6 +68,8 @@ def parse_arguments():
     )
     args = parser.parse_args()
     args.name = args.name or args.scale
+    if args.scale == "quick" and args.encoder_weights:
+        parser.error("--scale quick: starts from random weights; omit --encoder-weights")
     args.encoder_weights = args.encoder_weights or ("none" if args.scale in ("quick", "demo") else "imagenet")
     if args.scale == "demo":
         if args.data != parser.get_default("data"):

@@ -40,7 +40,7 @@ from attack import (
     vote_goal_at,
 )
 from dataset import LANDMARKS, SPLITS, Cephalograms, in_batches, read_targets, rescale, to_input
-from defences import DEFENCES, defend, parse_defence
+from defences import DEFENCES, DRAWS, defend, parse_defence
 from diagnosis import NAMES, least_movement, reachable_classes
 from eval import (
     SUCCESS_MM,
@@ -221,7 +221,10 @@ def parse_arguments(parser, argv):
     if len({args.tag, *(args.transfer or ())}) <= len(args.transfer or ()):
         parser.error("--transfer: name each run once, and not that of --tag")
     if args.restarts > 1 and "Vote-PGD" not in (args.attack or ()):
-        parser.error("--restarts: needs --attack Vote-PGD; the other attacks have no random start")
+        parser.error("--restarts: needs --attack Vote-PGD")
+    args.defence = list(dict.fromkeys(args.defence))
+    if args.defence and args.image and not args.attack:
+        parser.error("--defence: needs an --attack where no accuracy can be measured")
     if args.pictures is None:
         args.pictures = len(args.image) if args.image else 4
     if args.attack and args.adversarial:
@@ -270,7 +273,7 @@ def main(argv=None):
         model = compile_network(model, to_input(data.images[: args.batch_size], device))
     detectors = [
         (args.tag, model, data),
-        *((f"{args.tag}, {name}", defend(model, name), data) for name in args.defence),
+        *((f"{args.tag}, {name}", defend(model, name, args.seed), data) for name in args.defence),
     ]
     observe_stored = partial(
         observe, [*detectors, *others], batch_size=args.batch_size, device=device, subpixel=args.subpixel
@@ -499,6 +502,9 @@ def test(args, model, data, device, out):
 def test_defended(args, model, data, device, out):
     """The accuracy behind each defence: defences_summary.csv."""
     rows = {}
+    file = out / "defences_summary.csv"
+    if distributed.broadcast(file.exists() and {*args.defence} <= {*pd.read_csv(file)["defence"]}):
+        return
     for name in (None, *args.defence):
         detector = model if name is None else defend(model, name, args.seed)
         errors = radial_errors(predict(detector, data.images, args.batch_size, device, args.subpixel), data)
@@ -506,7 +512,7 @@ def test_defended(args, model, data, device, out):
     with distributed.guard():  # publish
         if is_main():
             summary = pd.DataFrame(rows).T.rename_axis("defence").reset_index()
-            write_table(out / "defences_summary.csv", summary)
+            write_table(file, summary)
             print(f"\n{summary.to_string(index=False, float_format='%.2f')}")
 
 
@@ -589,14 +595,15 @@ def attack(args, model, data, targets_px0, training, device, out):
             bar.set_postfix(progress_figure(records))
             tables = {None: records}
             for name in args.defence:
-                defended = defend(model, name, int(generator(args.seed, ids[0]).integers(2**32)))
-                defended = grey_model(defended) if args.grey else defended
+                judged, attacked = defend(model, name, args.seed), defend(model, name, args.seed + 1, DRAWS)
+                if args.grey:
+                    judged, attacked = grey_model(judged), grey_model(attacked)
                 adaptive = ()
                 if runs[method] > 1:
-                    adaptive = run_attack(method, defended, image, targets[batch].to(device), **options)
+                    adaptive = run_attack(method, attacked, image, targets[batch].to(device), **options)
                 tables[name] = pd.concat(
                     seen.records(data, batch, aims, method).assign(defence=name, attacker=attacker)
-                    for attacker, seen in observe_defended(defended, observer, adaptive)
+                    for attacker, seen in observe_defended(judged, observer, adaptive)
                 )
                 bar.update(len(batch) * steps[method] * (runs[method] > 1))
             for i in missing:
@@ -711,26 +718,12 @@ def report_defended(args, data, steps, undefended, out):
     table = pd.concat([ends.assign(defence="none", attacker="adaptive"), table])
     write_table(out / "defences.csv", table)
     summary = summarize_attack(table, by=["defence", "attacker", "iteration"])
-    if args.measure:
-        summary = summary.merge(defended_diagnoses(args, table))
     write_table(out / "defences_summary.csv", summary)
     reached = summary[(summary["iteration"] > 0) & (summary["role"] == summary["role"].iloc[0])]
     reached = reached.pivot(index=["defence", "attacker"], columns="method", values="within_4mm_%")
     print(
         f"\nWithin {SUCCESS_MM} mm (%), {summary['role'].iloc[0]} landmarks\n\n{reached.to_string(float_format='%.1f')}"
     )
-
-
-def defended_diagnoses(args, table):
-    """Percentage of patients whose class by --measure changes as intended, for each defence and attacker."""
-    to = None if args.to == "any" else args.to
-    groups = table.groupby(["defence", "attacker"], sort=False)
-    parts = {key: summarize_changes(changed_diagnoses(diagnose(rows), args.measure, to)) for key, rows in groups}
-    changes = pd.concat(parts, names=["defence", "attacker"]).reset_index(["defence", "attacker"])
-    changes = changes[changes["measure"].isin(["intended", "only intended"])]
-    keys = ["defence", "attacker", "method", "iteration"]
-    wide = changes.pivot(index=keys, columns="measure", values="changed_%").reset_index()
-    return wide.rename(columns={"intended": "intended_%", "only intended": "only_intended_%"})
 
 
 def warn_of_weak_goals(table):

@@ -398,6 +398,9 @@ def load_state(state, path):
         content = load_file(path)
         state.model.load_state_dict(content["model"])
         state.optimizer.load_state_dict(content["optimizer"])
+        for weight, moments in state.optimizer.state.items():  # they may come from another memory layout
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = torch.empty_like(weight, requires_grad=False).copy_(moments[name])
         for name in ("epoch", "step", "terms", "seconds", "rows"):
             setattr(state, name, content[name])
     except Exception as error:  # of many types, see load_file

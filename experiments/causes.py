@@ -12,9 +12,9 @@ from support.files import write_table
 TITLE = "What makes the attack weak or strong"
 TEXT = (
     "Displacements of 8 mm on detectors, or with perturbations, that differ in one property; the answers to a question "
-    "are compared on the images, and at the last iteration, that all of them have. Detectors of different input size "
-    "also differ in their training: a larger one starts from the weights of a smaller one. The detector's MRE is that "
-    "on the clean images of the attack."
+    "are compared on the images, and at the last iteration, that all of them have. A detector that starts from the "
+    "weights of one of another size differs in its training too. The detector's MRE is that on the clean images of the "
+    "attack."
 )
 
 

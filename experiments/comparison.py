@@ -8,9 +8,9 @@ from experiments.measures import last, of_role, render_differences
 from experiments.statistics import differences, summarize_with_confidence
 from support.files import atomic, write_table
 
-TITLE = "I-FGSM against ATI-FGSM"
+TITLE = "The attacks compared"
 TEXT = (
-    "Both methods on the same images and targets. Errors of targeted landmarks are distances from the target, those of "
+    "All methods on the same images and targets. Errors of targeted landmarks are distances from the target, those of "
     "stationary landmarks from the truth."
 )
 MEASURES = {

@@ -5,6 +5,7 @@
 writes the tables and charts that reproduce.py makes of its own runs, and their text, defence.md.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from experiments.markdown import fold_intervals, markdown
 from experiments.measures import Result, join_clean, measure, of_role, rate
 from experiments.statistics import interval, named
 from support import command
+from support.errors import InputError
 from support.files import make_folder, read_config, write_table, write_text
 
 TITLE = "Defences"
@@ -61,8 +63,14 @@ def publish(results, data, out):
 
 
 def describe(result):
-    """The kind of a run, its detector, and the attack's epsilon and steps."""
+    """The kind of a run, its detector, and the attack's epsilon and steps.
+
+    Raises:
+        InputError: not a run of test.py.
+    """
     config = read_config(result.folder / "config.json")
+    if "attack" not in config:
+        raise InputError(f"{result.folder}: not results of test.py")
     kind = "accuracy" if not config["attack"] else "diagnosis" if config.get("measure") else "attack"
     labels = {"kind": kind, "detector": config["tag"], "epsilon": config["epsilon"], "steps": config["steps"]}
     return labels | result.labels
@@ -117,25 +125,32 @@ def compute_transfer(labels, result):
         return pd.DataFrame()
     table = read_records([file])
     table = table[table["stored"] == "8-bit input"]
-    config = read_config(result.folder / "config.json")
+    own = labels["detector"]  # the others with a comma are itself behind a defence
     rows = []
     for (detector, method), found in table.groupby(["detector", "method"], sort=False):
-        if detector in (config.get("transfer") or []):
+        if detector != own and not detector.startswith(f"{own}, "):
             targeted = of_role(found, "targeted")
             success = named("within_4mm_%", *rate(targeted, targeted["radial_error_mm"] <= SUCCESS_MM))
-            rows.append(
-                {"from": labels["detector"], "to": detector, "epsilon": labels["epsilon"], "method": method} | success
-            )
+            rows.append({"from": own, "to": detector, "epsilon": labels["epsilon"], "method": method} | success)
     return pd.DataFrame(rows)
 
 
 def compute_diagnoses(labels, result):
-    """Percentage of patients whose diagnosis changes as intended under each condition."""
+    """Percentage of patients whose diagnosis changes as intended under each condition.
+
+    Patients count whose class before the attack is the same with the defence as without: the targets come from the
+    latter.
+    """
     config = read_config(result.folder / "config.json")
     to = None if config["to"] == "any" else config["to"]
-    tables = []
+    tables, before = [], None
     for defence, attacker, rows in conditions(result):
-        changed = changed_diagnoses(diagnose(rows), config["measure"], to)
+        table = diagnose(rows)
+        clean = table[(table["iteration"] == 0) & (table["measure"] == config["measure"])].drop_duplicates("image")
+        clean = clean.set_index("image")["class"]
+        before = clean if before is None else before
+        same = clean.index[clean == before.reindex(clean.index)]
+        changed = changed_diagnoses(table[table["image"].isin(same)], config["measure"], to)
         for method, found in changed.groupby("method", sort=False):
             found = found[found.index.get_level_values("iteration") == found.index.get_level_values("iteration").max()]
             row = {"detector": labels["detector"], "measure": config["measure"], "epsilon": labels["epsilon"]}
@@ -146,37 +161,45 @@ def compute_diagnoses(labels, result):
 
 
 def compute_masking(attacks, transfer):
-    """The usual checks for masked gradients, each with the two success rates that it compares."""
+    """The usual checks for masked gradients, each with the two success rates that it compares.
+
+    ``holds``: "yes" where the first rate is at most the second, "within intervals" where it is not but their intervals
+    overlap, else "no".
+    """
     if not len(attacks):
         return attacks
-    plain = attacks[attacks["defence"] == "none"]
     rows = []
 
-    def compare(check, less, more, **labels):
-        values = {"less_%": less["within_4mm_%"], "more_%": more["within_4mm_%"]}
-        rows.append(
-            {"check": check, **labels, **values, "holds": "yes" if values["less_%"] <= values["more_%"] else "no"}
-        )
+    def compare(check, one, other, detector, method):
+        row = {"check": check, "detector": detector, "method": method}
+        for side, rates in (("first", one), ("second", other)):
+            row |= named(f"{side}_%", *(rates[f"within_4mm_%{end}"] for end in ("", "_low", "_high")))
+        overlap = "within intervals" if row["first_%_low"] <= row["second_%_high"] else "no"
+        rows.append(row | {"holds": "yes" if row["first_%"] <= row["second_%"] else overlap})
 
+    plain = attacks[attacks["defence"] == "none"]
     for (detector, method), group in plain.groupby(["detector", "method"], sort=False):
         for changing, fixed in (("steps", "epsilon"), ("epsilon", "steps")):
             for value, part in group.groupby(fixed, sort=False):
                 part = part.drop_duplicates(changing).sort_values(changing)
-                for (_, one), (_, other) in zip(part.iloc[:-1].iterrows(), part.iloc[1:].iterrows(), strict=True):
-                    text = f"{changing} {one[changing]:g} against {other[changing]:g}, {fixed} {value:g}"
-                    compare(text, one, other, detector=detector, method=method)
-    for _, random in plain[plain["method"] == "random-search"].iterrows():
-        same = plain[(plain["detector"] == random["detector"]) & (plain["epsilon"] == random["epsilon"])]
+                for (_, one), (_, other) in pairwise(part.iterrows()):
+                    check = f"{changing} {one[changing]:g} against {other[changing]:g}, {fixed} {value:g}"
+                    compare(check, one, other, detector, method)
+    for _, one in plain[plain["method"] == "random-search"].iterrows():
+        same = plain[(plain["detector"] == one["detector"]) & (plain["epsilon"] == one["epsilon"])]
         for _, other in same[same["method"] != "random-search"].drop_duplicates("method").iterrows():
-            text = (
-                f"random search of {random['steps']:g} against {other['steps']:g} steps, epsilon {random['epsilon']:g}"
-            )
-            compare(text, random, other, detector=random["detector"], method=other["method"])
-    for _, seen in transfer.iterrows():
-        same = plain[(plain["detector"] == seen["to"]) & (plain["epsilon"] == seen["epsilon"])]
-        for _, other in same[same["method"] == seen["method"]].drop_duplicates("method").iterrows():
-            text = f"transfer from {seen['from']} against white box, epsilon {seen['epsilon']:g}"
-            compare(text, seen, other, detector=seen["to"], method=seen["method"])
+            check = f"random search of {one['steps']:g} against {other['steps']:g} steps, epsilon {one['epsilon']:g}"
+            compare(check, one, other, one["detector"], other["method"])
+    for _, one in transfer.iterrows():
+        same = plain[(plain["detector"] == one["to"]) & (plain["epsilon"] == one["epsilon"])]
+        for _, other in same[same["method"] == one["method"]].drop_duplicates("method").iterrows():
+            check = f"transfer from {one['from']} against white box, epsilon {one['epsilon']:g}"
+            compare(check, one, other, one["to"], one["method"])
+    for key, group in attacks.groupby([*KEYS[:4], "method"], sort=False):
+        group = group.set_index("attacker")
+        if len(group) == 2:
+            one, other = group.loc["oblivious"], group.loc["adaptive"]
+            compare(f"oblivious against adaptive, {key[3]}, epsilon {key[1]:g}", one, other, key[0], key[4])
     return pd.DataFrame(rows)
 
 
@@ -186,7 +209,7 @@ def compute_masking(attacks, transfer):
 def compute_scores(labels, result):
     """Scores of each image, clean and attacked; a higher one is more suspicious."""
     records = result.predictions()
-    if "vote_share" not in records:
+    if "vote_share" not in records or records["vote_share"].isna().any():  # of an older version
         return pd.DataFrame()
     keys = ["method", "iteration", "image"]
     records = records.sort_values([*keys, "landmark"], kind="stable")
@@ -258,16 +281,20 @@ def plot_roc(scores, path):
     """A ROC curve for each score, a panel for each attack."""
     if not len(scores):
         return
-    groups = list(scores.groupby(["detector", "epsilon", "method"], sort=False))
+    groups = list(scores.groupby([*KEYS[:3], "method"], sort=False))
     figure, axes = panels(len(groups), width=4.2, height=4.2)
-    for panel, ((detector, epsilon, method), rows) in zip(axes, groups, strict=True):
+    for panel, ((detector, epsilon, steps, method), rows) in zip(axes, groups, strict=True):
         for name, label in SCORES.items():
             clean, attacked = score_pairs(rows, name).T
             limits = np.sort(np.concatenate([clean, attacked, [np.inf, -np.inf]]))[::-1]
             places = [100 * (values >= limits[:, None]).mean(1) for values in (clean, attacked)]
             panel.plot(*places, label=label)
         panel.plot([0, 100], [0, 100], ":", color="tab:gray", linewidth=0.8)
-        panel.set(title=f"{method}, epsilon {epsilon:g}\n{detector}", xlabel="clean images flagged (%)", aspect="equal")
+        panel.set(
+            title=f"{method}, epsilon {epsilon:g}, {steps} steps\n{detector}",
+            xlabel="clean images flagged (%)",
+            aspect="equal",
+        )
         panel.set_ylabel("attacked images flagged (%)")
         panel.grid(alpha=0.3)
     axes[0].legend(fontsize=8, loc="lower right")
@@ -317,8 +344,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out = Path(args.out)
     results = [Result({}, Path(folder)) for folder in args.folders]
+    seen = {}
     for result in results:
-        describe(result)  # refuses what is no run
+        described = str(describe(result) | {"attack": read_config(result.folder / "config.json")["attack"]})
+        if described in seen:
+            raise InputError(f"{result.folder}: the same kind of run as {seen[described]}; give one of them")
+        seen[described] = result.folder
     make_folder(out)
     write_text(out / "defence.md", publish(results, None, out))
     print(f"written to {out}/")

@@ -209,10 +209,10 @@ def paper(splits, ids):
         "causes": [
             train("400x320", size=(400, 320)),
             train("200x160", size=(200, 160)),
-            train("batch-norm", size=(800, 640), encoder_batch_norm=True),
             train("random-encoder", size=(800, 640), encoder_weights="none"),
+            train("batch-norm", size=(800, 640), encoder_weights="none", encoder_batch_norm=True),
             vary("encoder's initial weights", "random", "random-encoder"),
-            reuse(shift, "encoder's initial weights", "pretrained"),
+            reuse(shift, "encoder's initial weights", "as given"),
             vary("epochs of training", "10", "800x640", iteration=9),
             vary("epochs of training", "60", "800x640", iteration=59),
             reuse(shift, "epochs of training", "230"),
@@ -221,8 +221,8 @@ def paper(splits, ids):
             reuse(shift, "input size (px)", "800 x 640"),
             reuse(shift, "statistics of batch norm", "of the training"),
             vary("statistics of batch norm", "of the image", "800x640", batch_statistics=True),
-            reuse(shift, "batch norm in the encoder", "no"),
-            vary("batch norm in the encoder", "yes", "batch-norm"),
+            vary("batch norm in the encoder, from random weights", "no", "random-encoder"),
+            vary("batch norm in the encoder, from random weights", "yes", "batch-norm"),
             vary("channels of the perturbation", "one", "800x640", grey=True),
             reuse(shift, "channels of the perturbation", "three"),
         ],
@@ -267,7 +267,7 @@ def cpu(splits, ids):
         "causes": [
             train("random-encoder", size=(200, 160), encoder_weights="none", epochs=60, checkpoint_every=10),
             vary("encoder's initial weights", "random", "random-encoder"),
-            vary("encoder's initial weights", "pretrained", "200x160", iteration=59),
+            vary("encoder's initial weights", "as given", "200x160", iteration=59),
             vary("epochs of training", "10", "200x160", iteration=9),
             vary("epochs of training", "60", "200x160", iteration=59),
             reuse(shift, "epochs of training", "230"),
@@ -329,7 +329,7 @@ def quick(splits, ids):
     random = comparison("attack/random", {"description": "Random targets, epsilon 128"}, **far, epsilon=128)
     epsilons = dict.fromkeys(TARGETS, (2, 8)) | {"random": (8, 32, 128)}
     vary = partial(variant, {"attack": PAPER, **near, "epsilon": 16, "steps": 30, "limit": 4, "subpixel": True})
-    coarse, fine = {"size": (50, 40)}, {"size": (100, 80)}
+    coarse, fine = ({"size": size, "encoder_weights": "none"} for size in ((50, 40), (100, 80)))
     experiments = {
         "detection": [
             train("50x40", **coarse, **SMALL, epochs=16, checkpoint_every=16),

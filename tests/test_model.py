@@ -8,6 +8,7 @@ import torchvision
 from conftest import spread
 from torch import nn
 
+import train
 from container import Sequential
 from model import (
     UNet,
@@ -20,6 +21,7 @@ from model import (
     loss_terms,
     place,
 )
+from support.checkpoints import write_tensors
 from support.errors import InputError
 
 
@@ -355,3 +357,25 @@ def test_an_empty_mask_costs_nothing():
     goal = encode(torch.tensor([[[-50.0, 10.0]]]), (32, 32))
     assert not spread(goal)[1].any() and goal.heatmap.max() == 0
     assert loss_terms(torch.ones(1, 3, 1, 32, 32), goal)[1:].tolist() == [[[0]], [[0]]]
+
+
+def test_a_resumed_optimizer_has_the_layout_of_its_weights(tmp_path):
+    """A training may go on on another device, where the weights lie differently in memory."""
+    goal, image = encode(torch.full((1, 1, 2), 20.0), (48, 40)), torch.rand(1, 3, 48, 40) * 2 - 1
+
+    def new_state(layout):
+        torch.manual_seed(0)
+        model = place(UNet(1), "cpu", training=True).to(memory_format=layout)
+        return train.State(model, torch.optim.Adam(model.parameters(), fused=True))
+
+    def step(state):
+        train.train_step(state.model, state.optimizer, image, goal, 1)
+        return torch.cat([weight.detach().flatten() for weight in state.model.parameters()])
+
+    first, other = new_state(torch.channels_last), new_state(torch.contiguous_format)
+    step(first)
+    content = {name: getattr(first, name) for name in ("epoch", "step", "terms", "seconds", "rows")}
+    content |= {"model": first.model.state_dict(), "optimizer": first.optimizer.state_dict()}
+    write_tensors(tmp_path / "resume.pth", content)
+    train.load_state(other, tmp_path / "resume.pth")
+    assert (step(first) - step(other)).abs().mean() < 1e-5  # a step is of 1e-3
