@@ -111,7 +111,7 @@ def defence(text):
 
 def class_or_any(text):
     """A value of --to."""
-    return text if text == "any" else natural_int(text)
+    return None if text == "any" else natural_int(text)
 
 
 def make_parser():
@@ -177,7 +177,7 @@ def add_attack_arguments(parser):
     )
     parser.add_argument("--measure", choices=NAMES, help="whose class is to change, see docs/diagnoses.md")
     parser.add_argument(
-        "--to", type=class_or_any, default="any", metavar="CLASS", help="the class that it should become, or any"
+        "--to", type=class_or_any, metavar="CLASS", help="the class that it should become (default: any other)"
     )
     parser.add_argument(
         "--shift-count", type=positive_int, default=5, metavar="N", help="landmarks that shift and common target"
@@ -209,11 +209,11 @@ def parse_arguments(parser, argv):
         parser.error(f"--attack {UNIVERSAL}: needs --targets common, and --data to train on")
     if (args.measure is not None) != (args.targets == "diagnosis"):
         parser.error("--measure and --targets diagnosis: neither works without the other")
-    if args.measure is None and args.to != "any":
+    if args.measure is None and args.to is not None:
         parser.error("--to: needs --targets diagnosis")
     if args.measure and not args.attack:
         parser.error("--measure: needs an --attack")
-    if args.measure and args.to not in ("any", *(reachable := reachable_classes(args.measure))):
+    if args.measure and args.to not in (None, *(reachable := reachable_classes(args.measure))):
         known = ", ".join(f"{number} ({meaning})" for number, meaning in reachable.items())
         parser.error(f"--to {args.to}: {args.measure} can be moved to class {known}, or any")
     if args.transfer and not (args.save_adversarial or args.adversarial):
@@ -345,7 +345,6 @@ def make_targets(args, model, data, device, stored):
 
 def diagnosis_targets(clean, data, measure, to):
     """Ids and targets of the patients whose class by a measure can be changed; ``clean`` (N, K, 2) px0 are found."""
-    to = None if to == "any" else to
     targets = least_movement(clean, data.mm_per_px0, NAMES.index(measure), to).round(decimals=4)  # as stored
     outside = (targets < 0) | (targets > data.sizes.flip(-1)[:, None] - 1)
     possible = ~targets.isnan().all(-1).all(-1) & ~outside.any(-1).any(-1)
@@ -692,7 +691,7 @@ def report_attack(args, data, methods, steps, out):
     print(summary.to_string(index=False, float_format="%.2f"))
     warn_of_weak_goals(table)
     diagnoses = diagnose(table)
-    changes = summarize_changes(changed_diagnoses(diagnoses, args.measure, None if args.to == "any" else args.to))
+    changes = summarize_changes(changed_diagnoses(diagnoses, args.measure, args.to))
     write_table(out / "measures.csv", diagnoses)
     write_table(out / "diagnoses.csv", changes)
     final = changes[changes["iteration"] == changes["method"].map(steps)]

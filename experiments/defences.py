@@ -142,7 +142,6 @@ def compute_diagnoses(labels, result):
     latter.
     """
     config = read_config(result.folder / "config.json")
-    to = None if config["to"] == "any" else config["to"]
     tables, before = [], None
     for defence, attacker, rows in conditions(result):
         table = diagnose(rows)
@@ -150,7 +149,7 @@ def compute_diagnoses(labels, result):
         clean = clean.set_index("image")["class"]
         before = clean if before is None else before
         same = clean.index[clean == before.reindex(clean.index)]
-        changed = changed_diagnoses(table[table["image"].isin(same)], config["measure"], to)
+        changed = changed_diagnoses(table[table["image"].isin(same)], config["measure"], config["to"])
         for method, found in changed.groupby("method", sort=False):
             found = found[found.index.get_level_values("iteration") == found.index.get_level_values("iteration").max()]
             row = {"detector": labels["detector"], "measure": config["measure"], "epsilon": labels["epsilon"]}

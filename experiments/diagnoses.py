@@ -332,8 +332,7 @@ def main(argv=None):
             raise InputError(
                 f"{folder}: not an attack on a diagnosis; give output folders of test.py --targets diagnosis"
             )
-        to = None if config["to"] == "any" else config["to"]
-        results.append(Result({"measure": config["measure"], "epsilon": config["epsilon"], "to": to}, folder))
+        results.append(Result({name: config[name] for name in ("measure", "epsilon", "to")}, folder))
     make_folder(out)
     write_text(out / "diagnosis.md", publish(results, args.data, out))
     print(f"written to {out}/")
