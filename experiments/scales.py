@@ -11,6 +11,7 @@ from typing import NamedTuple
 from diagnosis import NAMES
 
 WORD = "MICCAI"
+INPUT_DEFENCES = "jpeg:75", "blur:1", "bits:4", "median:3", "resize:0.5", "noise:4"
 LETTERS = Path(__file__).parent / "letters"  # <letter>.csv: targets
 
 
@@ -125,7 +126,7 @@ def sweep_diagnosis(attack, epsilons, measures=NAMES, suffix=""):
     ]
 
 
-def sweep_defence(attack, training, splits, epsilons, more_steps, measure="ANB"):
+def sweep_defence(attack, training, splits, epsilons, more_steps, measure="ANB", inputs=INPUT_DEFENCES):
     """Input defences and adversarial training, and the checks for masked gradients.
 
     ``attack`` has its number of steps and images; ``training`` are the options of the adversarial one.
@@ -133,20 +134,20 @@ def sweep_defence(attack, training, splits, epsilons, more_steps, measure="ANB")
     plain, robust = attack.args[0], f"{attack.args[0]}-adversarial"
     near = {**TARGETS["8 mm"], "subpixel": True}
     methods = "ATI-FGSM", "Vote-PGD"
-    defended = partial(attack, attack=methods, **near, epsilon=8, defence=INPUT_DEFENCES)
+    defended = partial(attack, attack=methods, **near, epsilon=8, defence=inputs)
     harden = partial(test, robust, **attack.keywords, **near)
     diagnosis = {"targets": "diagnosis", "measure": measure, "epsilon": 4, "steps": 10, "subpixel": True}
     accuracy = {"split": splits[0], "subpixel": True}
     return [
         train(robust, adversarial=True, **training),
-        test(plain, "defence/accuracy", {}, **accuracy, defence=INPUT_DEFENCES),
+        test(plain, "defence/accuracy", {}, **accuracy, defence=inputs),
         test(robust, "defence/accuracy", {}, **accuracy),
         defended("defence/input", {}, save_adversarial=True, transfer=Tags(robust)),
         attack("defence/evasive", {}, **near, epsilon=8, attack="evasive-Vote-PGD"),
         *(harden(f"defence/{epsilon:g}", {}, attack=methods, epsilon=epsilon) for epsilon in epsilons),
         harden("defence/more_steps", {}, attack=methods, epsilon=8, **more_steps),
         harden("defence/random_search", {}, attack="random-search", epsilon=8),
-        test(plain, "defence/diagnosis", {}, attack="Vote-PGD", **diagnosis, limit=30, defence=INPUT_DEFENCES),
+        test(plain, "defence/diagnosis", {}, attack="Vote-PGD", **diagnosis, limit=30, defence=inputs),
         test(robust, "defence/diagnosis", {}, attack="Vote-PGD", **diagnosis, limit=30),
     ]
 
@@ -184,7 +185,6 @@ ALL = *BEST, "noise"
 TARGETS = {"random": {"targets": "random"}}
 TARGETS |= {f"{mm} mm": {"targets": "shift", "shift_mm": mm} for mm in (2, 4, 8, 16)}
 EPSILONS = 0.5, 1, 2, 4, 8  # the paper's
-INPUT_DEFENCES = "jpeg:75", "blur:1", "bits:4", "median:3", "resize:0.5", "noise:4"
 SMALL = {"batch_size": 4, "schedule": "cosine"}
 
 

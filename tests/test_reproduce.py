@@ -60,7 +60,13 @@ def tiny(splits, ids):
             partial(attack, attack=("ATI-FGSM", "noise"), steps=1, limit=3), (4, 16), ("MW",)
         ),
         "defence": scales.sweep_defence(
-            partial(scales.test, "48x40", steps=1, limit=3), LARGE, splits, (8,), {"steps": 2}, "MW"
+            partial(scales.test, "48x40", steps=1, limit=3),
+            LARGE,
+            splits,
+            (8,),
+            {"steps": 2},
+            "MW",
+            ("jpeg:75", "noise:4"),
         ),
     }
     return Scale("48x40", experiments)
