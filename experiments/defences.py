@@ -259,6 +259,7 @@ def plot(table, path):
         return
     counts = table.groupby(KEYS[:3], sort=False)["defence"].nunique()
     chosen = table.set_index(KEYS[:3]).loc[[counts.idxmax()]].reset_index()
+    chosen = chosen[chosen.groupby("method")["defence"].transform("nunique") == counts.max()]
     methods, defences = chosen["method"].unique(), list(chosen["defence"].unique())
     figure, axes = panels(len(methods), width=6.5)
     for panel, method in zip(axes, methods, strict=True):
