@@ -8,9 +8,9 @@
     python reproduce.py --scale cpu --only epsilon          # one experiment
     torchrun --nproc-per-node 4 reproduce.py --scale paper
 
-An experiment is a list of commands of train.py and test.py, which are printed and can be typed. Finished work is not
-repeated: the same command resumes after a stop. Writes results/<name>/report.md with its tables and charts; the
-detectors and their results are in runs/<name>-<detector>/.
+An experiment is a list of commands of train.py and test.py, which are printed. Finished work is not repeated: the same
+command resumes after a stop. Writes results/<name>/report.md with its tables and charts; the detectors and their
+results are in runs/<name>-<detector>/.
 """
 
 import shlex
@@ -52,12 +52,12 @@ def parse_arguments():
         nargs="+",
         choices=report.EXPERIMENTS,
         metavar="EXPERIMENT",
-        help=f"some of {', '.join(report.EXPERIMENTS)} (default: all)",
+        help=f"some of {', '.join(report.EXPERIMENTS)} (default: all of the scale)",
     )
     parser.add_argument(
         "--encoder-weights",
         metavar="SOURCE",
-        help="what training starts from, see train.py (default: imagenet; none for demo)",
+        help="imagenet, none, or a file, see train.py; not for quick and cpu-full (default: imagenet; demo: none)",
     )
     parser.add_argument("--name", type=command.tag, help="of results/NAME/ and runs/NAME-... (default: the scale)")
     parser.add_argument("--device", default="auto", help="auto (cuda if available), cpu, cuda, cuda:1, ...")
@@ -68,8 +68,9 @@ def parse_arguments():
     )
     args = parser.parse_args()
     args.name = args.name or args.scale
-    if args.scale == "quick" and args.encoder_weights:
-        parser.error("--scale quick: starts from random weights; omit --encoder-weights")
+    if args.scale in ("quick", "cpu-full") and args.encoder_weights:
+        start = "random weights" if args.scale == "quick" else "the detector of --scale cpu"
+        parser.error(f"--scale {args.scale}: starts from {start}; omit --encoder-weights")
     args.encoder_weights = args.encoder_weights or ("none" if args.scale in ("quick", "demo") else "imagenet")
     if args.scale == "demo":
         if args.data != parser.get_default("data"):

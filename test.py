@@ -118,7 +118,7 @@ def make_parser():
     parser = command.Parser("Test a trained detector, or attack it.")
     parser.add_argument("--tag", type=command.tag, required=True, help="the run: runs/TAG/, as trained by train.py")
     parser.add_argument(
-        "--iteration", type=natural_int, metavar="EPOCH", help="checkpoint to use (default: the newest)"
+        "--iteration", type=natural_int, metavar="EPOCH", help="checkpoint to use, from 0 (default: the newest)"
     )
     command.add_data_arguments(parser)
     parser.add_argument(
@@ -131,15 +131,14 @@ def make_parser():
         "--rand", metavar="DIR", help="output folder (default: below runs/TAG/, named test, attack or read_back)"
     )
     add_attack_arguments(parser)
-    parser.add_argument("--adversarial", metavar="DIR", help="test the stored images of a folder adversarial/")
+    parser.add_argument("--adversarial", metavar="DIR", help="test the images that --save-adversarial stored")
     parser.add_argument(
         "--defence",
         type=defence,
         nargs="+",
-        default=[],
         metavar="NAME:NUMBER",
-        help="also test, or attack with and without knowledge of it, the detector behind each of these transformations "
-        f"of its input: {', '.join(example for *_, example in DEFENCES.values())}",
+        help="transform the input first, and report accuracy, or attacks made with and without knowledge of it: "
+        f"{', '.join(f'{name} ({valid})' for name, (*_, valid, _) in DEFENCES.items())}; see docs/defences.md",
     )
     parser.add_argument(
         "--subpixel", action="store_true", help="subpixel decoding: the mean of the votes near the winner"
@@ -164,8 +163,8 @@ def add_attack_arguments(parser):
         type=attack_name,
         nargs="+",
         metavar="METHOD",
-        help=f"attack, by one method or several: {', '.join(f'{i} or {name}' for i, name in enumerate(METHODS))} "
-        "(uniform, of the same epsilon: the control)",
+        help=f"attack, by one method or several: {', '.join(f'{i} or {name}' for i, name in enumerate(METHODS))}; "
+        "noise and random-search are the controls, one uniform draw and the best of --steps; see docs/attacks.md",
     )
     parser.add_argument(
         "--targets",
@@ -186,7 +185,9 @@ def add_attack_arguments(parser):
     parser.add_argument(
         "--epsilon", type=half_grey_levels, default=8.0, help="L-infinity bound in half grey levels (8: 4 of 255)"
     )
-    parser.add_argument("--steps", type=positive_int, default=300, help="iterations of iterative attacks")
+    parser.add_argument(
+        "--steps", type=positive_int, default=300, help="iterations of iterative attacks, draws of random-search"
+    )
     parser.add_argument(
         "--restarts", type=positive_int, default=1, metavar="N", help="starts of Vote-PGD; the best is kept"
     )
@@ -222,7 +223,7 @@ def parse_arguments(parser, argv):
         parser.error("--transfer: name each run once, and not that of --tag")
     if args.restarts > 1 and "Vote-PGD" not in (args.attack or ()):
         parser.error("--restarts: needs --attack Vote-PGD")
-    args.defence = list(dict.fromkeys(args.defence))
+    args.defence = list(dict.fromkeys(args.defence or ()))
     if args.defence and args.image and not args.attack:
         parser.error("--defence: needs an --attack where no accuracy can be measured")
     if args.pictures is None:

@@ -3,7 +3,7 @@
     python train.py --tag baseline                              # the paper's: 800 x 640, 230 epochs, ImageNet encoder
     python train.py --tag small --size 200 160 --encoder-weights none --epochs 60 --batch-size 4 --schedule cosine
     python train.py --tag baseline --resume                     # with the same arguments: continue after a stop
-    python train.py --tag robust --adversarial --init runs/baseline/model_epoch_229.pth --epochs 9  # on attacked images
+    python train.py --tag robust --adversarial --init runs/baseline/model_epoch_229.pth --lr 3e-4 --epochs 10
     torchrun --nproc-per-node 4 train.py --tag baseline         # on four GPUs, the same training
 
 A training can be resumed after any stop. Its random choices, the initial weights, the order of the images in each
@@ -65,10 +65,13 @@ def make_parser():
         "--schedule", choices=["step", "cosine"], default="step", help="step: lr x 0.1 every 150 epochs, as the paper"
     )
     parser.add_argument(
-        "--encoder-weights", default="imagenet", metavar="SOURCE", help="imagenet, none, or a VGG19 state dict's path"
+        "--encoder-weights",
+        default="imagenet",
+        metavar="SOURCE",
+        help="imagenet, none, or a file with the state dict of torchvision's vgg19",
     )
     parser.add_argument("--encoder-batch-norm", action="store_true", help="VGG19-BN as encoder; the paper's is VGG19")
-    parser.add_argument("--init", metavar="FILE", help="start from this checkpoint, of any input size, instead")
+    parser.add_argument("--init", metavar="FILE", help="start from this checkpoint, of any --size, instead")
     parser.add_argument(
         "--adversarial",
         nargs="?",
@@ -78,7 +81,7 @@ def make_parser():
     )
     parser.add_argument("--epsilon", type=half_grey_levels, default=8.0, help="bound of these attacks, see test.py")
     parser.add_argument("--attack-steps", type=positive_int, default=1, help="their iterations, from a random start")
-    parser.add_argument("--clean-share", type=share, default=0.0, help="fraction of the images that are not attacked")
+    parser.add_argument("--clean-share", type=share, default=0.0, help="probability that an image is not attacked")
     parser.add_argument(
         "--checkpoint-every", type=positive_int, default=5, metavar="EPOCHS", help="epochs between checkpoints"
     )
