@@ -431,7 +431,7 @@ def test_batch(network, data, image):
 
 def whole_test(network, data, image, out):
     """All images with the tables and pictures of test.py; limit: forward of each."""
-    args = SimpleNamespace(batch_size=len(image), pictures=4, subpixel=False, save_adversarial=False)
+    args = SimpleNamespace(batch_size=len(image), pictures=4, subpixel=False, save_adversarial=False, defence=[])
 
     @torch.inference_mode()
     def bare():
