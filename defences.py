@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.functional import gaussian_blur
 
-from model import SUBPIXEL, offsets_at, pixel_positions, radius_of
+from model import cast_votes, near_votes
 from support.errors import InputError
 
 DRAWS = 4  # of a random defence, in each pass of an attack on it
@@ -152,13 +152,8 @@ def confidence(maps, points):
         peak: (B, K), the heatmap's maximum, in [0, 1].
         share: (B, K), the fraction of the voters whose votes lie within 0.1 R, at least a pixel, of the point.
     """
-    height, width = maps.shape[-2:]
-    radius = radius_of((height, width))
-    heatmap, offset = maps.flatten(-2).split([1, 2], dim=1)
-    highest, voters = heatmap[:, 0].topk(min(int(3.14 * radius**2), height * width), sorted=False)
-    votes = pixel_positions(voters, width) + radius * offsets_at(voters, offset)
-    near = (votes - points.movedim(-1, 1)[..., None]).square().sum(1) <= max(1, SUBPIXEL * radius) ** 2
-    return highest.amax(-1).sigmoid(), near.float().mean(-1)
+    highest, votes = cast_votes(maps)
+    return highest.amax(-1).sigmoid(), near_votes(votes, points, maps.shape[-2:]).float().mean(-1)
 
 
 @functools.cache

@@ -333,25 +333,43 @@ def decode(maps, subpixel=False):
         (B, K, 2) float32 x, y in px, whole numbers unless ``subpixel``.
     """
     height, width = maps.shape[-2:]
-    radius = radius_of((height, width))
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))  # half precision cannot hold pixel numbers
-    heatmap, offset = maps.flatten(-2).split([1, 2], dim=1)  # (B, 1 or 2, K, H * W)
-    voters = heatmap[:, 0].topk(min(int(3.14 * radius**2), height * width), sorted=False).indices
-    votes = pixel_positions(voters, width) + radius * offsets_at(voters, offset)
+    _, votes = cast_votes(maps)
     x, y = votes.round().unbind(1)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     candidates = torch.where(inside, y * width + x, 0).long()
-    counts = torch.zeros_like(heatmap[:, 0]).scatter_add_(-1, candidates, inside.to(maps.dtype))
-    peak = heatmap[:, 0].argmax(-1, keepdim=True)
+    heatmap = maps[:, 0].flatten(-2)
+    counts = torch.zeros_like(heatmap).scatter_add_(-1, candidates, inside.to(maps.dtype))
+    peak = heatmap.argmax(-1, keepdim=True)
     winner = counts.scatter_add_(-1, peak, torch.full_like(peak, 0.5, dtype=maps.dtype)).argmax(-1)
     found = torch.stack([winner % width, winner // width], dim=-1).float()
     if not subpixel:
         return found
-    votes = votes.movedim(1, -1)  # (B, K, n, 2)
-    near = (votes - found[..., None, :]).square().sum(-1, keepdim=True) <= max(1, SUBPIXEL * radius) ** 2
-    near &= inside[..., None]
-    mean = (votes * near).sum(-2) / near.sum(-2)
+    near = (near_votes(votes, found, (height, width)) & inside)[..., None]
+    mean = (votes.movedim(1, -1) * near).sum(-2) / near.sum(-2)
     return torch.where(near.any(-2), mean, found)  # the peak may have won without a vote
+
+
+def cast_votes(maps):
+    """The votes of the int(3.14 R^2) highest pixels of each heatmap.
+
+    Args:
+        maps: (B, 3, K, H, W), at least float32.
+
+    Returns:
+        heatmap (B, K, n) at these pixels, and their votes (B, 2, K, n) x, y in px, not rounded.
+    """
+    size = maps.shape[-2:]
+    radius = radius_of(size)
+    heatmap, offset = maps.flatten(-2).split([1, 2], dim=1)  # (B, 1 or 2, K, H * W)
+    highest, voters = heatmap[:, 0].topk(min(int(3.14 * radius**2), size.numel()), sorted=False)
+    return highest, pixel_positions(voters, size[1]) + radius * offsets_at(voters, offset)
+
+
+def near_votes(votes, points, size):
+    """Which votes (B, 2, K, n) lie within SUBPIXEL R, at least a pixel, of points (B, K, 2) px: (B, K, n) bool."""
+    squared = (votes - points.movedim(-1, 1)[..., None]).square().sum(1)
+    return squared <= max(1, SUBPIXEL * radius_of(size)) ** 2
 
 
 # --- loss ------------------------------------------------------------------------------------------------------------

@@ -101,10 +101,13 @@ def observe_defended(defended, observer, adaptive):
     attacked = {"oblivious": observer.adversarial}
     for _, adversarial, _ in adaptive:
         attacked["adaptive"] = adversarial
+    with torch.no_grad():
+        clean = defended(observer.image).clone()  # with CUDA graphs, the next call overwrites its maps
     for attacker, adversarial in attacked.items():
         other = Observer(observer.image, observer.steps, observer.subpixel)
-        for found in shown(defended, observer.image, adversarial, observer.steps):
-            other.observe(*found)
+        other.observe(0, observer.image, clean)
+        with torch.no_grad():
+            other.observe(observer.steps, adversarial, defended(adversarial))
         yield attacker, other
 
 

@@ -303,9 +303,8 @@ def plot_roc(scores, path):
 
 def two_columns(table, value):
     """A table with a column for each attacker, who is adaptive where there is no defence."""
-    value = NAMES[value]
-    table = fold_intervals(table).rename(columns=NAMES)
-    others = [name for name in ("stationary within 4 mm (%)", "clean MRE (mm)") if name in table]
+    others = [NAMES[name] for name in ("stationary_within_4mm_%", "clean_mre_mm") if name in table]
+    value, table = NAMES[value], fold_intervals(table).rename(columns=NAMES)
     keys = [name for name in table if name in (*KEYS, "method", "measure", "images") and name != "attacker"]
     wide = table.pivot(index=keys, columns="attacker", values=value)
     wide = wide.reindex(pd.MultiIndex.from_frame(table[keys].drop_duplicates()))
@@ -316,10 +315,7 @@ def two_columns(table, value):
 
 def render(tables):
     text = ""
-    shown = {name: fold_intervals(table).rename(columns=NAMES) for name, table in tables.items() if len(table)}
-    for name, value in (("attacks", "within_4mm_%"), ("diagnoses", "intended_%")):
-        if name in shown:
-            shown[name] = two_columns(tables[name], value)
+    compared = {"attacks": "within_4mm_%", "diagnoses": "intended_%"}
     headings = {
         "accuracy": "Accuracy on clean images:",
         "attacks": "Attacks, 95 % intervals:\n\n![success behind each defence](defence_attacks.png)",
@@ -328,8 +324,12 @@ def render(tables):
         "detection": "Detecting attacks, area under the ROC curve (%, 50: chance):\n\n![ROC](defence_roc.png)",
     }
     for name, heading in headings.items():
-        if name in shown:
-            table = shown[name].rename(columns={f"{score}_auc_%": label for score, label in SCORES.items()})
+        table = tables[name]
+        if len(table):
+            table = (
+                two_columns(table, compared[name]) if name in compared else fold_intervals(table).rename(columns=NAMES)
+            )
+            table = table.rename(columns={f"{score}_auc_%": label for score, label in SCORES.items()})
             text += f"\n{heading}\n\n{markdown(table)}"
     return text
 

@@ -240,7 +240,8 @@ def paper(splits, ids):
 
 def cpu(splits, ids):
     """The paper's schedule at a quarter of its input size: two cores, a night."""
-    attack = partial(test, "200x160", subpixel=True, epsilon=8)
+    measured = partial(test, "200x160", subpixel=True)
+    attack = partial(measured, epsilon=8)
     near, far, few = TARGETS["8 mm"], TARGETS["random"], {"limit": 20, "steps": 30}
     compare = partial(attack, attack=BEST, steps=100, limit=50)
     shift = compare("attack/shift", {"description": "Displacements of 8 mm, epsilon 8"}, **near)
@@ -257,13 +258,13 @@ def cpu(splits, ids):
             compare("attack/random_300", {"description": "Random targets, 300 iterations"}, **far, **longer),
         ],
         "epsilon": sweep_epsilon(
-            partial(test, "200x160", subpixel=True, attack=("ATI-FGSM", "Vote-PGD"), **few),
+            partial(measured, attack=("ATI-FGSM", "Vote-PGD"), **few),
             {"random": EPSILONS, "8 mm": EPSILONS},
         ),
         "count": [*sweep_count(partial(ati, **near), (1, 2, 5, 10, 19)), random],
         "coupling": [shift, random],
         "fancy": spell(partial(attack, attack=("ATI-FGSM", "Vote-PGD"), steps=100), ids),
-        "baselines": sweep_one_step(partial(test, "200x160", subpixel=True, limit=20), (*EPSILONS, 16, 32, 64, 128)),
+        "baselines": sweep_one_step(partial(measured, limit=20), (*EPSILONS, 16, 32, 64, 128)),
         "causes": [
             train("random-encoder", size=(200, 160), encoder_weights="none", epochs=60, checkpoint_every=10),
             vary("encoder's initial weights", "random", "random-encoder"),
@@ -277,13 +278,9 @@ def cpu(splits, ids):
             reuse(shift, "channels of the perturbation", "three"),
         ],
         "diagnosis": [
-            *sweep_diagnosis(
-                partial(test, "200x160", subpixel=True, attack=("Vote-PGD", "noise"), steps=10, limit=30), EPSILONS
-            ),
+            *sweep_diagnosis(partial(measured, attack=("Vote-PGD", "noise"), steps=10, limit=30), EPSILONS),
             # steps of 0.05 epsilon take 20 iterations to the bound
-            *sweep_diagnosis(
-                partial(test, "200x160", subpixel=True, attack=PAPER, steps=20, limit=30), (4,), suffix="_paper"
-            ),
+            *sweep_diagnosis(partial(measured, attack=PAPER, steps=20, limit=30), (4,), suffix="_paper"),
         ],
         "defence": sweep_defence(
             partial(test, "200x160", **few),
