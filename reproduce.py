@@ -57,7 +57,7 @@ def parse_arguments():
     parser.add_argument(
         "--encoder-weights",
         metavar="SOURCE",
-        help="imagenet, none, or a file, see train.py; not for quick and cpu-full (default: imagenet; demo: none)",
+        help="imagenet, none, or a file, see train.py; not for cpu-full (default: imagenet; quick, demo: none)",
     )
     parser.add_argument("--name", type=command.tag, help="of results/NAME/ and runs/NAME-... (default: the scale)")
     parser.add_argument("--device", default="auto", help="auto (cuda if available), cpu, cuda, cuda:1, ...")
@@ -68,9 +68,8 @@ def parse_arguments():
     )
     args = parser.parse_args()
     args.name = args.name or args.scale
-    if args.scale in ("quick", "cpu-full") and args.encoder_weights:
-        start = "random weights" if args.scale == "quick" else "the detector of --scale cpu"
-        parser.error(f"--scale {args.scale}: starts from {start}; omit --encoder-weights")
+    if args.scale == "cpu-full" and args.encoder_weights:
+        parser.error("--scale cpu-full: starts from the detector of --scale cpu; omit --encoder-weights")
     args.encoder_weights = args.encoder_weights or ("none" if args.scale in ("quick", "demo") else "imagenet")
     if args.scale == "demo":
         if args.data != parser.get_default("data"):

@@ -321,31 +321,33 @@ def quick(splits, ids):
     """To see that everything works, on phantoms for example."""
     attack = partial(test, "100x80", subpixel=True)
     ati, near, far = partial(attack, attack="ATI-FGSM"), TARGETS["8 mm"], TARGETS["random"]
-    comparison = partial(attack, attack=PAPER, steps=30, limit=4)
-    shift = comparison("attack/shift", {"description": "Displacements of 8 mm, epsilon 16"}, **near, epsilon=16)
-    random = comparison("attack/random", {"description": "Random targets, epsilon 128"}, **far, epsilon=128)
-    epsilons = dict.fromkeys(TARGETS, (2, 8)) | {"random": (8, 32, 128)}
-    vary = partial(variant, {"attack": PAPER, **near, "epsilon": 16, "steps": 30, "limit": 4, "subpixel": True})
-    coarse, fine = ({"size": size, "encoder_weights": "none"} for size in ((50, 40), (100, 80)))
+    comparison = partial(attack, attack=BEST, epsilon=8, steps=30, limit=4)
+    shift = comparison("attack/shift", {"description": "Displacements of 8 mm, epsilon 8"}, **near)
+    random = comparison("attack/random", {"description": "Random targets, epsilon 8"}, **far)
+    vary = partial(variant, {"attack": PAPER, **near, "epsilon": 8, "steps": 30, "limit": 4, "subpixel": True})
+    start = {**SMALL, "epochs": 16, "checkpoint_every": 16}
+    coarse, fine = {"size": (50, 40), **start}, {**SMALL, "lr": 5e-4, "checkpoint_every": 8, "epochs": 8}
     experiments = {
-        "detection": [
-            train("50x40", **coarse, **SMALL, epochs=16, checkpoint_every=16),
-            train("100x80", **fine, **SMALL, init=Checkpoint("50x40", 15), epochs=6, checkpoint_every=6),
-            *detection("100x80", splits),
-        ],
+        "detection": [train("100x80", size=(100, 80), **start), *detection("100x80", splits)],
         "attack": [shift, random],
-        "epsilon": sweep_epsilon(partial(ati, steps=20, limit=3), epsilons),
-        "count": [*sweep_count(partial(ati, **near, epsilon=16, steps=20, limit=3), (1, 19)), random],
+        "epsilon": sweep_epsilon(partial(ati, steps=20, limit=3), dict.fromkeys(TARGETS, (2, 8, 32))),
+        "count": [*sweep_count(partial(ati, **near, epsilon=8, steps=20, limit=3), (1, 19)), random],
         "coupling": [shift, random],
-        "fancy": spell(partial(ati, epsilon=128, steps=30), ids),
+        "fancy": [
+            train("200x160", size=(200, 160), init=Checkpoint("100x80", 15), **fine),
+            *spell(partial(test, "200x160", subpixel=True, attack=("ATI-FGSM", "Vote-PGD"), epsilon=8, steps=100), ids),
+        ],
         "baselines": sweep_one_step(partial(attack, limit=5), (8, 32, 128)),
         "causes": [
-            train("short", **coarse, **SMALL, epochs=6, checkpoint_every=6),
-            train("batch-norm", **coarse, **SMALL, epochs=16, checkpoint_every=16, encoder_batch_norm=True),
-            vary("epochs of training", "6", "short"),
-            vary("epochs of training", "16", "50x40"),
-            vary("batch norm in the encoder", "no", "50x40"),
-            vary("batch norm in the encoder", "yes", "batch-norm"),
+            train("50x40", **coarse),
+            train("random-encoder", **coarse, encoder_weights="none"),
+            train("batch-norm", **coarse, encoder_weights="none", encoder_batch_norm=True),
+            vary("encoder's initial weights", "random", "random-encoder"),
+            vary("encoder's initial weights", "as given", "50x40"),
+            vary("batch norm in the encoder, from random weights", "no", "random-encoder"),
+            vary("batch norm in the encoder, from random weights", "yes", "batch-norm"),
+            vary("statistics of batch norm", "of the training", "50x40"),
+            vary("statistics of batch norm", "of the image", "50x40", batch_statistics=True),
             vary("channels of the perturbation", "one", "50x40", grey=True),
             vary("channels of the perturbation", "three", "50x40"),
             vary("input size (px)", "50 x 40", "50x40"),
@@ -354,7 +356,7 @@ def quick(splits, ids):
         "diagnosis": sweep_diagnosis(partial(attack, attack=ALL, steps=10, limit=4), (4, 16), ("ANB", "MW")),
         "defence": sweep_defence(
             partial(test, "100x80", steps=10, limit=4),
-            {**fine, "init": Checkpoint("100x80", 5), **SMALL, "lr": 3e-4, "epochs": 3},
+            {"size": (100, 80), "init": Checkpoint("100x80", 15), **SMALL, "lr": 3e-4, "epochs": 3},
             splits,
             (8, 32),
             {"steps": 30},
