@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dataset import LANDMARKS, MM_PER_PX0, in_batches, rescale, to_input
+from defences import confidence
 from diagnosis import MEASURES, challenge_score, classes, measures
 from model import decode
 from support import distributed
@@ -39,17 +40,19 @@ def predict_batches(model, images, batches, device, subpixel=False):
         subpixel: see ``model.decode``.
 
     Yields:
-        (batch, points): points (B, K, 2) float32 x, y in px, on the device.
+        (batch, points, confidence): points (B, K, 2) float32 x, y in px, and ``defences.confidence``, on the device.
     """
     for batch in progress(batches, desc="testing", unit="batch", leave=False, disable=not batches):
-        yield batch, decode(model(to_input(images[batch], device)), subpixel)
+        maps = model(to_input(images[batch], device))
+        points = decode(maps, subpixel)
+        yield batch, points, confidence(maps, points)
 
 
 def predict(model, images, batch_size, device, subpixel=False):
     """Landmarks of all images (N, K, 2) float32 px on the CPU, in every process, each of which takes its batches."""
     points = torch.zeros(len(images), len(LANDMARKS), 2, device=device)
     batches = distributed.shard(in_batches(list(range(len(images))), batch_size))
-    for batch, found in predict_batches(model, images, batches, device, subpixel):
+    for batch, found, _ in predict_batches(model, images, batches, device, subpixel):
         points[batch] = found
     return distributed.all_reduce(points.cpu())
 

@@ -487,10 +487,11 @@ def unfinished(args, data, out, methods):
 def test(args, model, data, device, out):
     """Accuracy: a record of each image, tables, pictures."""
     missing = {tuple(batch): images for _, batch, images in unfinished(args, data, out, [None])}
-    for batch, points in predict_batches(model, data.images, list(map(list, missing)), device, args.subpixel):
-        points = points.cpu()
+    batches = list(map(list, missing))
+    for batch, points, (peak, share) in predict_batches(model, data.images, batches, device, args.subpixel):
+        points, peak, share = points.cpu(), peak.cpu(), share.cpu()
         for b in [b for b, i in enumerate(batch) if i in missing[tuple(batch)]]:
-            write_tested(args, data, batch[b], points[b], out)
+            write_tested(args, data, batch[b], points[b], peak[b], share[b], out)
     distributed.barrier()
     with distributed.guard():  # publish
         if is_main():
@@ -516,14 +517,14 @@ def test_defended(args, model, data, device, out):
             print(f"\n{summary.to_string(index=False, float_format='%.2f')}")
 
 
-def write_tested(args, data, i, points, out):
-    """The files of one image; points (K, 2) px."""
+def write_tested(args, data, i, points, peak, share, out):
+    """The files of one image; points (K, 2) px, peak and share (K,) see ``defences.confidence``."""
     rows = record(
         [data.ids[i]],
         to_px0(points[None], data, [i]).numpy(),
         data.landmarks_px0[[i]].numpy(),
         mm_per_px0=data.mm_per_px0[i].item(),
-    )
+    ).assign(heatmap_peak=peak, vote_share=share)
     if i < args.pictures:
         mre = rows["radial_error_mm"].mean()
         title = f"{data.ids[i]}, MRE {mre:.2f} mm" if mre >= 0 else data.ids[i]
@@ -644,7 +645,7 @@ def training_batches(args, victim, data, targets_px0, device):
     size, channels = data.images.shape[-2:], 1 if args.grey else 3
     clean = partial(predict_batches, lambda image: victim(image[:, :channels]), data.images, subpixel=True)
     batches = in_batches(list(range(len(data))), args.batch_size)
-    found = torch.cat([points.cpu() for _, points in clean(batches=batches, device=device)])
+    found = torch.cat([points.cpu() for _, points, _ in clean(batches=batches, device=device)])
     targets = rescale(targets_px0, data.sizes[:, None], size).float()
     targeted = ~targets.isnan().any(-1)
     places = torch.where(targeted[..., None], targets, found)

@@ -15,7 +15,8 @@ TITLE = "Detection"
 TEXT = (
     "Radial errors without an attack, on images that were not used in training. *voting* is the paper's decoding, to a "
     "whole pixel; *subpixel* is the mean of the votes around it. MRE and SD are means over the 19 landmarks. The truth "
-    "is the mean of the doctors' marks."
+    "is the mean of the doctors' marks. A stationary landmark whose clean heatmap nowhere exceeds 0.5 has no offsets "
+    "in the paper's goal maps."
 )
 INTER_OBSERVER = "inter-observer (senior vs. junior)"
 PUBLISHED = {  # MRE in mm, SDR in %
@@ -23,13 +24,13 @@ PUBLISHED = {  # MRE in mm, SDR in %
     "the 2015 challenge's winner, Test1 (truth: senior)": {"mre_mm": 1.67, "sdr": (73.7, 80.2, 85.2, 91.5)},
 }
 NAMES = {"mre_mm": "MRE (mm)", "sd_mm": "SD (mm)", "median_mm": "median (mm)"}
-NAMES |= {f"sdr_{t}mm_%": f"SDR {t:g} mm (%)" for t in SDR_MM}
+NAMES |= {f"sdr_{t}mm_%": f"SDR {t:g} mm (%)" for t in SDR_MM} | {"peak_%": "heatmaps above 0.5 (%)"}
 
 
 def publish(results, data, out):
     """Write tables and the chart to ``out``; return the section of the report."""
-    errors = collect(results, data)
-    overall, landmarks, gains = compute(errors), compute_landmarks(errors), compute_gain(errors)
+    errors, peaks = collect(results, data)
+    overall, landmarks, gains = compute(errors, peaks), compute_landmarks(errors), compute_gain(errors)
     write_table(out / "detection.csv", overall)
     write_table(out / "detection_landmarks.csv", landmarks)
     plot(landmarks, out / "detection.png")
@@ -37,19 +38,26 @@ def publish(results, data, out):
 
 
 def collect(results, data):
-    """{(images, decoding): radial errors (N, K) in mm}: each split, then all of them together; the doctors' too."""
+    """Of each split, then of all of them together, two dicts with the keys (images, decoding).
+
+    Returns:
+        radial errors (N, K) in mm, also those of the doctors; percentage of heatmaps that somewhere exceed 0.5.
+    """
     tables = {(result.labels["images"], result.labels["landmarks by"]): result.predictions() for result in results}
     splits, decodings = (list(dict.fromkeys(names)) for names in zip(*tables, strict=True))
-    errors = {}
+    errors, peaks = {}, {}
     for group in [[split] for split in splits] + ([splits] if len(splits) > 1 else []):
         name = " + ".join(group)
         for decoding in decodings:
             found = [tables[split, decoding] for split in group]
             errors[name, decoding] = np.concatenate([by_image(table, table["radial_error_mm"]) for table in found])
+            peak = pd.concat(found).get("heatmap_peak", pd.Series([np.nan]))
+            if peak.notna().all():  # not of an older version
+                peaks[name, decoding] = 100 * (peak > 0.5).mean()
         distances = [inter_observer(data, split, tables[split, decodings[0]]) for split in group]
         if all(len(found) for found in distances):
             errors[name, INTER_OBSERVER] = np.concatenate(distances)
-    return errors
+    return errors, peaks
 
 
 def inter_observer(data, split, predictions):
@@ -66,10 +74,11 @@ def inter_observer(data, split, predictions):
     )
 
 
-def compute(errors):
+def compute(errors, peaks):
     """The official metrics over all landmarks, a row for each set of errors, then published ones."""
     rows = [
         {"images": images, "landmarks by": source, "n": len(values), **summarize(values).loc["all"]}
+        | ({"peak_%": peaks[images, source]} if (images, source) in peaks else {})
         for (images, source), values in errors.items()
     ]
     for name, found in PUBLISHED.items():

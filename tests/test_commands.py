@@ -313,6 +313,9 @@ def test_below_a_pixel_on_chosen_images(here, official, run):
     assert run("test.py", *attack)[0] == 0
     clean = pd.read_csv(here / "attacked" / "predictions.csv").query("iteration == 0")
     assert np.allclose(clean["x_px0"], below["x_px0"], atol=1e-3)
+    assert below["heatmap_peak"].between(0, 1, inclusive="neither").all() and below["vote_share"].between(0, 1).all()
+    for name in ("heatmap_peak", "vote_share"):
+        assert np.allclose(clean[name], below[name], atol=1e-3)
     assert_refused(run("test.py", *arguments, "below"), "subpixel was True, now it is False")
 
 

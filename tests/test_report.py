@@ -157,7 +157,10 @@ def test_detection_beside_the_doctors(official, drawn, tmp_path):
         for decoding, px0 in (("voting", 10), ("subpixel", 5)):
             folder = tmp_path / f"{split}_{decoding}"
             folder.mkdir()
-            record(list(images), truth + (px0, 0), truth).to_csv(folder / "predictions.csv", index=False)
+            table = record(list(images), truth + (px0, 0), truth)
+            if split == "test1":  # test2 as in records of an older version
+                table["heatmap_peak"] = np.arange(len(table)) % 4 / 3  # 0, 1/3, 2/3, 1, 0, ...
+            table.to_csv(folder / "predictions.csv", index=False)
             results.append(Result({"images": split, "landmarks by": decoding}, folder))
     text = detection.publish(results, official, tmp_path)
     table = pd.read_csv(tmp_path / "detection.csv").set_index(["images", "landmarks by"])
@@ -165,6 +168,9 @@ def test_detection_beside_the_doctors(official, drawn, tmp_path):
     apart = [np.linalg.norm(senior - junior, axis=-1) for _, senior, junior in drawn["test1"].values()]
     doctors = table.loc[("test1", "inter-observer (senior vs. junior)")]
     assert doctors["mre_mm"] == pytest.approx(0.1 * np.mean(apart), abs=1e-4) and doctors["n"] == 3
+    above = np.count_nonzero(np.arange(3 * K) % 4 >= 2) / (3 * K)
+    assert table.loc[("test1", "voting"), "peak_%"] == pytest.approx(100 * above, abs=1e-3)
+    assert table["peak_%"].notna().sum() == 2
     assert "lowers the MRE on test1 + test2 by 0.50 [0.50, 0.50] mm" in text
     assert "| 1 | sella | 0.50 |" in text and "| 1 | sella | 1.00 |" not in text  # the better decoding
     landmarks = pd.read_csv(tmp_path / "detection_landmarks.csv")
