@@ -24,6 +24,7 @@ from model import cast_votes, near_votes
 from support.errors import InputError
 
 DRAWS = 4  # of a random defence, in each pass of an attack on it
+NOISE_STREAM = 1 << 40  # other random numbers than an attack's of the same seed
 SHAPE = Path(__file__).parent / "assets" / "shape_model.json"
 MODEL_MM_PER_PX0 = 0.1  # of the shape model
 
@@ -127,11 +128,11 @@ def defend(model, defence, seed=0, draws=1):
     transformation, parameter = parse_defence(defence)
     if transformation is not noise:
         return lambda image: model(transformation(image, parameter))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed ^ NOISE_STREAM)
 
     def defended(image):
         if draws == 1:
-            generator.manual_seed(seed)
+            generator.manual_seed(seed ^ NOISE_STREAM)
         maps = model(torch.cat([noise(image, parameter, generator) for _ in range(draws)]))
         return maps.unflatten(0, (draws, len(image))).mean(0)
 

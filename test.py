@@ -504,7 +504,7 @@ def test_defended(args, model, data, device, out):
     """The accuracy behind each defence: defences_summary.csv."""
     rows = {}
     file = out / "defences_summary.csv"
-    if distributed.broadcast(file.exists() and {*args.defence} <= {*pd.read_csv(file)["defence"]}):
+    if distributed.broadcast(file.exists() and {"none", *args.defence} == {*pd.read_csv(file)["defence"]}):
         return
     for name in (None, *args.defence):
         detector = model if name is None else defend(model, name, args.seed)
@@ -596,6 +596,9 @@ def attack(args, model, data, targets_px0, training, device, out):
             bar.set_postfix(progress_figure(records))
             tables = {None: records}
             for name in args.defence:
+                bar.update(len(batch) * steps[method] * (runs[method] > 1))
+                if all(record_file(out, data, i, method, name).exists() for i in missing):
+                    continue  # another defence was added
                 judged, attacked = defend(model, name, args.seed), defend(model, name, args.seed + 1, DRAWS)
                 if args.grey:
                     judged, attacked = grey_model(judged), grey_model(attacked)
@@ -606,7 +609,6 @@ def attack(args, model, data, targets_px0, training, device, out):
                     seen.records(data, batch, aims, method).assign(defence=name, attacker=attacker)
                     for attacker, seen in observe_defended(judged, observer, adaptive)
                 )
-                bar.update(len(batch) * steps[method] * (runs[method] > 1))
             for i in missing:
                 write_attacked(args, data, i, batch.index(i), observer, targets[i], method, tables, out)
     distributed.barrier()
@@ -712,19 +714,16 @@ def report_defended(args, data, steps, undefended, out):
         record_file(out, data, i, method, name) for name in args.defence for method in steps for i in range(len(data))
     ]
     table = read_records(files)
-    ends = undefended[undefended["iteration"].isin([0, *table["iteration"].unique()])]
-    ends = ends[
-        ends["iteration"].isin([0]) | (ends["iteration"] == ends.groupby("method")["iteration"].transform("max"))
-    ]
+    last = undefended.groupby("method")["iteration"].transform("max")
+    ends = undefended[(undefended["iteration"] == 0) | (undefended["iteration"] == last)]
     table = pd.concat([ends.assign(defence="none", attacker="adaptive"), table])
     write_table(out / "defences.csv", table)
     summary = summarize_attack(table, by=["defence", "attacker", "iteration"])
     write_table(out / "defences_summary.csv", summary)
-    reached = summary[(summary["iteration"] > 0) & (summary["role"] == summary["role"].iloc[0])]
+    role = summary["role"].iloc[0]
+    reached = summary[(summary["iteration"] > 0) & (summary["role"] == role)]
     reached = reached.pivot(index=["defence", "attacker"], columns="method", values="within_4mm_%")
-    print(
-        f"\nWithin {SUCCESS_MM} mm (%), {summary['role'].iloc[0]} landmarks\n\n{reached.to_string(float_format='%.1f')}"
-    )
+    print(f"\nWithin {SUCCESS_MM} mm (%), {role} landmarks\n\n{reached.to_string(float_format='%.1f')}")
 
 
 def warn_of_weak_goals(table):

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from attack import ATTACKS, ONE_STEP
 from defences import shape_distance
 from eval import SUCCESS_MM, changed_diagnoses, diagnose, read_records
 from experiments.charts import grouped_places, panels, save
@@ -36,6 +37,7 @@ NAMES = {
     "stationary_within_4mm_%": f"stationary within {SUCCESS_MM} mm (%)",
     "intended_%": "intended diagnosis changed (%)",
 }
+ITERATED = [name for name in ATTACKS if name not in ONE_STEP]
 KEYS = ["detector", "epsilon", "steps", "defence", "attacker"]
 
 
@@ -113,7 +115,7 @@ def compute_attack(labels, result):
     shown += [f"{name}{end}" for name in ("within_4mm_%", "stationary_within_4mm_%") for end in ("", "_low", "_high")]
     tables = []
     for defence, attacker, rows in conditions(result):
-        key = dict(zip(KEYS, (*(labels[name] for name in KEYS[:3]), defence, attacker), strict=True))
+        key = {name: labels[name] for name in KEYS[:3]} | {"defence": defence, "attacker": attacker}
         tables.append(measure(rows, key)[[*KEYS, "method", *shown]])
     return pd.concat(tables)
 
@@ -149,6 +151,8 @@ def compute_diagnoses(labels, result):
         clean = clean.set_index("image")["class"]
         before = clean if before is None else before
         same = clean.index[clean == before.reindex(clean.index)]
+        if not len(same):
+            continue
         changed = changed_diagnoses(table[table["image"].isin(same)], config["measure"], config["to"])
         for method, found in changed.groupby("method", sort=False):
             found = found[found.index.get_level_values("iteration") == found.index.get_level_values("iteration").max()]
@@ -156,17 +160,18 @@ def compute_diagnoses(labels, result):
             row |= {"defence": defence, "attacker": attacker, "method": method, "images": len(found)}
             values = 100.0 * found["intended"].to_numpy(float)
             tables.append(pd.DataFrame([row | named("intended_%", *interval(values, np.mean))]))
-    return pd.concat(tables)
+    return concatenate(tables)
 
 
 def compute_masking(attacks, transfer):
     """The usual checks for masked gradients, each with the two success rates that it compares.
 
     ``holds``: "yes" where the first rate is at most the second, "within intervals" where it is not but their intervals
-    overlap, else "no".
+    overlap, else "no". Of the targeted attacks of several iterations, which alone can fail by masked gradients.
     """
     if not len(attacks):
         return attacks
+    attacks = attacks[attacks["method"].isin(ITERATED)]
     rows = []
 
     def compare(check, one, other, detector, method):
@@ -344,15 +349,27 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out = Path(args.out)
     results = [Result({}, Path(folder)) for folder in args.folders]
-    seen = {}
-    for result in results:
-        described = str(describe(result) | {"attack": read_config(result.folder / "config.json")["attack"]})
-        if described in seen:
-            raise InputError(f"{result.folder}: the same kind of run as {seen[described]}; give one of them")
-        seen[described] = result.folder
+    check(results)
     make_folder(out)
     write_text(out / "defence.md", publish(results, None, out))
     print(f"written to {out}/")
+
+
+def check(results):
+    """Refuse runs that do not compare: two of one kind, or attacks on other images or with other targets."""
+    seen, targets = {}, {}
+    for result in results:
+        labels, config = describe(result), read_config(result.folder / "config.json")
+        for method in config["attack"] or ["none"]:
+            key = (*labels.values(), method, config.get("measure"))
+            if key in seen:
+                raise InputError(f"{result.folder}: the same kind of run as {seen[key]}; give one of them")
+            seen[key] = result.folder
+        if labels["kind"] == "attack":
+            targets.setdefault(config["targets_sha256"], result.folder)
+    if len(targets) > 1:
+        first, other, *_ = targets.values()
+        raise InputError(f"{other}: other images or targets than in {first}; give runs with the same")
 
 
 if __name__ == "__main__":

@@ -256,6 +256,13 @@ def test_restarts_are_never_worse(small, image):
     assert all((later >= earlier).all() for earlier, later in itertools.pairwise(scores))
 
 
+def test_a_restart_that_ends_as_well_is_not_taken(small, image, monkeypatch):
+    monkeypatch.setattr("attack.landmarks_in_place", lambda maps, goal: torch.zeros(len(maps)))
+    goal = goal_of(small, image, name="Vote-PGD")
+    one, two = (list(vote_pgd(small, image, goal, 16, steps=2, restarts=n))[-1][1] for n in (1, 2))
+    assert torch.equal(one, two) and not torch.equal(one, image)
+
+
 def test_random_starts_do_not_depend_on_the_batch():
     image = torch.zeros(3, 1, 8, 8)
     starts = [random_start(batch, 8, torch.Generator().manual_seed(1)) for batch in (image, image[:1])]

@@ -1,6 +1,7 @@
 """Defences: transformations of the input, scores, adversarial training, and the commands that use them."""
 
 import argparse
+import json
 
 import numpy as np
 import pandas as pd
@@ -25,8 +26,11 @@ from defences import (
     shape_distance,
     shape_model,
 )
-from experiments.defences import auc, compute_masking
+from eval import record_attack
+from experiments.defences import auc, check, compute_diagnoses, compute_masking
+from experiments.measures import Result
 from model import UNet, decode, encode, landmark_loss, place
+from support.errors import InputError
 
 EXAMPLES = [example for *_, example in DEFENCES.values()]
 
@@ -256,6 +260,11 @@ def test_defences_as_conditions_of_an_attack(trained, official, tmp_path, monkey
     assert run(*command, "--defence", "blur:1", "noise:8", "--save-adversarial")[0] == 0
     assert {path: path.read_bytes() for path in (tmp_path / "out" / "records").iterdir()} == records
 
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "records").glob("noise_8_*")}
+    assert run(*command, "--defence", "noise:8", "bits:4")[0] == 0  # an added one does not repeat the others
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert set(pd.read_csv(tmp_path / "out" / "defences.csv")["defence"]) == {"none", "noise:8", "bits:4"}
+
 
 def test_accuracy_behind_defences(trained, official, tmp_path, monkeypatch, run):
     monkeypatch.chdir(trained)
@@ -301,6 +310,8 @@ def test_checks_for_masked_gradients_by_hand():
         ("robust", 8, 100, "Vote-PGD", 15),
         ("robust", 16, 30, "Vote-PGD", 8),  # a larger epsilon that succeeds less
         ("robust", 8, 30, "random-search", 1),
+        ("robust", 8, 30, "noise", 0),  # the best of many noises may succeed more
+        ("robust", 8, 30, "untargeted-FGSM", np.nan),
     ]
     attacks = pd.DataFrame(rows, columns=["detector", "epsilon", "steps", "method", "within_4mm_%"])
     attacks = attacks.assign(defence="none", attacker="adaptive")
@@ -320,3 +331,44 @@ def test_checks_for_masked_gradients_by_hand():
         "oblivious against adaptive, blur:1, epsilon 8": "no",
     }
     assert table["first_%"].tolist() == [10, 10, 1, 4, 50] and table["second_%"].tolist() == [15, 8, 10, 10, 30]
+
+
+def test_only_comparable_runs_are_tabled_together(tmp_path):
+    def made(name, **changes):
+        config = {"tag": "plain", "epsilon": 8.0, "steps": 30, "attack": ["Vote-PGD"], "measure": None}
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config | {"targets_sha256": "a"} | changes))
+        return Result({}, folder)
+
+    first, ati, larger = made("first"), made("ati", attack=["ATI-FGSM"]), made("larger", epsilon=16.0)
+    anb, fma = (made(measure, measure=measure, targets_sha256=measure) for measure in ("ANB", "FMA"))
+    check([first, ati, larger, anb, fma])
+    with pytest.raises(InputError, match=r"both: the same kind of run as .*first"):
+        check([first, made("both", attack=["ATI-FGSM", "Vote-PGD"])])
+    with pytest.raises(InputError, match=r"far: other images or targets than in .*first"):
+        check([first, made("far", epsilon=4.0, targets_sha256="b")])
+
+
+def test_patients_whose_class_a_defence_changes_do_not_count(tmp_path):
+    """ANB by hand: A and B below nasion; the attack moves A by 40 px0, and so does blur:1 in the second patient."""
+    points = np.tile(np.arange(19)[:, None] * [10.0, -10.0] + 500, (2, 1, 1))
+    sella, nasion, a, b = 0, 1, 4, 5
+    points[:, [sella, nasion, a, b]] = [(800, 1000), (1400, 800), (1400, 1400), (1350, 1600)]
+    moved, targets = points.copy(), np.full_like(points, np.nan)
+    moved[:, a, 0] -= 40
+    targets[:, a] = moved[:, a]
+    behind = np.stack([points[0], moved[1]])
+    conditions = {("none", "adaptive"): points, ("blur:1", "oblivious"): behind, ("bits:1", "oblivious"): moved}
+    tables = [
+        record_attack(["1", "2"], found, points, targets, "Vote-PGD", iteration, np.ones(2)).assign(
+            defence=defence, attacker=attacker
+        )
+        for (defence, attacker), clean in conditions.items()
+        for iteration, found in ((0, clean), (5, moved))
+    ]
+    pd.concat(tables).to_csv(tmp_path / "defences.csv", index=False)
+    (tmp_path / "config.json").write_text(json.dumps({"measure": "ANB", "to": None}))
+    table = compute_diagnoses({"detector": "small", "epsilon": 8}, Result({}, tmp_path)).set_index("defence")
+    assert table["images"].to_dict() == {"none": 2, "blur:1": 1}  # bits:1 changes everyone
+    assert table["intended_%"].tolist() == [100, 100]
