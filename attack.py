@@ -29,7 +29,7 @@ VOTE_WIDTH = (0.1, 0.33)  # of a landmark's kernel in units of R: its distance f
 TOLERANCE = 1 / 3  # in units of R, 4 mm in the ISBI 2015 images: up to it, a goal position counts as reached
 TARGETED_WEIGHT = (1.0, 2.5, 1.5)  # of a landmark's loss: minimum, maximum, slope per tolerance of distance
 STATIONARY_WEIGHT = (0.1, 1.0, 1.0)
-PEAK_WEIGHT = 0.1  # of a heatmap's peak in the evasive attack
+EVASION_WEIGHT = 0.3  # of the scores by which attacks are told, in the evasive attack
 RANDOM_SIZE = (800, 640)  # (H, W) px of the image for which the paper states its random targets,
 RANDOM_X = (100, 600)  # the range of x
 RANDOM_Y = (250, 750)  # and of y
@@ -355,14 +355,16 @@ def distance_in_tolerances(maps, goal):
 
 
 def evasive_vote_pgd(model, image, goal, epsilon=8, steps=300):
-    """Vote-PGD against a detector of attacks that looks at heatmaps: its landmarks shall also have high peaks.
+    """Vote-PGD against a detector of attacks that looks at the maps: landmarks shall also be found with confidence.
 
-    Arguments, shapes and example as in ``vote_pgd``. What ``defences.confidence`` returns is thus attacked as a whole:
-    the share of the votes by ``vote_loss``, the heatmap's peak by the added term, its negative logarithm.
+    Arguments, shapes and example as in ``vote_pgd``. The loss is also on what ``defences.confidence`` measures: the
+    negative logarithms of each heatmap's peak and of the share of votes very near each goal position.
     """
+    nearest = torch.full_like(goal.places[..., 0], VOTE_WIDTH[0])
 
     def loss(maps, goal):
-        return vote_loss(maps, goal) - PEAK_WEIGHT * F.logsigmoid(maps[:, 0].amax((-2, -1))).sum(-1)
+        confidence = F.logsigmoid(maps[:, 0].amax((-2, -1))) + log_vote_share(maps, goal, nearest)
+        return vote_loss(maps, goal) - EVASION_WEIGHT * confidence.sum(-1)
 
     return vote_pgd(model, image, goal, epsilon, steps, loss=loss)
 
