@@ -16,13 +16,13 @@ from test import run_attack
 @pytest.mark.slow
 def test_benchmark_writes_its_table(tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
-    arguments = ["--size", 32, 32, "--batch-size", 1, 2, "--precision", "bf16", "--repeats", 1, "--images", 3]
+    arguments = ["--size", 32, 32, "--batch-size", 1, 2, "--precision", "fp32", "--repeats", 1, "--images", 3]
     only = ["--only", "loading", "training", "attack", "test", "whole-test"]
     status, out, err = run("benchmark.py", *arguments, *only, "--device", "cpu")
     assert status == 0, err
     table = pd.read_csv(tmp_path / "runs" / "benchmark" / "table.csv")
     assert (table["ms"] > 0).all() and table["images/s"].gt(0).all()
-    assert table["precision, batch"].dropna().unique().tolist() == ["bf16, 1", "bf16, 2"]
+    assert table["precision, batch"].dropna().unique().tolist() == ["fp32, 1", "fp32, 2"]
     for _, rows in table.groupby(["precision, batch", "measure"], dropna=False):
         assert len(rows) == 1
     limits = table[table["measure"].str.startswith("bare")]
@@ -37,7 +37,7 @@ def test_benchmark_writes_its_table(tmp_path, monkeypatch, run):
     lines = (tmp_path / "runs" / "benchmark" / "table.md").read_text().splitlines()
     assert len(lines) == len(table) + 2 and {line.count("|") for line in lines} == {len(table.columns) + 1}
     config = json.loads((tmp_path / "runs" / "benchmark" / "config.json").read_text())
-    assert config["threads"] == torch.get_num_threads() and config["precision"] == ["bf16"]
+    assert config["threads"] == torch.get_num_threads() and config["precision"] == ["fp32"]
     assert "ATI-FGSM, a step" in out
 
 

@@ -137,7 +137,7 @@ def test_what_goes_wrong_in_one_process_ends_all_with_its_line(fault, line, tmp_
     script.write_text(TOGETHER.format(root=str(ROOT), fault=fault))
     status, out, err = torchrun(2, script, folder=tmp_path)
     assert status != 0 and "never here" not in out and "Assertion" not in err
-    assert err.startswith(f"script.py: {line}") and err.count("script.py: ") == 1
+    assert f"\nscript.py: {line}" in f"\n{err}" and err.count("script.py: ") == 1
 
 
 def test_what_several_processes_cannot_do(monkeypatch, official, tmp_path, run):
