@@ -128,11 +128,12 @@ def defend(model, defence, seed=0, draws=1):
     transformation, parameter = parse_defence(defence)
     if transformation is not noise:
         return lambda image: model(transformation(image, parameter))
-    generator = torch.Generator().manual_seed(seed ^ NOISE_STREAM)
+    seed ^= NOISE_STREAM
+    generator = torch.Generator().manual_seed(seed)
 
     def defended(image):
         if draws == 1:
-            generator.manual_seed(seed ^ NOISE_STREAM)
+            generator.manual_seed(seed)
         maps = model(torch.cat([noise(image, parameter, generator) for _ in range(draws)]))
         return maps.unflatten(0, (draws, len(image))).mean(0)
 

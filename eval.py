@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dataset import LANDMARKS, MM_PER_PX0, in_batches, rescale, to_input
-from defences import confidence
 from diagnosis import MEASURES, challenge_score, classes, measures
 from model import decode
 from support import distributed
@@ -40,12 +39,11 @@ def predict_batches(model, images, batches, device, subpixel=False):
         subpixel: see ``model.decode``.
 
     Yields:
-        (batch, points, confidence): points (B, K, 2) float32 x, y in px, and ``defences.confidence``, on the device.
+        (batch, points, maps): points (B, K, 2) float32 x, y in px, and the maps that they come from, on the device.
     """
     for batch in progress(batches, desc="testing", unit="batch", leave=False, disable=not batches):
         maps = model(to_input(images[batch], device))
-        points = decode(maps, subpixel)
-        yield batch, points, confidence(maps, points)
+        yield batch, decode(maps, subpixel), maps
 
 
 def predict(model, images, batch_size, device, subpixel=False):

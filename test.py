@@ -40,7 +40,7 @@ from attack import (
     vote_goal_at,
 )
 from dataset import LANDMARKS, SPLITS, Cephalograms, in_batches, read_targets, rescale, to_input
-from defences import DEFENCES, DRAWS, defend, parse_defence
+from defences import DEFENCES, DRAWS, confidence, defend, parse_defence
 from diagnosis import NAMES, least_movement, reachable_classes
 from eval import (
     SUCCESS_MM,
@@ -488,8 +488,8 @@ def test(args, model, data, device, out):
     """Accuracy: a record of each image, tables, pictures."""
     missing = {tuple(batch): images for _, batch, images in unfinished(args, data, out, [None])}
     batches = list(map(list, missing))
-    for batch, points, (peak, share) in predict_batches(model, data.images, batches, device, args.subpixel):
-        points, peak, share = points.cpu(), peak.cpu(), share.cpu()
+    for batch, points, maps in predict_batches(model, data.images, batches, device, args.subpixel):
+        points, peak, share = (values.cpu() for values in (points, *confidence(maps, points)))
         for b in [b for b, i in enumerate(batch) if i in missing[tuple(batch)]]:
             write_tested(args, data, batch[b], points[b], peak[b], share[b], out)
     distributed.barrier()
