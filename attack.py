@@ -357,8 +357,8 @@ def distance_in_tolerances(maps, goal):
 def evasive_vote_pgd(model, image, goal, epsilon=8, steps=300):
     """Vote-PGD against a detector of attacks that looks at the maps: landmarks shall also be found with confidence.
 
-    Arguments, shapes and example as in ``vote_pgd``. The loss is also on what ``defences.confidence`` measures: the
-    negative logarithms of each heatmap's peak and of the share of votes very near each goal position.
+    The first five arguments, shapes and example as in ``vote_pgd``. The loss is also on what ``defences.confidence``
+    measures: the negative logarithms of each heatmap's peak and of the share of votes very near each goal position.
     """
     nearest = torch.full_like(goal.places[..., 0], VOTE_WIDTH[0])
 
@@ -372,7 +372,8 @@ def evasive_vote_pgd(model, image, goal, epsilon=8, steps=300):
 def random_search(model, image, goal, epsilon=8, steps=300, seed=0):
     """The best of many random perturbations, a control: no attack by gradients should do worse.
 
-    Arguments, shapes and example as in ``vote_pgd``; each of the ``steps`` is a perturbation uniform in the ball.
+    Arguments, but for ``restarts`` and ``loss``, shapes and example as in ``vote_pgd``; each of the ``steps`` is a
+    perturbation uniform in the ball.
     """
     noise = torch.Generator().manual_seed(seed)
 
@@ -474,8 +475,9 @@ def make_goal(method, clean, targets):
 
 
 # --- targets ---------------------------------------------------------------------------------------------------------
-# Targets are (K, 2) float64 x, y in px0, nan for stationary landmarks. They depend only on the seed and the image (its
-# id, size and ground truth), not on model, method, input size or batch.
+# Targets are (K, 2) float64 x, y in px0, nan for stationary landmarks. Random ones and displacements depend only on the
+# seed and the image (its id, size and ground truth), not on model, method, input size or batch. Without a ground truth
+# the detector's prediction takes its place.
 
 
 def generator(seed, id):

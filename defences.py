@@ -160,23 +160,27 @@ def confidence(maps, points):
 
 @functools.cache
 def shape_model():
-    """Mean (38,), modes (10, 38), their standard deviations (10,), and that of the residual, float64 in px0."""
+    """Mean (38,), modes (10, 38), their standard deviations (10,), that of the other dimensions, float64 in px0."""
     content = json.loads(SHAPE.read_text(encoding="utf-8"))
     mean, modes, std = (torch.tensor(content[name], dtype=torch.float64) for name in ("mean", "modes", "mode_std"))
-    return mean.flatten(), modes.flatten(1), std, content["residual_std"]
+    mean, modes = mean.flatten(), modes.flatten(1)
+    # the file has the residual's standard deviation in each coordinate, but it lies in fewer dimensions
+    residual_std = content["residual_std"] * math.sqrt(len(mean) / (len(mean) - len(modes)))
+    return mean, modes, std, residual_std
 
 
 def shape_distance(points, mm_per_px0):
     """How unlike the population's an arrangement of the 19 landmarks is.
 
-    The squared Mahalanobis distance in the population's shape model: that along its modes and that of the rest.
+    The squared Mahalanobis distance in the population's shape model: along its modes, and in the remaining dimensions,
+    which share one variance ("Probabilistic principal component analysis", Tipping and Bishop 1999).
 
     Args:
         points: (N, 19, 2) float64 px0, in images like those of ISBI 2015.
         mm_per_px0: (N,).
 
     Returns:
-        (N,) float64; about 38 for a common shape.
+        (N,) float64; 38 on the average of the population.
     """
     mean, modes, std, residual_std = shape_model()
     deviation = (points * (mm_per_px0 / MODEL_MM_PER_PX0)[:, None, None]).flatten(1) - mean

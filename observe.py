@@ -22,6 +22,7 @@ from dataset import LANDMARKS, read_image, read_images
 from defences import confidence
 from eval import predict, read_records, record_attack, to_px0
 from model import decode
+from readers.images import read_size
 from support import distributed
 from support.errors import InputError
 from support.files import atomic
@@ -213,7 +214,7 @@ def observe(detectors, folder, batch_size, device, subpixel=False):
         storing), "8-bit input", "8-bit original", "JPEG input", "JPEG original".
 
     Raises:
-        InputError: a file is missing, damaged, or of another size.
+        InputError: a file is missing or damaged, or no detector is of the size of any.
     """
     with distributed.guard():
         attacks = read_in_memory(folder, detectors[0][2])
@@ -224,14 +225,23 @@ def observe(detectors, folder, batch_size, device, subpixel=False):
         ids, iteration = [detectors[0][2].ids[i] for i in batch], rows["iteration"].iloc[0]
         for size, suffix in stored_forms(folder, method, ids):
             for name, model, data in detectors:
-                if size == "input" and data.images.shape != detectors[0][2].images.shape:
-                    continue
                 with distributed.guard():
-                    images, norms = load_stored(folder, method, size, suffix, data, batch)
+                    shown = size == "original" or is_input_of(stored_file(folder, method, size, ids[0], suffix), data)
+                    if shown:
+                        images, norms = load_stored(folder, method, size, suffix, data, batch)
+                if not shown:
+                    continue
                 points = to_px0(predict(model, images, batch_size, device, subpixel), data, batch).numpy()
                 table = record_points(data, batch, points, targets, method, iteration, norms)
                 tables.append(table.assign(detector=name, stored=f"{FORMATS[suffix][0]} {size}"))
+    if len(tables) == len(attacks):
+        raise InputError(f"{folder}: stored inputs only, of another size; use a detector of their --size")
     return pd.concat(tables).drop(columns=["heatmap_peak", "vote_share", "clean_peak"], errors="ignore")
+
+
+def is_input_of(file, data):
+    """Whether a stored input is of the size of the images of ``data``; also if missing, which is reported later."""
+    return not file.exists() or read_size(file) == tuple(data.images.shape[-2:])
 
 
 def stored_forms(folder, method, ids):

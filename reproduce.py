@@ -208,9 +208,21 @@ def check_order(plan):
                 raise InputError(f"--only {name}: {missing} of another scale is missing; run that scale first")
             if run.folder and not (plan.run_folder(run.detector) / run.folder / "predictions.csv").exists():
                 needed.append(owner(run, name))
+            elif run.folder and owner(run, name) not in plan.chosen:
+                check_precision(plan, name, plan.run_folder(run.detector) / run.folder)
         for other in needed:
             if other not in plan.chosen:
                 raise InputError(f"--only {name}: depends on {other}, which has not been run; name it too")
+
+
+def check_precision(plan, name, folder):
+    """Refuse to compare with results of another precision; its default depends on the machine."""
+    found, precision = read_config(folder / "config.json").get("precision"), plan.options["precision"]
+    if found != precision:
+        raise InputError(
+            f"--only {name}: compares with {folder}, which is of --precision {found}, not {precision}; add --precision "
+            f"{found}"
+        )
 
 
 def missing_elsewhere(plan, run):

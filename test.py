@@ -501,18 +501,18 @@ def test(args, model, data, device, out):
 
 
 def test_defended(args, model, data, device, out):
-    """The accuracy behind each defence: defences_summary.csv."""
+    """The accuracy behind each defence, below that without: defences_summary.csv."""
     rows = {}
     file = out / "defences_summary.csv"
     if distributed.broadcast(file.exists() and {"none", *args.defence} == {*pd.read_csv(file)["defence"]}):
         return
-    for name in (None, *args.defence):
-        detector = model if name is None else defend(model, name, args.seed)
-        errors = radial_errors(predict(detector, data.images, args.batch_size, device, args.subpixel), data)
-        rows[name or "none"] = summarize(errors.numpy()).loc["all"]
+    for name in args.defence:
+        points = predict(defend(model, name, args.seed), data.images, args.batch_size, device, args.subpixel)
+        rows[name] = summarize(radial_errors(points, data).numpy()).loc["all"]
     with distributed.guard():  # publish
         if is_main():
-            summary = pd.DataFrame(rows).T.rename_axis("defence").reset_index()
+            plain = pd.read_csv(out / "summary.csv", index_col="landmark").loc["all"].drop("name")
+            summary = pd.DataFrame({"none": plain.astype(float), **rows}).T.rename_axis("defence").reset_index()
             write_table(file, summary)
             print(f"\n{summary.to_string(index=False, float_format='%.2f')}")
 

@@ -3,13 +3,14 @@
     python -m experiments.compare temp                  # the methods of one run of test.py --attack
     python -m experiments.compare random_i random_ati   # of several runs; the first is what the others differ from
 
-Prints Markdown. Runs should have the same images and targets.
+Prints Markdown. Differences are paired by image, so runs need the same targets.
 """
 
 from pathlib import Path
 
 import pandas as pd
 
+from attack import UNTARGETED
 from experiments.measures import Result, last, measure, of_role, render_differences, render_measures
 from experiments.statistics import differences
 from support import command
@@ -28,9 +29,24 @@ def main(argv=None):
             raise InputError(f"{folder}: not the results of an attack; give output folders of test.py --attack")
         for method, records in Result({}, folder).attacked().groupby("method", sort=False):
             attacks[names[folder], method] = records
+    check_targets(attacks)
     print(render_measures(compute(attacks)))
     if len(attacks) > 1:
         print(render_differences(compute_differences(attacks)))
+
+
+def check_targets(attacks):
+    """Refuse targeted attacks with other targets than the first has for the same images."""
+    targets = {
+        name: last(records).set_index(["image", "landmark"])[["target_x_px0", "target_y_px0"]]
+        for name, records in attacks.items()
+        if name[1] != UNTARGETED
+    }
+    first = next(iter(targets), None)
+    for name, found in targets.items():
+        common = found.index.intersection(targets[first].index)
+        if not found.loc[common].equals(targets[first].loc[common]):
+            raise InputError(f"{name[0]}: other targets than in {first[0]}; give runs with the same --targets, --seed")
 
 
 def compute(attacks):

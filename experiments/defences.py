@@ -2,7 +2,8 @@
 
     python -m experiments.defences --out tables accuracy attack adversarial   # of finished runs of test.py
 
-writes the tables and charts that reproduce.py makes of its own runs, and their text, defence.md.
+writes the tables and charts that reproduce.py makes of its own runs, and their text, defence.md. Attacks are told by
+the output of the first of the attacked detectors.
 """
 
 from itertools import pairwise
@@ -156,7 +157,8 @@ def compute_diagnoses(labels, result):
         changed = changed_diagnoses(table[table["image"].isin(same)], config["measure"], config["to"])
         for method, found in changed.groupby("method", sort=False):
             found = found[found.index.get_level_values("iteration") == found.index.get_level_values("iteration").max()]
-            row = {"detector": labels["detector"], "measure": config["measure"], "epsilon": labels["epsilon"]}
+            row = {"detector": labels["detector"], "measure": config["measure"]}
+            row |= {name: labels[name] for name in ("epsilon", "steps")}
             row |= {"defence": defence, "attacker": attacker, "method": method, "images": len(found)}
             values = 100.0 * found["intended"].to_numpy(float)
             tables.append(pd.DataFrame([row | named("intended_%", *interval(values, np.mean))]))
@@ -236,6 +238,8 @@ def compute_scores(labels, result):
 def auc(pairs):
     """Area under the ROC curve: how often an attacked image has a higher score than a clean one, of (images, 2)."""
     clean, attacked = pairs.T
+    if np.isnan(pairs).any():
+        return np.nan  # a single image, whose score has no deviation to be standardised by
     return ((attacked[:, None] > clean) + 0.5 * (attacked[:, None] == clean)).mean()
 
 

@@ -45,6 +45,7 @@ def collect(results, data):
     """
     tables = {(result.labels["images"], result.labels["landmarks by"]): result.predictions() for result in results}
     splits, decodings = (list(dict.fromkeys(names)) for names in zip(*tables, strict=True))
+    doctors = {split: inter_observer(data, split, tables[split, decodings[0]]) for split in splits}
     errors, peaks = {}, {}
     for group in [[split] for split in splits] + ([splits] if len(splits) > 1 else []):
         name = " + ".join(group)
@@ -54,9 +55,8 @@ def collect(results, data):
             peak = pd.concat(found).get("heatmap_peak", pd.Series([np.nan]))
             if peak.notna().all():  # not of an older version
                 peaks[name, decoding] = 100 * (peak > 0.5).mean()
-        distances = [inter_observer(data, split, tables[split, decodings[0]]) for split in group]
-        if all(len(found) for found in distances):
-            errors[name, INTER_OBSERVER] = np.concatenate(distances)
+        if all(len(doctors[split]) for split in group):
+            errors[name, INTER_OBSERVER] = np.concatenate([doctors[split] for split in group])
     return errors, peaks
 
 
@@ -66,7 +66,7 @@ def inter_observer(data, split, predictions):
     ``predictions`` on the split have the spacing of its images.
     """
     mm_per_px0 = predictions.groupby("image")["mm_per_px0"].first()
-    marks = read_marks(data, split)
+    marks = read_marks(data, split, mm_per_px0.index)
     if len(marks) < len(mm_per_px0):
         return np.empty((0, len(LANDMARKS)))
     return np.stack(

@@ -199,7 +199,7 @@ def compute_doctors(runs, changed, data):
     """
     records = pd.concat([run.records for run in runs])
     spacing = records.groupby("image")["mm_per_px0"].first()
-    marks = read_marks(data, "test")
+    marks = read_marks(data, "test", spacing.index)
     rows = []
     for measure in NAMES:
         images = sorted({image for (*_, name), frame in changed.items() if name == measure for image in frame.index})
@@ -216,11 +216,11 @@ def compute_doctors(runs, changed, data):
 
 
 def plot(table, names, doctors, path):
-    """Shares against grey levels, pooled over the measures ``names``; each measure at the epsilon nearest to 4."""
-    figure, (*left, right) = panels(3, width=5.5, height=4.4)
+    """Shares against grey levels, pooled over ``names``, if any; each measure at the epsilon nearest to 4."""
+    figure, (*left, right) = panels(3 if names else 1, width=5.5, height=4.4)
     pooled = table[table["measure"] == pooled_name(names)].sort_values("grey_levels")
     disagree = dict(zip(doctors["measure"], doctors["disagree_%"], strict=True))
-    for panel, share in zip(left, ("intended", "only intended"), strict=True):
+    for panel, share in zip(left, ("intended", "only intended"), strict=False):
         for method, rows in pooled.groupby("method", sort=False):
             line_with_band(panel, rows, "grey_levels", f"{share}_%", LEGEND.get(method, method))
         if share == "intended" and disagree.keys() >= {*names}:

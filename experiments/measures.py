@@ -51,11 +51,11 @@ def error_from_truth(records):
     return distance_mm(records, ("x_px0", "y_px0"), ("true_x_px0", "true_y_px0"))
 
 
-def read_marks(data, split):
-    """The doctors' marks of the images of a split that two doctors have marked: {id: (2, K, 2) px0}."""
+def read_marks(data, split, ids):
+    """The doctors' marks of a split's images ``ids``, as far as two doctors have marked them: {id: (2, K, 2) px0}."""
     marks = {}
     for entry in index(data, split):
-        if len(entry.annotations) == 2:
+        if entry.id in ids and len(entry.annotations) == 2:
             _, size0 = read_image(entry.image, None)
             marks[entry.id] = read_doctors(entry, size0)
     return marks

@@ -8,6 +8,7 @@ from conftest import K
 import attack
 from eval import record_attack
 from experiments import ablation, compare
+from support.errors import InputError
 
 
 def test_runs_are_compared_with_the_first(tmp_path, capsys):
@@ -31,6 +32,18 @@ def test_runs_are_compared_with_the_first(tmp_path, capsys):
     assert "| one | ATI-FGSM | 20 |" in printed and "| two | Vote-PGD | 20 |" in printed
     assert "two Vote-PGD minus one ATI-FGSM | targeted | 20 | +100.0 [+100.0, +100.0] (higher) | -8.0" in printed
     assert "two Vote-PGD minus one ATI-FGSM | stationary | 20 | -5.6 [-5.6, -5.6] (lower)" in printed
+
+
+def test_other_targets_are_refused(tmp_path):
+    truth, targets = np.full((1, K, 2), 1000.0), np.full((1, K, 2), np.nan)
+    for name, landmark in (("one", 0), ("two", 5)):
+        aims = targets.copy()
+        aims[:, landmark] = 1100, 1000
+        (tmp_path / name).mkdir()
+        table = record_attack(["151"], truth, truth, aims, "I-FGSM", 9, np.ones(1))
+        pd.concat([table.assign(iteration=0), table]).to_csv(tmp_path / name / "predictions.csv", index=False)
+    with pytest.raises(InputError, match="two: other targets than in one"):
+        compare.main([str(tmp_path / "one"), str(tmp_path / "two")])
 
 
 @pytest.mark.slow

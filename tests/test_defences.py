@@ -15,6 +15,7 @@ from dataset import to_input
 from defences import (
     DEFENCES,
     DRAWS,
+    SHAPE,
     bits,
     blur,
     confidence,
@@ -27,7 +28,7 @@ from defences import (
     shape_model,
 )
 from eval import record_attack
-from experiments.defences import auc, check, compute_diagnoses, compute_masking
+from experiments.defences import auc, check, compute_diagnoses, compute_masking, two_columns
 from experiments.measures import Result
 from model import UNet, decode, encode, landmark_loss, place
 from support.errors import InputError
@@ -138,6 +139,19 @@ def test_shape_distance_grows_with_displaced_landmarks_and_knows_spacing():
     odd[3, 0] += 80
     assert shape_distance(odd[None], spacing[:1]).item() > 10
     assert torch.allclose(shape_distance(odd[None] / 2, 2 * spacing[:1]), shape_distance(odd[None], spacing[:1]))
+
+
+def test_shape_distance_is_that_of_mahalanobis():
+    """Shapes drawn from the population have the mean of chi squared, 38, whichever dimensions they differ in."""
+    mean, modes, std, _ = shape_model()
+    residual_std = json.loads(SHAPE.read_text())["residual_std"]  # in each coordinate
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(4000, 38, generator=rng, dtype=torch.float64)
+    rest = noise - noise @ modes.T @ modes
+    rest *= residual_std / rest.square().mean().sqrt()
+    shapes = mean + torch.randn(4000, 10, generator=rng, dtype=torch.float64) * std @ modes + rest
+    found = shape_distance(shapes.unflatten(1, (19, 2)), torch.full((4000,), 0.1, dtype=torch.float64))
+    assert found.mean().item() == pytest.approx(38, abs=1)
 
 
 # --- adversarial training --------------------------------------------------------------------------------------------
@@ -301,6 +315,7 @@ def test_wrong_defences(text, message, trained, official, tmp_path, monkeypatch,
 def test_area_under_the_curve_by_hand():
     assert auc(np.array([[0, 1], [1, 2]])) == 3.5 / 4  # clean 0 and 1, attacked 1 and 2: one tie
     assert auc(np.array([[0, 5], [1, 6]])) == 1 and auc(np.array([[5, 0], [6, 1]])) == 0
+    assert np.isnan(auc(np.array([[np.nan, np.nan]])))
 
 
 def test_checks_for_masked_gradients_by_hand():
@@ -369,6 +384,9 @@ def test_patients_whose_class_a_defence_changes_do_not_count(tmp_path):
     ]
     pd.concat(tables).to_csv(tmp_path / "defences.csv", index=False)
     (tmp_path / "config.json").write_text(json.dumps({"measure": "ANB", "to": None}))
-    table = compute_diagnoses({"detector": "small", "epsilon": 8}, Result({}, tmp_path)).set_index("defence")
+    labels = {"detector": "small", "epsilon": 8, "steps": 5}
+    table = compute_diagnoses(labels, Result({}, tmp_path)).set_index("defence")
     assert table["images"].to_dict() == {"none": 2, "blur:1": 1}  # bits:1 changes everyone
     assert table["intended_%"].tolist() == [100, 100]
+    more = compute_diagnoses(labels | {"steps": 10}, Result({}, tmp_path))
+    assert len(two_columns(pd.concat([table.reset_index(), more]), "intended_%")) == 4  # steps are told apart

@@ -109,13 +109,14 @@ def test_transfer_to_other_detectors(attacked, trained, official, run):
     assert not points["larger"].equals(points["small"].loc[["8-bit original", "JPEG original"]])
     assert "larger" in printed
 
-    arguments = ["--tag", "twin", "--data", official, "--split", "test1", "--rand", "by_twin"]
-    assert run("test.py", *arguments, "--adversarial", attacked / "adversarial")[0] == 0
-    table = pd.read_csv(attacked.parent / "by_twin" / "read_back.csv")
-    assert table.groupby("stored")["detector"].unique().map(list).to_dict() == {
-        "in memory": ["small"],  # of the attack itself
-        **{f"{form} {size}": ["twin"] for form in ("8-bit", "JPEG") for size in ("input", "original")},
-    }
+    for tag, sizes in (("twin", ("input", "original")), ("larger", ("original",))):
+        arguments = ["--tag", tag, "--data", official, "--split", "test1", "--rand", f"by_{tag}"]
+        assert run("test.py", *arguments, "--adversarial", attacked / "adversarial")[0] == 0
+        table = pd.read_csv(attacked.parent / f"by_{tag}" / "read_back.csv")
+        assert table.groupby("stored")["detector"].unique().map(list).to_dict() == {
+            "in memory": ["small"],  # of the attack itself
+            **{f"{form} {size}": [tag] for form in ("8-bit", "JPEG") for size in sizes},
+        }
 
 
 WRONG = {

@@ -230,6 +230,7 @@ def test_one_experiment_then_the_others(demonstrated, reproduced):
     check_numbers(demonstrated)
     other = "bf16" if command.fast_precision() == "fp32" else "fp32"
     assert_refused(reproduced(*CPU, "--precision", other), f"now it is '{other}'")
+    assert_refused(reproduced(*CPU, "--precision", other, "--only", "coupling"), "--only coupling: compares with")
 
 
 def check_report(results, out):
