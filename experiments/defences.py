@@ -291,7 +291,7 @@ def plot_roc(scores, path):
     if not len(scores):
         return
     groups = list(scores.groupby([*KEYS[:3], "method"], sort=False))
-    figure, axes = panels(len(groups), width=4.2, height=4.2)
+    figure, axes = panels(len(groups), width=4.2, height=4.8)
     for panel, ((detector, epsilon, steps, method), rows) in zip(axes, groups, strict=True):
         for name, label in SCORES.items():
             clean, attacked = score_pairs(rows, name).T
