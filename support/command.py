@@ -87,6 +87,8 @@ def run(main):
             main()
             if dist.is_initialized():
                 dist.destroy_process_group()
+                sys.stdout.flush()
+                os._exit(0)  # see below
             return
         except BaseException as error:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from torchrun, if other processes ended for the same reason
