@@ -206,10 +206,11 @@ def check_order(plan):
         for run in plan.scale.experiments[name]:
             if (missing := missing_elsewhere(plan, run)) is not None:
                 raise InputError(f"--only {name}: {missing} of another scale is missing; run that scale first")
-            if run.folder and not (plan.run_folder(run.detector) / run.folder / "predictions.csv").exists():
+            folder = plan.run_folder(run.detector) / run.folder
+            if run.folder and not (folder / "predictions.csv").exists():
                 needed.append(owner(run, name))
             elif run.folder and owner(run, name) not in plan.chosen:
-                check_precision(plan, name, plan.run_folder(run.detector) / run.folder)
+                check_precision(plan, name, folder)
         for other in needed:
             if other not in plan.chosen:
                 raise InputError(f"--only {name}: depends on {other}, which has not been run; name it too")

@@ -217,10 +217,11 @@ def compute_doctors(runs, changed, data):
 
 def plot(table, names, doctors, path):
     """Shares against grey levels, pooled over ``names``, if any; each measure at the epsilon nearest to 4."""
-    figure, (*left, right) = panels(3 if names else 1, width=5.5, height=4.4)
+    shares = ("intended", "only intended") if names else ()
+    figure, (*left, right) = panels(len(shares) + 1, width=5.5, height=4.4)
     pooled = table[table["measure"] == pooled_name(names)].sort_values("grey_levels")
     disagree = dict(zip(doctors["measure"], doctors["disagree_%"], strict=True))
-    for panel, share in zip(left, ("intended", "only intended"), strict=False):
+    for panel, share in zip(left, shares, strict=True):
         for method, rows in pooled.groupby("method", sort=False):
             line_with_band(panel, rows, "grey_levels", f"{share}_%", LEGEND.get(method, method))
         if share == "intended" and disagree.keys() >= {*names}:
