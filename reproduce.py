@@ -244,7 +244,7 @@ def is_trained(folder):
 
 def check_sizes(plan):
     """Refuse images of another size than the letters are drawn for."""
-    used = {run.labels["image"] for run in plan.scale.experiments["fancy"]}
+    used = {result.labels["image"] for result in plan.results("fancy")}
     for entry in index(plan.data, "test"):
         if entry.id in used:
             _, size = read_image(entry.image, None)

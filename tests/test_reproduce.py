@@ -47,7 +47,10 @@ def tiny(splits, ids):
         "epsilon": scales.sweep_epsilon(partial(ati, steps=1, limit=2), {"random": (4, 64), "4 mm": (4,)}),
         "count": [*scales.sweep_count(partial(ati, **near), (1, 19)), random],
         "coupling": [shift, random],
-        "fancy": scales.spell(partial(attack, attack=PAPER, steps=1), ids, "MI"),
+        "fancy": [
+            scales.train("letters", **LARGE),
+            *scales.spell(partial(scales.test, "letters", subpixel=True, attack=PAPER, steps=1), ids, "MI"),
+        ],
         "baselines": scales.sweep_one_step(partial(attack, limit=2), (4, 64)),
         "causes": [
             scales.train("normed", **SMALL, encoder_batch_norm=True),
