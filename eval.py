@@ -332,8 +332,8 @@ def summarize_changes(changed):
 
 TRUTH, PREDICTED, TARGET = (
     {"marker": "+", "c": "lime", "s": 30, "linewidths": 0.8},
-    {"marker": "o", "c": "none", "edgecolors": "red", "s": 18, "linewidths": 0.8},
-    {"marker": "x", "c": "cyan", "s": 25, "linewidths": 0.8},
+    {"marker": "o", "c": "none", "edgecolors": "red", "s": 30, "linewidths": 0.8},
+    {"marker": "x", "c": "cyan", "s": 14, "linewidths": 0.8},  # within the circle of a prediction that reached it
 )
 
 
