@@ -308,6 +308,9 @@ def cpu_full(splits, ids):
         ],
         "attack": [shift, random],
         "coupling": [shift, random],
+        "fancy": spell(
+            partial(test, "400x320", subpixel=True, attack=("ATI-FGSM", "Vote-PGD"), epsilon=8, steps=100), ids
+        ),
         "causes": [
             reuse(test("cpu/200x160", "attack/shift", {}), "input size (px)", "200 x 160"),
             variant(medium, "input size (px)", "400 x 320", "400x320"),
@@ -335,7 +338,16 @@ def quick(splits, ids):
         "coupling": [shift, random],
         "fancy": [
             train("200x160", size=(200, 160), init=Checkpoint("100x80", 15), **fine),
-            *spell(partial(test, "200x160", subpixel=True, attack=("ATI-FGSM", "Vote-PGD"), epsilon=8, steps=100), ids),
+            train(
+                "400x320",
+                size=(400, 320),
+                init=Checkpoint("200x160", 7),
+                **SMALL,
+                lr=3e-4,
+                epochs=4,
+                checkpoint_every=4,
+            ),
+            *spell(partial(test, "400x320", subpixel=True, attack="Vote-PGD", epsilon=8, steps=200), ids),
         ],
         "baselines": sweep_one_step(partial(attack, limit=5), (8, 32, 128)),
         "causes": [
