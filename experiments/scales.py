@@ -72,6 +72,11 @@ def train(detector, **options):
     return Run("train.py", detector, "", options, {})
 
 
+def refine(detector, size, init, lr, epochs):
+    """Coarse to fine: a short training from the weights of a smaller input, with a checkpoint at its end."""
+    return train(detector, size=size, init=init, **SMALL, lr=lr, epochs=epochs, checkpoint_every=epochs)
+
+
 def test(detector, folder, labels, **options):
     return Run("test.py", detector, folder, {"pictures": 0, **options}, labels)
 
@@ -329,7 +334,7 @@ def quick(splits, ids):
     random = comparison("attack/random", {"description": "Random targets, epsilon 8"}, **far)
     vary = partial(variant, {"attack": PAPER, **near, "epsilon": 8, "steps": 30, "limit": 4, "subpixel": True})
     start = {**SMALL, "epochs": 16, "checkpoint_every": 16}
-    coarse, fine = {"size": (50, 40), **start}, {**SMALL, "lr": 5e-4, "checkpoint_every": 8, "epochs": 8}
+    coarse = {"size": (50, 40), **start}
     experiments = {
         "detection": [train("100x80", size=(100, 80), **start), *detection("100x80", splits)],
         "attack": [shift, random],
@@ -337,16 +342,8 @@ def quick(splits, ids):
         "count": [*sweep_count(partial(ati, **near, epsilon=8, steps=20, limit=3), (1, 19)), random],
         "coupling": [shift, random],
         "fancy": [
-            train("200x160", size=(200, 160), init=Checkpoint("100x80", 15), **fine),
-            train(
-                "400x320",
-                size=(400, 320),
-                init=Checkpoint("200x160", 7),
-                **SMALL,
-                lr=3e-4,
-                epochs=4,
-                checkpoint_every=4,
-            ),
+            refine("200x160", (200, 160), Checkpoint("100x80", 15), lr=5e-4, epochs=8),
+            refine("400x320", (400, 320), Checkpoint("200x160", 7), lr=3e-4, epochs=4),
             *spell(partial(test, "400x320", subpixel=True, attack="Vote-PGD", epsilon=8, steps=200), ids),
         ],
         "baselines": sweep_one_step(partial(attack, limit=5), (8, 32, 128)),
@@ -385,15 +382,7 @@ def demo():
         "detection": [
             draw(train=80, test1=20, test2=0),
             train("100x80", size=(100, 80), **SMALL, epochs=16, checkpoint_every=16),
-            train(
-                "200x160",
-                size=(200, 160),
-                **SMALL,
-                init=Checkpoint("100x80", 15),
-                lr=5e-4,
-                epochs=8,
-                checkpoint_every=8,
-            ),
+            refine("200x160", (200, 160), Checkpoint("100x80", 15), lr=5e-4, epochs=8),
             *detection("200x160", ["test1"]),
         ],
         "attack": [
