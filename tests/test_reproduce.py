@@ -19,7 +19,7 @@ from experiments import scales
 from experiments.report import EXPERIMENTS
 from experiments.scales import PAPER, SCALES, TARGETS, Checkpoint, Scale, arguments
 from support import command
-from support.errors import Stopped
+from support.errors import InputError, Stopped
 from support.files import read_config
 
 pytestmark = pytest.mark.xdist_group("reproduce")  # runs that are made once for several tests
@@ -141,6 +141,21 @@ def test_refused_before_any_work(words, message, reproduced, official, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dataset").symlink_to(official)  # the default of --data
     assert_refused(reproduced("--scale", *words), message, tmp_path / "results", tmp_path / "runs")
+
+
+def test_results_of_another_scale_are_of_the_same_precision(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = make_plan("cpu-full")
+    for name in plan.chosen:
+        for result in plan.results(name):
+            result.folder.mkdir(parents=True, exist_ok=True)
+            (result.folder / "predictions.csv").touch()
+            (result.folder / "config.json").write_text('{"precision": "fp32"}')
+    (tmp_path / "runs" / "cpu-200x160" / "model_epoch_229.pth").touch()
+    reproduce.check_order(plan)
+    other = plan._replace(options={"precision": "bf16"})
+    with pytest.raises(InputError, match="--only causes: compares with runs/cpu-200x160/attack/shift"):
+        reproduce.check_order(other)
 
 
 def test_a_failing_command_ends_it_with_its_status(reproduced, monkeypatch, tmp_path):
