@@ -285,7 +285,7 @@ def vote_pgd(model, image, goal, epsilon=8, steps=300, restarts=1, seed=0, loss=
         >>> for iteration, adversarial, maps in vote_pgd(model, image, goal, epsilon=8, steps=100):
         ...     pass
     """
-    noise = torch.Generator().manual_seed(seed)
+    noise = start_generator(seed)
     loss = partial(loss or vote_loss, goal=goal)
     restart = 0
 
@@ -375,7 +375,7 @@ def random_search(model, image, goal, epsilon=8, steps=300, seed=0):
     Arguments, but for ``restarts`` and ``loss``, shapes and example as in ``vote_pgd``; each of the ``steps`` is a
     perturbation uniform in the ball.
     """
-    noise = torch.Generator().manual_seed(seed)
+    noise = start_generator(seed)
 
     @torch.no_grad()
     def iterates():
@@ -421,6 +421,11 @@ def universal_vote_pgd(model, image, batches, epsilon=8, steps=300):
 def falling(progress):
     """Step size in units of epsilon: from 0.25 to 0.005 along a half cosine."""
     return 0.005 + 0.245 * (1 + math.cos(math.pi * progress)) / 2
+
+
+def start_generator(seed):
+    """The generator of random starts. It differs from a random defence's of the same seed in the 32 bits torch uses."""
+    return torch.Generator().manual_seed(seed ^ (1 << 31))
 
 
 def random_start(image, epsilon, generator):

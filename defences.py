@@ -24,7 +24,6 @@ from model import cast_votes, near_votes
 from support.errors import InputError
 
 DRAWS = 4  # of a random defence, in each pass of an attack on it
-NOISE_STREAM = 1 << 40  # other random numbers than an attack's of the same seed
 SHAPE = Path(__file__).parent / "assets" / "shape_model.json"
 MODEL_MM_PER_PX0 = 0.1  # of the shape model
 
@@ -128,7 +127,6 @@ def defend(model, defence, seed=0, draws=1):
     transformation, parameter = parse_defence(defence)
     if transformation is not noise:
         return lambda image: model(transformation(image, parameter))
-    seed ^= NOISE_STREAM
     generator = torch.Generator().manual_seed(seed)
 
     def defended(image):

@@ -11,6 +11,7 @@ from conftest import TRAIN, assert_refused
 from torch import nn
 
 import train
+from attack import random_start, start_generator
 from dataset import to_input
 from defences import (
     DEFENCES,
@@ -83,6 +84,14 @@ def test_noise_has_its_standard_deviation_and_is_drawn_anew():
     grey, generator = torch.zeros(1, 3, 64, 64), torch.Generator().manual_seed(0)
     first, second = noise(grey, 4, generator), noise(grey, 4, generator)
     assert (first * 127.5).std() == pytest.approx(4, rel=0.05) and not torch.equal(first, second)
+
+
+def test_noise_is_independent_of_the_random_starts_of_the_same_seed(image):
+    seen = []
+    defend(lambda image: seen.append(image) or image.flatten(2)[:, :, None, None], "noise:4", seed=5)(image)
+    start = random_start(image, 8, start_generator(5))
+    pair = torch.stack([(seen[0] - image).flatten(), start.flatten()])
+    assert pair.corrcoef()[0, 1].abs() < 0.05  # 0.34 where both come from one stream
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
