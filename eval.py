@@ -214,6 +214,8 @@ def read_records(files):
     for file in files:
         try:
             tables.append(pd.read_csv(file, dtype=TEXT, keep_default_na=False, na_values=missing))
+        except FileNotFoundError:
+            raise InputError(f"{file}: no such file; finish the run of test.py that writes it") from None
         except (OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"{file}: not a readable record ({reason}); remove it and repeat the command") from None

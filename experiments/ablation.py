@@ -3,7 +3,7 @@
     python -m experiments.ablation --out ablation -- --tag baseline --limit 20 --steps 100
 
 What follows -- are arguments of test.py, which runs each variant into OUT/<variant>/ and resumes after a stop. Prints
-the tables of experiments.compare, with the differences from Vote-PGD.
+the tables of experiments.compare, with the differences from the first variant: Vote-PGD, unless --only omits it.
 """
 
 import sys
@@ -19,10 +19,9 @@ from support import command, distributed
 
 
 def paper_loss(model, image, goal, epsilon=8, steps=300, restarts=1, seed=0):
-    """The loss of ATI-FGSM with momentum and schedule of Vote-PGD, last iterate."""
-
+    """The loss of ATI-FGSM with momentum and schedule of Vote-PGD, last iterate; one run, as long as all restarts."""
     loss = partial(attack.adaptive_loss, goal=goal)
-    return attack.pgd(model, image, loss, epsilon, steps, attack.falling, attack.MOMENTUM)
+    return attack.pgd(model, image, loss, epsilon, steps * restarts, attack.falling, attack.MOMENTUM)
 
 
 def last_iterate(iterates, score):
@@ -54,7 +53,7 @@ def main(argv=None):
     )
     args = parser.parse_args(own)
     folders = []
-    for name in args.only:
+    for name in (name for name in VARIANTS if name in args.only):
         folders.append(str(Path(args.out) / name))
         with ExitStack() as stack:
             for what, replacement in VARIANTS[name].items():

@@ -54,7 +54,19 @@ def test_every_variant_runs_and_leaves_the_attack_as_it_was(trained, official, m
     options += ["--targets", "shift", "--shift-count", "19"]  # nothing to keep in place: the last iterate is as good
     ablation.main(["--out", "ablation", "--", *options])
     assert (dict(vars(attack)), attack.ATTACKS) == before
+    printed = capsys.readouterr().out
     found = {name: pd.read_csv(f"ablation/{name}/predictions.csv") for name in ablation.VARIANTS}
     for name in ("constant_step", "paper_loss"):
         assert not found[name].equals(found["Vote-PGD"])
-    assert "paper_loss Vote-PGD minus Vote-PGD Vote-PGD" in capsys.readouterr().out
+    assert "paper_loss Vote-PGD minus Vote-PGD Vote-PGD" in printed
+
+    options += ["--restarts", "2"]
+    ablation.main(["--out", "restarted", "--only", "paper_loss", "Vote-PGD", "--", *options])
+    assert "paper_loss Vote-PGD minus Vote-PGD Vote-PGD" in capsys.readouterr().out  # not in the order of --only
+    ends = [pd.read_csv(f"restarted/{name}/predictions.csv")["iteration"].max() for name in ("paper_loss", "Vote-PGD")]
+    assert ends == [6, 6]
+
+
+def test_an_unfinished_run_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"nothing/predictions\.csv: no such file; finish the run of test.py"):
+        compare.main([str(tmp_path / "nothing")])
