@@ -49,7 +49,9 @@ def write_text(path, text):
 
 
 def write_table(path, table):
-    """A DataFrame as CSV, without its index."""
+    """A DataFrame as CSV, without its index: four decimals, but all of the pixel spacing, a factor of others."""
+    if "mm_per_px0" in table:
+        table = table.assign(mm_per_px0=table["mm_per_px0"].map(str))
     with atomic(path) as temporary:
         table.to_csv(temporary, index=False, float_format="%.4f")
 

@@ -267,6 +267,8 @@ def test_spacing_scales_every_millimetre(here, official, run):
     tables = [pd.read_csv(here / f"spaced_{n}" / "predictions.csv") for n in (1, 3)]
     assert np.allclose(3 * tables[0]["radial_error_mm"], tables[1]["radial_error_mm"], atol=3e-4)
     assert (tables[1]["mm_per_px0"] == 0.3).all()
+    assert run(*arguments, "--rand", "spaced_fine", "--mm-per-px", 25.4 / 720)[0] == 0
+    assert (pd.read_csv(here / "spaced_fine" / "predictions.csv")["mm_per_px0"] == 25.4 / 720).all()
     shift = ["--attack", 1, "--steps", 1, "--targets", "shift", "--shift-mm", 3, "--mm-per-px", 0.3, "--rand", "spaced"]
     assert run(*arguments, *shift)[0] == 0
     moved = pd.read_csv(here / "spaced" / "predictions.csv").query("role == 'targeted'")
