@@ -8,9 +8,9 @@
     python reproduce.py --scale cpu --only epsilon          # one experiment
     torchrun --nproc-per-node 4 reproduce.py --scale paper
 
-An experiment is a list of commands of train.py and test.py, which are printed. Finished work is not repeated: the same
-command resumes after a stop. Writes results/<name>/report.md with its tables and charts; the detectors and their
-results are in runs/<name>-<detector>/.
+An experiment is a list of commands of train.py and test.py, which are printed. Finished trainings and attacks are not
+repeated: the same command resumes after a stop. Writes results/<name>/report.md with its tables and charts; the
+detectors and their results are in runs/<name>-<detector>/.
 """
 
 import shlex
