@@ -166,7 +166,9 @@ class Plan(NamedTuple):
 
 
 def owner(run, experiment):
-    """The experiment that makes a run which ``experiment`` lists."""
+    """The experiment of this scale that makes a run which ``experiment`` lists; None if another scale makes it."""
+    if "/" in run.detector:
+        return None
     return run.folder.split("/")[0] or experiment
 
 
@@ -209,7 +211,7 @@ def check_order(plan):
             folder = plan.run_folder(run.detector) / run.folder
             if run.folder and not (folder / "predictions.csv").exists():
                 needed.append(owner(run, name))
-            elif run.folder and ("/" in run.detector or owner(run, name) not in plan.chosen):
+            elif run.folder and owner(run, name) not in plan.chosen:
                 check_precision(plan, name, folder)
         for other in needed:
             if other not in plan.chosen:
