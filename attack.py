@@ -1,85 +1,211 @@
-"""Targeted adversarial attacks on a landmark detector: FGSM, I-FGSM, ATI-FGSM, Vote-PGD, and the choice of targets.
+"""Targeted adversarial attacks on a landmark detector: one loop, and a table with a row for each attack.
 
 A white-box attacker moves chosen ("targeted") landmarks of the detector's output to target positions and keeps the
 others ("stationary") where they are, by a perturbation of L-infinity norm at most epsilon/256 of an image in [-1, 1]
 (epsilon = 8: 4 of 255 grey levels). After "Miss the Point: Targeted Adversarial Attack on Multiple Landmark Detection"
 (MICCAI 2020), called "the paper" below.
 
-    goal = goal_maps(model(image), targets, targeted)
-    for iteration, adversarial, maps in ati_fgsm(model, image, goal):
+    for iteration, adversarial, maps in run(ATTACKS["ATI-FGSM"], model, image, targets, targeted):
         ...                                # iteration 0 is the clean image; maps are the model's maps of `adversarial`
+
+A new attack is a row of ATTACKS, with its loss: the command line, tables, charts and tests take it from there.
 """
 
+import itertools
 import math
-import zlib
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dataset import read_targets, rescale
 from model import Goal, decode, encode, landmark_loss, mean_weights, offsets_at, pixel_positions, radius_of
-from support.errors import InputError
 
 STEP_SIZE = 0.05  # in units of epsilon; the paper's eta
-MOMENTUM = 0.75  # of Vote-PGD, as are the constants down to STATIONARY_WEIGHT
-VOTE_WIDTH = (0.1, 0.33)  # of a landmark's kernel in units of R: its distance from the goal position, so limited
 TOLERANCE = 1 / 3  # in units of R, 4 mm in the ISBI 2015 images: up to it, a goal position counts as reached
-TARGETED_WEIGHT = (1.0, 2.5, 1.5)  # of a landmark's loss: minimum, maximum, slope per tolerance of distance
-STATIONARY_WEIGHT = (0.1, 1.0, 1.0)
-EVASION_WEIGHT = 0.3  # of the scores by which attacks are told, in the evasive attack
-RANDOM_SIZE = (800, 640)  # (H, W) px of the image for which the paper states its random targets,
-RANDOM_X = (100, 600)  # the range of x
-RANDOM_Y = (250, 750)  # and of y
+VOTE_WIDTH = (0.1, 0.33)  # limits of the width of a landmark's kernel in ``vote_loss``, in units of R
+EVASION_WEIGHT = 0.3  # of the scores by which attacks are told, in ``evasive_loss``
 
 
-# --- attacks ---------------------------------------------------------------------------------------------------------
+# --- one door for all attacks ----------------------------------------------------------------------------------------
+
+
+class Attack(NamedTuple):
+    """An attack, as data for ``run``."""
+
+    name: str
+    goal: Callable | None  # (clean maps, targets, targeted) -> goal, what ``loss`` and ``score`` compare maps with
+    loss: Callable | None  # (maps, goal) -> (B,), which is minimised; None: every iterate is a random perturbation
+    steps: int | None = None  # None: as many as the caller says
+    options: dict = {}  # noqa: RUF012 never changed; of ``pgd``
+    score: Callable | None = None  # (maps, goal) -> (B,): of each image the best iterate so far counts, not the last
+    targeted: bool = True  # False: all landmarks shall leave their places
+    universal: bool = False  # one perturbation for all images,
+    delta: torch.Tensor | None = None  # (1, C, H, W), if it is known
+
+    @property
+    def blind(self):
+        """Whether its perturbation is made without the detector and the image that are attacked."""
+        return self.goal is None or self.universal
+
+
+def run(attack, detector, image, targets, targeted, epsilon=8, steps=300, seed=0):
+    """Attack a batch of images.
+
+    Args:
+        attack: a row of ``ATTACKS``.
+        detector: callable, (B, C, H, W) -> (B, 3, K, H, W): heatmap logits, x- and y-offsets, see ``model.UNet``;
+            freeze its weights, so that only the gradient of the image is computed.
+        image: (B, C, H, W) float32 clean images in [-1, 1]; C = 3, or 1 with ``grey_model``.
+        targets: (B, K, 2) x, y in px of the input; those of stationary landmarks are ignored.
+        targeted: (B, K) bool.
+        epsilon: L-infinity norm of the perturbation in half grey levels (1/256 of the [-1, 1] scale).
+        steps: iterations, unless the attack has its own number.
+        seed: of random perturbations.
+
+    Yields:
+        (iteration, adversarial, maps) for iteration 0 .. steps: int, like ``image``, (B, 3, K, H, W), without gradient.
+        0 is the clean image. With a score, they are of the best iterate so far.
+
+    Raises:
+        ValueError: shapes or types that do not fit together.
+
+    Example:
+        >>> for iteration, adversarial, maps in run(ATTACKS["I-FGSM"], model, image, targets, targeted, epsilon=4):
+        ...     pass
+        >>> points = decode(maps)  # of the last adversarial images
+    """
+    if image.dim() != 4 or targets.shape != (*targeted.shape, 2) or len(targets) != len(image):
+        shapes = tuple(image.shape), tuple(targets.shape), tuple(targeted.shape)
+        raise ValueError("image, targets, targeted are of {}, {}, {}: (B, C, H, W), (B, K, 2), (B, K)".format(*shapes))
+    if targeted.dtype != torch.bool:
+        raise ValueError(f"targeted is {targeted.dtype}: bool is needed")
+    goal, steps = None, attack.steps or steps
+    if attack.delta is not None:
+        return shown(detector, image, (image + attack.delta).clamp(-1, 1), steps)
+    if attack.goal:
+        with torch.no_grad():
+            goal = attack.goal(detector(image), targets.masked_fill(~targeted[..., None], 0), targeted)
+    if attack.loss is None:
+        iterates = random_perturbations(detector, image, epsilon, steps, seed)
+    elif attack.universal:
+        deltas = universal_perturbation(attack, detector, itertools.repeat((image, goal)), epsilon, steps)
+        iterates = ((i, *perturbed(detector, image, delta)) for i, delta in deltas)
+    else:
+        iterates = pgd(detector, image, partial(attack.loss, goal=goal), epsilon, steps, **attack.options)
+    return keep_best(iterates, partial(attack.score, goal=goal)) if attack.score else iterates
+
+
+# --- loops -----------------------------------------------------------------------------------------------------------
 
 
 def pgd(model, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentum=0.0, start=None, last_maps=True):
     """Projected gradient descent in an L-infinity ball: gradient, step, project, clip, as in every attack here.
 
     Args:
-        model: callable, image -> maps; freeze its weights, so that only the gradient of the image is computed.
-        image: (B, C, H, W) float in [-1, 1].
-        loss: callable, maps -> (B,), which the attack minimises.
-        epsilon: L-infinity norm of the perturbation in half grey levels (1/256 of the [-1, 1] scale).
-        steps: number of iterations.
+        model, image, epsilon, steps: see ``run``.
+        loss: callable, maps -> (B,), which is minimised.
         step_size: of a sign step, in units of epsilon; a number, or a callable of the progress, iteration / steps.
         momentum: of the gradients, each divided by its mean magnitude.
         start: perturbation to start from, like ``image`` (default: none).
         last_maps: False saves the forward pass of the last iterate, whose maps are then None.
 
     Yields:
-        (iteration, adversarial, maps) for iteration 0 .. steps, 0 being the clean image unless there is a ``start``;
-        adversarial like ``image``, maps as the model returns them, both without gradient.
+        see ``run``; iteration 0 is the ``start``, if there is one.
     """
     bound = epsilon / 256
     delta, velocity = torch.zeros_like(image) if start is None else start, torch.zeros_like(image)
-    for iteration in range(steps + 1):
-        adversarial = (image + delta).clamp(-1, 1).requires_grad_(iteration < steps)
-        if iteration == steps and not last_maps:
-            yield iteration, adversarial, None
-            return
-        with torch.set_grad_enabled(iteration < steps):
+    for iteration in range(steps):
+        adversarial = (image + delta).clamp(-1, 1).requires_grad_()
+        with torch.enable_grad():
             maps = model(adversarial)
         yield iteration, adversarial.detach(), maps.detach()
-        if iteration < steps:
-            with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(loss(maps).sum(), adversarial)
-            if momentum:
-                magnitude = gradient.abs().mean((1, 2, 3), keepdim=True)
-                velocity = momentum * velocity + gradient / magnitude.clamp(min=torch.finfo(magnitude.dtype).tiny)
-            else:
-                velocity = gradient
-            step = step_size(iteration / steps) if callable(step_size) else step_size
-            delta = (delta - step * bound * velocity.sign()).clamp(-bound, bound)
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(loss(maps).sum(), adversarial)
+        velocity = accumulate(velocity, gradient, momentum)
+        delta = (delta - size_of(step_size, iteration, steps) * bound * velocity.sign()).clamp(-bound, bound)
+    adversarial = (image + delta).clamp(-1, 1)
+    with torch.no_grad():
+        yield steps, adversarial, model(adversarial) if last_maps else None
+
+
+def accumulate(velocity, gradient, momentum):
+    """The direction of a step, (B, C, H, W): the gradient, or with momentum a sum of normalised ones."""
+    if not momentum:
+        return gradient
+    magnitude = gradient.abs().mean((1, 2, 3), keepdim=True)
+    return momentum * velocity + gradient / magnitude.clamp(min=torch.finfo(magnitude.dtype).tiny)
+
+
+def size_of(step_size, iteration, steps):
+    """The size of a step in units of epsilon, see ``pgd``."""
+    return step_size(iteration / steps) if callable(step_size) else step_size
+
+
+def falling(progress):
+    """Step size in units of epsilon: from 0.25 to 0.005 along a half cosine."""
+    return 0.005 + 0.245 * (1 + math.cos(math.pi * progress)) / 2
+
+
+def universal_perturbation(attack, model, batches, epsilon=8, steps=300):
+    """One perturbation for all images, each step with the gradient of another batch.
+
+    Source of the idea: Moosavi-Dezfooli et al., "Universal adversarial perturbations" (arXiv 1610.08401).
+
+    Args:
+        attack: its loss and options, see ``Attack``.
+        model, epsilon, steps: see ``run``.
+        batches: iterator of (image (B, C, H, W), goal); ``steps`` are taken after the first.
+
+    Yields:
+        (iteration, perturbation (1, C, H, W)) for iteration 0, no perturbation, .. steps.
+    """
+    bound, (image, goal) = epsilon / 256, next(batches)
+    delta = velocity = torch.zeros_like(image[:1])
+    for iteration in range(steps):
+        yield iteration, delta
+        delta.requires_grad_()
+        with torch.enable_grad():
+            loss = attack.loss(model((image + delta).clamp(-1, 1)), goal).sum()
+        (gradient,) = torch.autograd.grad(loss, delta)
+        velocity = accumulate(velocity, gradient, attack.options["momentum"])
+        size = size_of(attack.options["step_size"], iteration, steps)
+        delta = (delta.detach() - size * bound * velocity.sign()).clamp(-bound, bound)
+        image, goal = next(batches)
+    yield steps, delta
+
+
+@torch.no_grad()
+def random_perturbations(model, image, epsilon, steps, seed):
+    """Perturbations uniform in the ball, a control: see ``run``. All images of a batch get the same ones.
+
+    Results thus do not depend on how images are batched. The generator differs from a random defence's of the same seed
+    in the 32 bits that torch uses.
+    """
+    generator = torch.Generator().manual_seed(seed ^ (1 << 31))
+    yield 0, image, model(image)
+    for iteration in range(1, steps + 1):
+        noise = torch.rand(image.shape[1:], generator=generator, dtype=image.dtype)
+        delta = ((2 * noise - 1) * epsilon / 256).to(image.device)
+        yield iteration, *perturbed(model, image, delta)
+
+
+def shown(model, image, adversarial, steps):
+    """What an attack would yield whose result is known: the clean image, and the attacked one as the last."""
+    yield 0, *perturbed(model, image, 0)
+    yield steps, *perturbed(model, adversarial, 0)
+
+
+@torch.no_grad()
+def perturbed(model, image, delta):
+    """The images with a perturbation, and their maps."""
+    adversarial = (image + delta).clamp(-1, 1)
+    return adversarial, model(adversarial)
 
 
 def keep_best(iterates, score):
-    """What ``pgd`` yields, but of each image the iterate with the highest score so far, the latest among equals.
+    """The iterates, but of each image the one with the highest score so far, the latest among equals.
 
     Args:
         iterates: iterable of (iteration, adversarial, maps).
@@ -99,117 +225,19 @@ def keep_best(iterates, score):
         yield iteration, *best[1:]
 
 
-def i_fgsm(model, image, goal, epsilon=8, steps=300, step_size=STEP_SIZE):
-    """Targeted I-FGSM in the paper: sign steps that minimise sum_k L_k.
-
-    Distance: L-infinity. Source: Kurakin et al., "Adversarial examples in the physical world" (arXiv 1607.02533); the
-    paper, section 2.
-
-    Args:
-        model: callable, (B, C, H, W) -> (B, 3, K, H, W): heatmap logits, x- and y-offsets, see ``model.UNet``.
-        image: clean images in [-1, 1].
-        goal: from ``goal_maps``.
-        epsilon: L-infinity norm of the perturbation in half grey levels. Default: 8.
-        steps: iterations. Default: 300.
-        step_size: in units of epsilon. Default: 0.05.
-
-    Shape:
-        - image: (B, C, H, W) float32, C = 3, or 1 with ``grey_model``.
-        - yields (iteration, adversarial, maps): int, (B, C, H, W), (B, 3, K, H, W).
-
-    Example:
-        >>> goal = goal_maps(model(image), targets, targeted)
-        >>> for iteration, adversarial, maps in i_fgsm(model, image, goal, epsilon=8, steps=300):
-        ...     pass
-        >>> points = decode(maps)  # of the last adversarial images
-    """
-    return pgd(model, image, lambda maps: landmark_loss(maps, goal).sum(-1), epsilon, steps, step_size)
-
-
-def ati_fgsm(model, image, goal, epsilon=8, steps=300, step_size=STEP_SIZE):
-    """Adaptive targeted I-FGSM, the method that the paper proposes: minimise sum_k a_k L_k.
-
-    Distance: L-infinity. Source: the paper, section 2. The weights a_k = L_k / mean_j L_j of each image are updated in
-    every iteration and held constant in the gradient: landmarks that are hard to move get more weight.
-
-    Args:
-        model: callable, (B, C, H, W) -> (B, 3, K, H, W): heatmap logits, x- and y-offsets, see ``model.UNet``.
-        image: clean images in [-1, 1].
-        goal: from ``goal_maps``.
-        epsilon: L-infinity norm of the perturbation in half grey levels. Default: 8.
-        steps: iterations. Default: 300.
-        step_size: in units of epsilon. Default: 0.05.
-
-    Shape:
-        - image: (B, C, H, W) float32, C = 3, or 1 with ``grey_model``.
-        - yields (iteration, adversarial, maps): int, (B, C, H, W), (B, 3, K, H, W).
-
-    Example:
-        >>> goal = goal_maps(model(image), targets, targeted)
-        >>> for iteration, adversarial, maps in ati_fgsm(model, image, goal, epsilon=4):
-        ...     pass
-    """
-    return pgd(model, image, lambda maps: adaptive_loss(maps, goal), epsilon, steps, step_size)
-
-
-def fgsm(model, image, goal, epsilon=8):
-    """Targeted FGSM: one sign step of size epsilon that minimises sum_k L_k.
-
-    Distance: L-infinity. Source: Goodfellow et al., "Explaining and harnessing adversarial examples" (arXiv 1412.6572).
-
-    Args:
-        model: callable, (B, C, H, W) -> (B, 3, K, H, W): heatmap logits, x- and y-offsets, see ``model.UNet``.
-        image: clean images in [-1, 1].
-        goal: from ``goal_maps``.
-        epsilon: L-infinity norm of the perturbation in half grey levels. Default: 8.
-
-    Shape:
-        - image: (B, C, H, W) float32, C = 3, or 1 with ``grey_model``.
-        - yields (iteration, adversarial, maps) for iterations 0 and 1: int, (B, C, H, W), (B, 3, K, H, W).
-
-    Example:
-        >>> goal = goal_maps(model(image), targets, targeted)
-        >>> (_, _, clean), (_, adversarial, maps) = fgsm(model, image, goal)
-    """
-    return pgd(model, image, lambda maps: landmark_loss(maps, goal).sum(-1), epsilon, steps=1, step_size=1.0)
-
-
-def untargeted_fgsm(model, image, goal, epsilon=8):
-    """Untargeted FGSM: one sign step of size epsilon that maximises sum_k L_k of the maps to be destroyed.
-
-    Distance: L-infinity. Source: Goodfellow et al., "Explaining and harnessing adversarial examples" (arXiv 1412.6572).
-
-    Args:
-        model: callable, (B, C, H, W) -> (B, 3, K, H, W): heatmap logits, x- and y-offsets, see ``model.UNet``.
-        image: clean images in [-1, 1].
-        goal: ``encode`` of the clean predictions; at the model's own clean maps the gradient would be zero.
-        epsilon: L-infinity norm of the perturbation in half grey levels. Default: 8.
-
-    Shape:
-        - image: (B, C, H, W) float32, C = 3, or 1 with ``grey_model``.
-        - yields (iteration, adversarial, maps) for iterations 0 and 1: int, (B, C, H, W), (B, 3, K, H, W).
-
-    Example:
-        >>> goal = encode(decode(model(image)), image.shape[-2:])
-        >>> (_, _, clean), (_, adversarial, maps) = untargeted_fgsm(model, image, goal)
-    """
-    return pgd(model, image, lambda maps: -landmark_loss(maps, goal).sum(-1), epsilon, steps=1, step_size=1.0)
-
-
-def adaptive_loss(maps, goal):
-    """sum_k a_k L_k of each image, see ``ati_fgsm``: (B,)."""
-    losses = landmark_loss(maps, goal)
-    return (adaptive_weights(losses.detach()) * losses).sum(-1)
-
-
-def adaptive_weights(losses):
-    """a_k = L_k / mean_j L_j of losses (B, K), for each image separately."""
-    return losses / losses.mean(-1, keepdim=True)
+def last(iterates):
+    """The last (iteration, adversarial, maps) of an attack; none of the others is kept in memory."""
+    for found in iterates:  # noqa: B007
+        pass
+    return found
 
 
 def grey_model(model):
     """The model as a function of grey images (B, 1, H, W), so that all three channels get the same perturbation."""
-    return lambda grey: model(grey.expand(-1, 3, -1, -1))
+    return lambda grey: model(grey[:, :1].expand(-1, 3, -1, -1))
+
+
+# --- the paper's goal and losses -------------------------------------------------------------------------------------
 
 
 def goal_maps(clean, targets, targeted):
@@ -222,6 +250,9 @@ def goal_maps(clean, targets, targeted):
         clean: (B, 3, K, H, W) maps of the clean images.
         targets: (B, K, 2) float x, y in px; those of stationary landmarks are ignored.
         targeted: (B, K) bool.
+
+    Returns:
+        model.Goal
     """
     size = clean.shape[-2:]
     heatmap = torch.where(targeted[..., None, None], encode(targets, size).heatmap, clean[:, 0].sigmoid())
@@ -234,7 +265,40 @@ def goal_maps(clean, targets, targeted):
     return Goal(heatmap, pixels, torch.where(targeted[:, None, :, None], towards, own), mean_weights(values > 0.5))
 
 
-# --- Vote-PGD --------------------------------------------------------------------------------------------------------
+def clean_prediction(clean, targets, targeted):
+    """The maps of the clean predictions, which an untargeted attack destroys.
+
+    At the detector's own clean maps the gradient would be zero.
+    """
+    return encode(decode(clean), clean.shape[-2:])
+
+
+def paper_loss(maps, goal):
+    """sum_k L_k of each image: (B,). I-FGSM (paper, section 2; Kurakin et al., arXiv 1607.02533)."""
+    return landmark_loss(maps, goal).sum(-1)
+
+
+def untargeted_loss(maps, goal):
+    """The negative of ``paper_loss``: (B,)."""
+    return -paper_loss(maps, goal)
+
+
+def adaptive_loss(maps, goal):
+    """sum_k a_k L_k of each image: (B,). ATI-FGSM (paper, section 2).
+
+    The weights a_k = L_k / mean_j L_j of each image are constant in the gradient: landmarks that are hard to move get
+    more weight.
+    """
+    losses = landmark_loss(maps, goal)
+    return (adaptive_weights(losses.detach()) * losses).sum(-1)
+
+
+def adaptive_weights(losses):
+    """a_k = L_k / mean_j L_j of losses (B, K), for each image separately."""
+    return losses / losses.mean(-1, keepdim=True)
+
+
+# --- Vote-PGD: the loss is on the votes that the decoder counts, not on the maps -------------------------------------
 
 
 class VoteGoal(NamedTuple):
@@ -258,65 +322,26 @@ def vote_goal_at(places, targeted, size):
     return VoteGoal(places, targeted, disc.pixels, disc.weight > 0)
 
 
-def vote_pgd(model, image, goal, epsilon=8, steps=300, restarts=1, seed=0, loss=None):
-    """Vote-PGD: its loss is on the votes that the decoder counts, not on the maps.
-
-    Distance: L-infinity. Source: this implementation; momentum and the best iterate are as in APGD (Croce and Hein,
-    arXiv 2003.01690). Minimises ``vote_loss`` with momentum and a falling step size and keeps, for each image, the
-    iterate whose decoded landmarks are best, see ``landmarks_in_place``.
-
-    Args:
-        model: callable, (B, C, H, W) -> (B, 3, K, H, W): heatmap logits, x- and y-offsets, see ``model.UNet``.
-        image: clean images in [-1, 1].
-        goal: from ``vote_goal``.
-        epsilon: L-infinity norm of the perturbation in half grey levels. Default: 8.
-        steps: iterations of each restart; the schedule depends on it. Default: 300.
-        restarts: runs, the first from the clean image, the others from random perturbations. Default: 1.
-        seed: of these.
-        loss: callable, (maps, goal) -> (B,). Default: ``vote_loss``.
-
-    Shape:
-        - image: (B, C, H, W) float32, C = 3, or 1 with ``grey_model``.
-        - yields (iteration, adversarial, maps) of the best iterate so far: int, 0 .. restarts * steps; (B, C, H, W);
-          (B, 3, K, H, W).
-
-    Example:
-        >>> goal = vote_goal(model(image), targets, targeted)
-        >>> for iteration, adversarial, maps in vote_pgd(model, image, goal, epsilon=8, steps=100):
-        ...     pass
-    """
-    noise = start_generator(seed)
-    loss = partial(loss or vote_loss, goal=goal)
-    restart = 0
-
-    def iterates():
-        nonlocal restart
-        for restart in range(restarts):
-            start = None if restart == 0 else random_start(image, epsilon, noise)
-            run = pgd(model, image, loss, epsilon, steps, falling, MOMENTUM, start)
-            for iteration, adversarial, maps in run:
-                if restart == 0 or iteration > 0:  # the start of a further run counts as no iteration
-                    yield restart * steps + iteration, adversarial, maps
-
-    def score(maps):  # whole numbers, and less than one off: of equal runs the first is kept
-        return landmarks_in_place(maps, goal) - restart / restarts
-
-    return keep_best(iterates(), score)
-
-
-def vote_loss(maps, goal):
+def vote_loss(maps, goal, targeted_weight=(1.0, 2.5, 1.5), stationary_weight=(0.1, 1.0, 1.0), width=VOTE_WIDTH):
     """Weighted sum over landmarks of -log(fraction of the votes at its goal position): (B,).
 
-    Weights and widths follow the decoded landmark's distance from its goal position and are constant in the gradient.
-    The weight of a targeted landmark falls as it approaches its target, that of a stationary one is small until it
-    drifts. A kernel wider than the distance would hardly pull at the votes; a narrow one pulls in proportion to 1 /
-    width, hence the factor of the width, without which near landmarks prevail over far ones.
+    Source: this implementation; its schedule of steps and the best iterate are as in APGD (Croce and Hein, arXiv
+    2003.01690). Weights and widths follow the decoded landmark's distance from its goal position and are constant in
+    the gradient. The weight of a targeted landmark falls as it approaches its target, that of a stationary one is small
+    until it drifts. A kernel wider than the distance would hardly pull at the votes; a narrow one pulls in proportion
+    to 1 / width, hence the factor of the width, without which near landmarks prevail over far ones.
+
+    Args:
+        maps: (B, 3, K, H, W).
+        goal: VoteGoal.
+        targeted_weight, stationary_weight: minimum, maximum, and slope per tolerance of distance.
+        width: limits of the kernel's width, which is the distance, in units of R.
     """
     distance = distance_in_tolerances(maps.detach(), goal)
-    by_role = ((slope * distance).clamp(low, high) for low, high, slope in (TARGETED_WEIGHT, STATIONARY_WEIGHT))
+    by_role = ((slope * distance).clamp(low, high) for low, high, slope in (targeted_weight, stationary_weight))
     weights = torch.where(goal.targeted, *by_role)
-    widths = (TOLERANCE * distance).clamp(*VOTE_WIDTH)
-    return -(weights * widths / VOTE_WIDTH[1] * log_vote_share(maps, goal, widths)).sum(-1)
+    widths = (TOLERANCE * distance).clamp(*width)
+    return -(weights * widths / width[1] * log_vote_share(maps, goal, widths)).sum(-1)
 
 
 def log_vote_share(maps, goal, widths):
@@ -354,235 +379,31 @@ def distance_in_tolerances(maps, goal):
     return (decode(maps) - goal.places).norm(dim=-1) / (TOLERANCE * radius_of(maps.shape[-2:]))
 
 
-def evasive_vote_pgd(model, image, goal, epsilon=8, steps=300):
-    """Vote-PGD against a detector of attacks that looks at the maps: landmarks shall also be found with confidence.
+def evasive_loss(maps, goal):
+    """``vote_loss`` against a detector of attacks that looks at the maps: landmarks shall be found with confidence.
 
-    The first five arguments, shapes and example as in ``vote_pgd``. The loss is also on what ``defences.confidence``
-    measures: the negative logarithms of each heatmap's peak and of the share of votes very near each goal position.
+    The loss is also on what ``model.confidence`` measures: the negative logarithms of each heatmap's peak and of the
+    share of votes very near each goal position.
     """
     nearest = torch.full_like(goal.places[..., 0], VOTE_WIDTH[0])
-
-    def loss(maps, goal):
-        confidence = F.logsigmoid(maps[:, 0].amax((-2, -1))) + log_vote_share(maps, goal, nearest)
-        return vote_loss(maps, goal) - EVASION_WEIGHT * confidence.sum(-1)
-
-    return vote_pgd(model, image, goal, epsilon, steps, loss=loss)
+    confidence = F.logsigmoid(maps[:, 0].amax((-2, -1))) + log_vote_share(maps, goal, nearest)
+    return vote_loss(maps, goal) - EVASION_WEIGHT * confidence.sum(-1)
 
 
-def random_search(model, image, goal, epsilon=8, steps=300, seed=0):
-    """The best of many random perturbations, a control: no attack by gradients should do worse.
+# --- the table -------------------------------------------------------------------------------------------------------
 
-    Arguments, but for ``restarts`` and ``loss``, shapes and example as in ``vote_pgd``; each of the ``steps`` is a
-    perturbation uniform in the ball.
-    """
-    noise = start_generator(seed)
+ONE_STEP = {"step_size": 1.0}
+VOTE_PGD = {"step_size": falling, "momentum": 0.75}
 
-    @torch.no_grad()
-    def iterates():
-        for iteration in range(steps + 1):
-            delta = random_start(image, epsilon, noise) if iteration else torch.zeros_like(image)
-            adversarial = (image + delta).clamp(-1, 1)
-            yield iteration, adversarial, model(adversarial)
-
-    return keep_best(iterates(), partial(landmarks_in_place, goal=goal))
-
-
-def universal_vote_pgd(model, image, batches, epsilon=8, steps=300):
-    """Universal Vote-PGD: one perturbation for all images.
-
-    Distance: L-infinity. Source of the idea: Moosavi-Dezfooli et al., "Universal adversarial perturbations" (arXiv
-    1610.08401); here it is ``pgd`` on the perturbation itself, each iteration with the gradient of another batch.
-
-    Args:
-        model: callable, (B, C, H, W) -> (B, 3, K, H, W), see ``vote_pgd``.
-        image: zeros (1, C, H, W), like an image: shape, dtype and device of the perturbation.
-        batches: iterator of (image, goal): (B, C, H, W) in [-1, 1], and ``vote_goal_at`` for them; steps + 1 are taken.
-        epsilon: L-infinity norm of the perturbation in half grey levels. Default: 8.
-        steps: iterations. Default: 300.
-
-    Shape:
-        - yields (iteration, perturbation, maps): int, (1, C, H, W), (B, 3, K, H, W) of the batch.
-
-    Example:
-        >>> for _, delta, _ in universal_vote_pgd(model, torch.zeros(1, 3, 800, 640), batches, epsilon=8):
-        ...     pass
-        >>> adversarial = (image + delta).clamp(-1, 1)  # of any image
-    """
-    goals = []
-
-    def perturbed(delta):
-        image, goal = next(batches)
-        goals.append(goal)
-        return model((image + delta).clamp(-1, 1))
-
-    return pgd(perturbed, image, lambda maps: vote_loss(maps, goals.pop()), epsilon, steps, falling, MOMENTUM)
-
-
-def falling(progress):
-    """Step size in units of epsilon: from 0.25 to 0.005 along a half cosine."""
-    return 0.005 + 0.245 * (1 + math.cos(math.pi * progress)) / 2
-
-
-def start_generator(seed):
-    """The generator of random starts. It differs from a random defence's of the same seed in the 32 bits torch uses."""
-    return torch.Generator().manual_seed(seed ^ (1 << 31))
-
-
-def random_start(image, epsilon, generator):
-    """A perturbation like ``image``, uniform in the L-infinity ball; the same for all images of the batch.
-
-    Results thus do not depend on how images are batched.
-    """
-    noise = torch.rand(image.shape[1:], generator=generator, dtype=image.dtype)
-    return ((2 * noise - 1) * epsilon / 256).to(image.device).expand_as(image)
-
-
-def uniform_noise(image, epsilon, generators):
-    """The control of an attack: a perturbation like ``image``, uniform in the L-infinity ball.
-
-    Args:
-        image: (B, C, H, W).
-        epsilon: L-infinity norm in half grey levels.
-        generators: a numpy random generator for each image.
-    """
-    noise = np.stack([rng.uniform(-1, 1, image.shape[1:]) for rng in generators])
-    return torch.from_numpy(noise).to(image) * epsilon / 256
-
-
-# --- by name ---------------------------------------------------------------------------------------------------------
-
-ATTACKS = {
-    "I-FGSM": i_fgsm,
-    "ATI-FGSM": ati_fgsm,
-    "FGSM": fgsm,
-    "untargeted-FGSM": untargeted_fgsm,
-    "Vote-PGD": vote_pgd,
-    "evasive-Vote-PGD": evasive_vote_pgd,
-    "random-search": random_search,
-}
-BY_VOTES = ("Vote-PGD", "evasive-Vote-PGD", "random-search")
-ONE_STEP = ("FGSM", "untargeted-FGSM")
-UNTARGETED = "untargeted-FGSM"
-
-
-def make_goal(method, clean, targets):
-    """The goal of an attack of ``ATTACKS``.
-
-    Args:
-        method: its name.
-        clean: (B, 3, K, H, W) maps of the clean images.
-        targets: (B, K, 2) float x, y in px, nan for stationary landmarks.
-    """
-    if method == UNTARGETED:
-        return encode(decode(clean), clean.shape[-2:])
-    goal = vote_goal if method in BY_VOTES else goal_maps
-    return goal(clean, targets.nan_to_num(), ~targets.isnan().any(-1))
-
-
-# --- targets ---------------------------------------------------------------------------------------------------------
-# Targets are (K, 2) float64 x, y in px0, nan for stationary landmarks. Random ones and displacements depend only on the
-# seed and the image (its id, size and ground truth), not on model, method, input size or batch. Without a ground truth
-# the detector's prediction takes its place.
-
-
-def generator(seed, id):
-    """The random generator of one image."""
-    return np.random.default_rng([seed, zlib.crc32(id.encode())])
-
-
-def random_targets(rng, num_landmarks, size0):
-    """The paper's random protocol.
-
-    |T| is uniform in 1 .. K - 2, T uniform, and targets are uniform in x of [100, 600] and y of [250, 750] px of a
-    640 x 800 image, scaled to the image's size.
-
-    Args:
-        rng: numpy random generator.
-        num_landmarks: K.
-        size0: (H0, W0) of the original image.
-    """
-    count = rng.integers(1, max(2, num_landmarks - 1))
-    chosen = rng.choice(num_landmarks, count, replace=False)
-    targets = np.full((num_landmarks, 2), np.nan)
-    places = np.stack([rng.uniform(*RANDOM_X, count), rng.uniform(*RANDOM_Y, count)], axis=-1)
-    targets[chosen] = rescale(torch.from_numpy(places), RANDOM_SIZE, size0).numpy()
-    return targets
-
-
-def shift_targets(rng, landmarks, size0, count, displacement):
-    """Displacements: ``count`` landmarks, each targeted at a fixed distance from its position, in a random direction.
-
-    Args:
-        rng: numpy random generator.
-        landmarks: (K, 2) x, y in px0.
-        size0: (H0, W0) of the original image; a direction that leads out of it is drawn again.
-        count: number of targeted landmarks.
-        displacement: distance in px0.
-
-    Raises:
-        InputError: no direction stays inside the image.
-    """
-    limits = np.array([size0[1] - 1, size0[0] - 1])
-    chosen = rng.choice(len(landmarks), count, replace=False)
-    angles = rng.uniform(0, 2 * np.pi, (count, 1000))
-    steps = displacement * np.stack([np.cos(angles), np.sin(angles)], axis=-1)
-    places = landmarks[chosen, None] + steps  # (count, draws, 2)
-    inside = ((places >= 0) & (places <= limits)).all(-1)
-    if not inside.any(1).all():
-        k = chosen[~inside.any(1)][0]
-        raise InputError(f"--shift-mm: landmark {k + 1} cannot be displaced by {displacement:g} px inside its image")
-    targets = np.full(landmarks.shape, np.nan)
-    targets[chosen] = places[np.arange(count), inside.argmax(1)]
-    return targets
-
-
-def common_displacement(rng, num_landmarks, count, distance):
-    """One displacement for each of ``count`` landmarks, in a random direction: (K, 2) in the unit of ``distance``."""
-    chosen = rng.choice(num_landmarks, count, replace=False)
-    angles = rng.uniform(0, 2 * np.pi, count)
-    displacement = np.full((num_landmarks, 2), np.nan)
-    displacement[chosen] = distance * np.stack([np.cos(angles), np.sin(angles)], axis=-1)
-    return displacement
-
-
-def choose_targets(source, data, seed, count, shift_mm):
-    """Targets for a whole split: (N, K, 2) float64 x, y in px0, nan for stationary landmarks.
-
-    Args:
-        source: "random"; "shift": displacements drawn for each image; "common": displacements drawn once for all; or
-            the path of a file of targets, see ``dataset.read_targets``.
-        data: dataset.Cephalograms.
-        seed: of what is drawn.
-        count: number of landmarks that "shift" and "common" target.
-        shift_mm: their displacement in mm, from ``data.reference_px0``.
-
-    Raises:
-        InputError: the file is wrong, or a target lies outside its image.
-    """
-    landmarks, sizes = data.reference_px0.numpy(), data.sizes.tolist()
-    if source == "random":
-        rows = [
-            random_targets(generator(seed, id), landmarks.shape[1], size0)
-            for id, size0 in zip(data.ids, sizes, strict=True)
-        ]
-    elif source == "shift":
-        displacements = (shift_mm / data.mm_per_px0).tolist()
-        rows = [
-            shift_targets(generator(seed, id), points, size0, count, displacement)
-            for id, points, size0, displacement in zip(data.ids, landmarks, sizes, displacements, strict=True)
-        ]
-    else:
-        if source == "common":
-            displacement = common_displacement(generator(seed, source), landmarks.shape[1], count, shift_mm)
-            rows = landmarks + displacement / data.mm_per_px0.numpy()[:, None, None]
-        else:
-            rows = read_targets(source, data.ids, landmarks.shape[1])
-        for id, targets, (height, width) in zip(data.ids, rows, sizes, strict=True):
-            outside = (targets < 0) | (targets > (width - 1, height - 1))  # False for nan
-            if outside.any():
-                k = outside.any(1).argmax()
-                raise InputError(
-                    f"--targets {source}: the target ({targets[k, 0]:g}, {targets[k, 1]:g}) of landmark {k + 1} lies "
-                    f"outside image {id} of {width} x {height} px"
-                )
-    return torch.from_numpy(np.stack(rows))
+ROWS = (  # the first five have the numbers 0 to 4 on the command line
+    Attack("I-FGSM", goal_maps, paper_loss),
+    Attack("ATI-FGSM", goal_maps, adaptive_loss),
+    Attack("FGSM", goal_maps, paper_loss, 1, ONE_STEP),
+    Attack("untargeted-FGSM", clean_prediction, untargeted_loss, 1, ONE_STEP, targeted=False),
+    Attack("Vote-PGD", vote_goal, vote_loss, None, VOTE_PGD, landmarks_in_place),
+    Attack("universal-Vote-PGD", vote_goal, vote_loss, None, VOTE_PGD, universal=True),
+    Attack("noise", None, None, 1),
+    Attack("evasive-Vote-PGD", vote_goal, evasive_loss, None, VOTE_PGD, landmarks_in_place),
+    Attack("random-search", vote_goal, None, score=landmarks_in_place),
+)
+ATTACKS = {attack.name: attack for attack in ROWS}

@@ -14,42 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from readers import plausibility
-from readers.images import cores, read_image, read_images
-from readers.layouts import (
-    FOLDERS,
-    IDS,
-    SIZE0,
-    SPLITS,
-    available_splits,
-    contents,
-    entries_of,
-    index,
-    is_official_repetition,
-    parts_of,
-)
-from readers.points import LANDMARKS, read_doctors, read_targets
+from readers.images import read_images
+from readers.layouts import SIZE0, contents, entries_of, is_official_repetition, parts_of
+from readers.points import LANDMARKS, read_doctors
 from readers.spacing import MM_PER_PX0, read_spacing
 from support.errors import InputError
-
-__all__ = [
-    "FOLDERS",
-    "IDS",
-    "LANDMARKS",
-    "MM_PER_PX0",
-    "SPLITS",
-    "Cephalograms",
-    "available_splits",
-    "check_disjoint",
-    "cores",
-    "in_batches",
-    "index",
-    "read_doctors",
-    "read_image",
-    "read_images",
-    "read_targets",
-    "rescale",
-    "to_input",
-]
 
 COARSE = (20, 16)  # (H, W) at which images are compared
 SAME = 0.15  # of the median difference; in Train and Test1, the same radiographs reach 0.05, others 0.37 at least

@@ -9,6 +9,7 @@ import contextlib
 import math
 import sys
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torchvision.models.vgg import cfgs, make_layers
 from container import Sequential
 from support.checkpoints import load_tensors
 from support.errors import InputError
+from support.files import read_config
 
 MIN_SIZE = 32  # px: five poolings leave one pixel
 LAMBDA = 2.0  # weight of the heatmap's cross-entropy against the offsets' L1
@@ -255,6 +257,34 @@ def load_weights(model, path):
     model.load_state_dict(state)
 
 
+def load_detector(checkpoint, device="cpu", precision="fp32", batch_statistics=False):
+    """The detector of a checkpoint of train.py, ready for test and attack.
+
+    Args:
+        checkpoint: path of a model_epoch_<e>.pth beside its config.json.
+        device, precision: see ``place``.
+        batch_statistics: see ``freeze``.
+
+    Returns:
+        the ``UNet``, and the (H, W) px of its input.
+
+    Raises:
+        InputError: see ``load_weights``; or the configuration is missing or not one of train.py.
+    """
+    path = Path(checkpoint).with_name("config.json")
+    config = read_config(path)
+    size, encoder_batch_norm = config.get("size"), config.get("encoder_batch_norm", False)
+    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n >= MIN_SIZE for n in size)):
+        raise InputError(f'{path}: not the configuration of a run: "size" should be two numbers of px')
+    if not isinstance(encoder_batch_norm, bool):
+        raise InputError(f'{path}: not the configuration of a run: "encoder_batch_norm" should be true or false')
+    with torch.device("meta"):  # no initial weights: the checkpoint has them all
+        model = UNet(encoder_batch_norm=encoder_batch_norm)
+    model.to_empty(device="cpu")
+    load_weights(model, checkpoint)
+    return freeze(place(model, device, precision), batch_statistics), tuple(size)
+
+
 # --- landmarks to maps and back --------------------------------------------------------------------------------------
 
 
@@ -370,6 +400,21 @@ def near_votes(votes, points, size):
     """Which votes (B, 2, K, n) lie within SUBPIXEL R, at least a pixel, of points (B, K, 2) px: (B, K, n) bool."""
     squared = (votes - points.movedim(-1, 1)[..., None]).square().sum(1)
     return squared <= max(1, SUBPIXEL * radius_of(size)) ** 2
+
+
+def confidence(maps, points):
+    """How sure the decoder is of each landmark.
+
+    Args:
+        maps: (B, 3, K, H, W), heatmap logits and offsets.
+        points: (B, K, 2) px, their ``decode``.
+
+    Returns:
+        peak: (B, K), the heatmap's maximum, in [0, 1].
+        share: (B, K), the fraction of the voters whose votes lie within 0.1 R, at least a pixel, of the point.
+    """
+    highest, votes = cast_votes(maps)
+    return highest.amax(-1).sigmoid(), near_votes(votes, points, maps.shape[-2:]).float().mean(-1)
 
 
 # --- loss ------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from dataset import FOLDERS, IDS, cores
+from readers.images import cores
+from readers.layouts import FOLDERS, IDS
 from support import command
 from support.command import natural_int, progress
 from support.errors import InputError

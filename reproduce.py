@@ -23,10 +23,11 @@ import pandas as pd
 import phantom
 import test
 import train
-from dataset import available_splits, index, read_image
 from experiments import fancy, report
-from experiments.measures import Result
-from experiments.scales import SCALES, Checkpoint, Scale, Tags, arguments
+from experiments.results import Result
+from experiments.scales import SCALES, Checkpoint, Scale, Tag, arguments
+from readers.images import read_image
+from readers.layouts import available_splits, index
 from support import command, distributed
 from support.checkpoints import checkpoint_epochs, checkpoint_path
 from support.distributed import is_main
@@ -86,8 +87,7 @@ def main():
     distributed.start()
     with distributed.guard():
         plan = make_plan(args)
-        if is_main():
-            make_folder(plan.out)
+    distributed.on_main(make_folder, plan.out)
     for name in plan.chosen:
         start = time.perf_counter()
         commands = plan.commands(name)
@@ -95,11 +95,11 @@ def main():
         for program, *argv in commands:
             say(f"\npython {program} {shlex.join(argv)}")
             PROGRAMS[program].main(argv)
-        with distributed.guard():
-            if is_main():
-                shown = [f"python {shlex.join(line)}" for line in commands]
-                report.publish(name, plan.results(name), plan.data, shown, plan.out)
-                report.assemble(args.scale, plan.scale.experiments, plan.run_folder(plan.scale.victim), plan.out)
+        shown = [f"python {shlex.join(line)}" for line in commands]
+        distributed.on_main(report.publish, name, plan.results(name), plan.data, shown, plan.out)
+        distributed.on_main(
+            report.assemble, args.scale, plan.scale.experiments, plan.folder(plan.scale.victim), plan.out
+        )
         say(f"{name}: {(time.perf_counter() - start) / 60:.1f} minutes")
     if args.scale == "demo" and "attack" in plan.chosen:
         show_demo(plan)
@@ -128,48 +128,49 @@ class Plan(NamedTuple):
     def out(self):
         return RESULTS / self.name
 
-    def run_folder(self, detector):
-        *other, detector = detector.split("/")  # "cpu/200x160" belongs to another scale
-        return RUNS / f"{other[0] if other else self.name}-{detector}"
+    def folder(self, detector, scale=None):
+        """The folder of a detector of this scale, or of another."""
+        return RUNS / f"{scale or self.name}-{detector}"
+
+    def result(self, run):
+        """The folder of a run's results."""
+        return self.folder(run.detector, run.scale) / run.experiment / run.name
 
     def commands(self, experiment):
         """The command lines [program, argument, ...] of an experiment, each once; not those of other experiments."""
+        made = [run for run in self.scale.experiments[experiment] if makes(run, experiment)]
         commands = []
-        for run in self.scale.experiments[experiment]:
-            line = self.command(run)
-            if owner(run, experiment) == experiment and line not in commands:
+        for line in map(self.command, made):
+            if line not in commands:
                 commands.append(line)
         return commands
 
     def command(self, run):
         options = {name: self.value(value) for name, value in run.options.items()}
-        common = {"tag": self.run_folder(run.detector).name, "data": self.data, **self.options}
+        common = {"tag": self.folder(run.detector).name, "data": self.data, **self.options}
         if run.program == "phantom.py":
             options = {"out": self.data, **options}
         elif run.program == "train.py":
             start = {} if "init" in options else {"encoder_weights": self.encoder_weights}
             options = {**common, **start, **options, "resume": True}
         else:
-            options = {**common, **options, "rand": self.run_folder(run.detector) / run.folder}
+            options = {**common, **options, "rand": self.result(run)}
         return [run.program, *arguments(options)]
 
     def value(self, value):
         """An option's value with the names of this plan's runs."""
         if isinstance(value, Checkpoint):
-            return checkpoint_path(self.run_folder(value.detector), value.epoch)
-        return self.run_folder(value.detector).name if isinstance(value, Tags) else value
+            return checkpoint_path(self.folder(value.detector, value.scale), value.epoch)
+        return self.folder(value.detector).name if isinstance(value, Tag) else value
 
     def results(self, experiment):
-        """What an experiment reports on, as measures.Result."""
-        runs = self.scale.experiments[experiment]
-        return [Result(run.labels, self.run_folder(run.detector) / run.folder) for run in runs if run.folder]
+        """What an experiment reports on, as results.Result."""
+        return [Result(run.labels, self.result(run)) for run in self.scale.experiments[experiment] if run.name]
 
 
-def owner(run, experiment):
-    """The experiment of this scale that makes a run which ``experiment`` lists; None if another scale makes it."""
-    if "/" in run.detector:
-        return None
-    return run.folder.split("/")[0] or experiment
+def makes(run, experiment):
+    """Whether an experiment makes a run that it lists: no other experiment and no other scale does."""
+    return run.scale is None and run.experiment in (None, experiment)
 
 
 def make_plan(args):
@@ -202,17 +203,20 @@ def make_plan(args):
 
 def check_order(plan):
     """Refuse experiments that depend on others, or on another scale, which have not been run."""
-    trained = is_trained(plan.run_folder(plan.scale.victim))
+    trained = is_trained(plan.folder(plan.scale.victim))
     for name in plan.chosen:
         needed = [] if trained or name == "detection" else ["detection"]
         for run in plan.scale.experiments[name]:
-            if (missing := missing_elsewhere(plan, run)) is not None:
-                raise InputError(f"--only {name}: {missing} of another scale is missing; run that scale first")
-            folder = plan.run_folder(run.detector) / run.folder
-            if run.folder and not (folder / "predictions.csv").exists():
-                needed.append(owner(run, name))
-            elif run.folder and owner(run, name) not in plan.chosen:
-                check_precision(plan, name, folder)
+            init = run.options.get("init")
+            elsewhere = [plan.value(init)] if init and init.scale else []
+            elsewhere += [plan.result(run) / "predictions.csv"] if run.scale else []
+            for file in elsewhere:
+                if not file.exists():
+                    raise InputError(f"--only {name}: {file} of another scale is missing; run that scale first")
+            if run.name and not (plan.result(run) / "predictions.csv").exists():
+                needed.append(run.experiment)
+            elif run.name and (run.scale or run.experiment not in plan.chosen):
+                check_precision(plan, name, plan.result(run))
         for other in needed:
             if other not in plan.chosen:
                 raise InputError(f"--only {name}: depends on {other}, which has not been run; name it too")
@@ -226,16 +230,6 @@ def check_precision(plan, name, folder):
             f"--only {name}: compares with {folder}, which is of --precision {found}, not {precision}; add --precision "
             f"{found}"
         )
-
-
-def missing_elsewhere(plan, run):
-    """The file of another scale that a run depends on, if it does not exist."""
-    files = []
-    if "/" in run.detector:
-        files.append(plan.run_folder(run.detector) / run.folder / "predictions.csv")
-    if "init" in run.options and "/" in run.options["init"].detector:
-        files.append(checkpoint_path(plan.run_folder(run.options["init"].detector), run.options["init"].epoch))
-    return next((file for file in files if not file.exists()), None)
 
 
 def is_trained(folder):

@@ -19,14 +19,15 @@ import math
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
 
-from attack import pgd, random_targets, uniform_noise
-from dataset import LANDMARKS, Cephalograms, available_splits, check_disjoint, in_batches, to_input
-from eval import plot_training, predict, radial_errors, summarize
+from attack import last, paper_loss, pgd, untargeted_loss
+from dataset import Cephalograms, check_disjoint, in_batches, to_input
+from eval import metrics, predict, radial_errors
 from model import (
     LAMBDA,
     MIN_SIZE,
@@ -34,18 +35,21 @@ from model import (
     compile_network,
     encode,
     freeze,
-    landmark_loss,
     load_weights,
     loss_terms,
     place,
 )
-from support import command, distributed
+from readers.layouts import available_splits
+from readers.points import LANDMARKS
+from support import command, distributed, figures
 from support.checkpoints import checkpoint_epochs, checkpoint_path, load_file, write_tensors
 from support.command import half_grey_levels, positive_float, positive_int, progress
 from support.distributed import is_main, world_size
 from support.errors import InputError, Stopped
 from support.files import RUNS, atomic, check_same_config, make_folder, read_config, save_config
+from targets import random_targets
 
+SAVE_SECONDS = 60  # between writings of resume.pth, beside those at checkpoints and at SIGTERM
 WARMUP = 0.05  # fraction of a cosine schedule in which the learning rate rises
 
 
@@ -58,7 +62,9 @@ def make_parser():
     parser.add_argument(
         "--size", type=positive_int, nargs=2, metavar=("H", "W"), default=[800, 640], help="network input in px"
     )
-    parser.add_argument("--epochs", type=positive_int, default=230, help="passes over the training images")
+    parser.add_argument(
+        "--epochs", type=positive_int, default=230, may_change=True, help="passes over the training images"
+    )
     parser.add_argument("--batch-size", type=positive_int, default=8, help="images per step, of all processes together")
     parser.add_argument("--lr", type=positive_float, default=1e-3, help="learning rate of Adam")
     parser.add_argument(
@@ -141,44 +147,53 @@ def main(argv=None):
         if is_main():
             print(f"--tag {args.tag}")
     folder = RUNS / args.tag
-    with distributed.guard() as same:  # prepare: nothing is written before all processes have the same
+    with distributed.guard():
         device = command.find_device(args.device)
         check_folder(folder, args.resume)
         state = initial_state(args, folder, device)
         data, monitor = load_data(args)
         config = {name: value for name, value in vars(args).items() if name != "resume"} | {"data_sha256": data.sha256}
-        check_config(folder, config, parser.defaults())
-        same |= {"data": [split and split.sha256 for split in (data, monitor)], "resume.pth": (state.epoch, state.step)}
-    with distributed.guard():
-        if is_main():
-            make_folder(folder)
-            save_config(folder / "config.json", config, device, update=["epochs"])
-            save_log(state.rows, folder)  # a kill may have come between resume.pth and its log
-
+        check_config(folder, config, parser)
+    # nothing is written before all processes have the same
+    distributed.require_equal(data=[split and split.sha256 for split in (data, monitor)])
+    distributed.require_equal(**{"resume.pth": (state.epoch, state.step)})
+    distributed.on_main(prepare_folder, folder, config, device, state)
     network = distributed.data_parallel(state.model, device)
     if args.compile:
         network = compile_network(state.model, to_input(data.images[: args.batch_size], device))
-    done = state.epoch * len(data) + state.step * args.batch_size
-    bar = progress(total=args.epochs * len(data), initial=done, desc="training", unit="image")
     with command.sigterm_event() as stop:
-        while state.epoch < args.epochs:
-            stopped = train_one_epoch(network, state, data, args, device, bar, stop)
-            if not stopped:
-                end_epoch(state, evaluate(state, monitor, args, device), len(data))
-                bar.set_postfix(epoch=state.epoch - 1, loss=f"{state.rows[-1]['loss']:.3f}")
-            with distributed.guard():  # publish
-                save(state, folder, args)
-            if stopped:
-                raise Stopped(f"stopped by SIGTERM in epoch {state.epoch}, step {state.step}; continue with --resume")
-    bar.close()
+        train(network, state, data, monitor, args, device, folder, stop)
     if is_main():
         print(f"written to {folder}/")
 
 
-def train_one_epoch(network, state, data, args, device, bar, stop):
-    """The remaining steps of an epoch, its images in random order; ends early, returning True, when ``stop`` is set."""
-    begin, stopped = time.perf_counter() - state.seconds, False
+def train(network, state, data, monitor, args, device, folder, stop):
+    """The remaining epochs, until ``stop`` is set."""
+    done = state.epoch * len(data) + state.step * args.batch_size
+    saved = time.monotonic()
+
+    def pause():
+        return distributed.any_process(stop.is_set() or time.monotonic() - saved > SAVE_SECONDS)
+
+    with progress(total=args.epochs * len(data), initial=done, desc="training", unit="image") as bar:
+        while state.epoch < args.epochs:
+            finished = train_one_epoch(network, state, data, args, device, bar, pause)
+            if finished:
+                end_epoch(state, evaluate(state, monitor, args, device), len(data))
+                bar.set_postfix(epoch=state.epoch - 1, loss=f"{state.rows[-1]['loss']:.3f}")
+            if not finished or is_checkpoint(state.epoch - 1, args):
+                with distributed.guard():
+                    save(state, folder, args)
+                saved = time.monotonic()
+            if distributed.any_process(stop.is_set()):
+                raise Stopped(f"stopped by SIGTERM in epoch {state.epoch}, step {state.step}; continue with --resume")
+
+
+def train_one_epoch(network, state, data, args, device, bar, pause):
+    """The remaining steps of an epoch, images in random order, or those before ``pause()``; returns whether all are."""
+    begin = time.perf_counter() - state.seconds
     batches = in_batches(image_order(args.seed, state.epoch, len(data)), args.batch_size)
+    finished = True
     for batch in batches[state.step :]:
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(state.epoch + (state.step + 0.5) / len(batches), args)
@@ -192,12 +207,14 @@ def train_one_epoch(network, state, data, args, device, bar, stop):
         state.terms += train_step(network, state.optimizer, image, goal, len(batch))
         state.step += 1
         bar.update(len(batch))
-        stopped = distributed.any_process(stop.is_set())
-        if stopped:
+        if pause():
+            finished = False
             break
     distributed.all_reduce(state.terms)
+    if not finished:
+        state.terms *= is_main()  # other processes add their images to the sum so far
     state.seconds = time.perf_counter() - begin
-    return stopped
+    return finished
 
 
 def train_step(network, optimizer, image, goal, batch_size):
@@ -238,24 +255,15 @@ def attack_images(model, image, landmarks, rngs, args):
     clean, places, rngs, size = image[chosen], landmarks[chosen], [rngs[b] for b in chosen], image.shape[-2:]
     towards = args.adversarial == "targeted"
     if towards:
-        targets = np.stack([random_targets(rng, places.shape[1], size) for rng in rngs])
-        targets = torch.from_numpy(targets).to(places)
-        places = torch.where(targets.isnan(), places, targets)
-    goal, sign = encode(places, size), 1 if towards else -1
-    start, steps = uniform_noise(clean, args.epsilon, rngs), args.attack_steps
+        drawn = zip(*(random_targets(rng, places.shape[1], size) for rng in rngs), strict=True)
+        targets, targeted = (torch.from_numpy(np.stack(values)).to(image.device) for values in drawn)
+        places = torch.where(targeted[..., None], targets.to(places), places)
+    loss = partial(paper_loss if towards else untargeted_loss, goal=encode(places, size))
+    noise = np.stack([rng.uniform(-1, 1, clean.shape[1:]) for rng in rngs])
+    start, steps = torch.from_numpy(noise).to(clean) * args.epsilon / 256, args.attack_steps
     step_size = 1.25 if steps == 1 else 2.5 / steps
     model.eval()
-    iterates = pgd(
-        model,
-        clean,
-        lambda maps: sign * landmark_loss(maps, goal).sum(-1),
-        args.epsilon,
-        steps,
-        step_size,
-        start=start,
-        last_maps=False,
-    )
-    *_, (_, attacked, _) = iterates
+    _, attacked, _ = last(pgd(model, clean, loss, args.epsilon, steps, step_size, start=start, last_maps=False))
     model.train()
     image = image.clone()
     image[chosen] = attacked
@@ -289,7 +297,7 @@ def evaluate(state, monitor, args, device):
     if monitor is None or not is_checkpoint(state.epoch, args):
         return {}
     points = predict(freeze(copy.deepcopy(state.model)), monitor.images, args.batch_size, device)
-    return {"monitored_split": monitor.split} | summarize(radial_errors(points, monitor).numpy()).loc["all"].to_dict()
+    return {"monitored_split": monitor.split} | metrics(radial_errors(points, monitor).numpy()).loc["all"].to_dict()
 
 
 def end_epoch(state, metrics, images):
@@ -353,11 +361,17 @@ def load_data(args):
     return data, monitor
 
 
-def check_config(folder, config, defaults):
-    """Raise InputError where the run was begun with other arguments; only --epochs may grow."""
+def prepare_folder(folder, config, device, state):
+    make_folder(folder)
+    save_config(folder / "config.json", config, device, update=["epochs"])
+    save_log(state.rows, folder)  # a kill may have come between resume.pth and its log
+
+
+def check_config(folder, config, parser):
+    """Raise InputError where the run was begun with other arguments; --epochs may only grow."""
     file = folder / "config.json"
     if file.exists():
-        check_same_config(file, config, defaults, ["device", "compile", "data", "unusual", "epochs"], "--tag")
+        check_same_config(file, config, parser.defaults(), parser.may_change, "--tag")
         if (epochs := read_config(file).get("epochs", config["epochs"])) > config["epochs"]:
             raise InputError(f"{folder}: was begun with --epochs {epochs}; --resume takes as many or more")
 
@@ -387,8 +401,7 @@ def save_log(rows, folder, chart=True):
         with atomic(folder / "train_log.csv") as temporary:
             log.to_csv(temporary, index=False)
         if chart:
-            with atomic(folder / "train_log.png") as temporary:
-                plot_training(log, temporary)
+            figures.plot_training(log, folder / "train_log.png")
 
 
 def load_state(state, path):

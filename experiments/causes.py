@@ -1,12 +1,11 @@
 """Experiment 8: the same attack on detectors, or with perturbations, that differ in one property."""
 
-import numpy as np
 import pandas as pd
 
 from eval import SUCCESS_MM
-from experiments.charts import grouped_places, panels, save
-from experiments.measures import last, measure, of_role, render_differences, render_measures
+from experiments.results import last, of_role, outcome, render_differences, render_outcomes
 from experiments.statistics import differences
+from support.figures import bars, panels, save
 from support.files import write_table
 
 TITLE = "What makes the attack weak or strong"
@@ -45,9 +44,9 @@ def collect(results):
 
 
 def compute(records):
-    """Measures of each answer."""
+    """The outcome of each answer."""
     return pd.concat(
-        measure(rows, {"question": question, "answer": answer, "iteration": rows["iteration"].max()})
+        outcome(rows, {"question": question, "answer": answer, "iteration": rows["iteration"].max()})
         for question, answers in records.items()
         for answer, rows in answers.items()
     )
@@ -67,20 +66,12 @@ def compute_differences(records):
 
 def plot(table, path):
     """Success by question, answer and method."""
-    questions, methods = table["question"].unique(), table["method"].unique()
+    questions = table["question"].unique()
     figure, axes = panels(len(questions), width=3.6, height=4.2)
     for panel, question in zip(axes, questions, strict=True):
-        rows = table[table["question"] == question]
-        answers = rows["answer"].unique()
-        for i, method in enumerate(methods):
-            part = rows[rows["method"] == method].set_index("answer").reindex(answers)
-            places, width = grouped_places(len(answers), len(methods), i)
-            value = part["within_4mm_%"]
-            ends = np.stack([value - part["within_4mm_%_low"], part["within_4mm_%_high"] - value]).clip(0)
-            panel.bar(places, value, width, yerr=ends, capsize=2, error_kw={"linewidth": 0.8}, label=method)
-        panel.set_xticks(np.arange(len(answers)), answers, fontsize=8)
-        panel.set(title=question, ylim=(0, 100))
-        panel.grid(alpha=0.3, axis="y")
+        rows = table[table["question"] == question].set_index("answer")
+        bars(panel, dict(tuple(rows.groupby("method", sort=False))), rows.index.unique(), "within_4mm_%")
+        panel.set_title(question)
     axes[0].set_ylabel(f"targeted, within {SUCCESS_MM} mm of target (%)")
     axes[0].legend(fontsize=8)
     save(figure, path)
@@ -88,6 +79,6 @@ def plot(table, path):
 
 def render(table, paired):
     return (
-        f"\n{render_measures(table)}\n![success by cause](causes.png)\n\n"
+        f"\n{render_outcomes(table)}\n![success by cause](causes.png)\n\n"
         f"Targeted landmarks, differences on the same images:\n\n{render_differences(paired)}"
     )

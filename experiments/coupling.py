@@ -4,11 +4,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dataset import LANDMARKS
-from experiments.charts import save
 from experiments.markdown import markdown, with_interval
-from experiments.measures import last, of_role
+from experiments.results import last, of_role
 from experiments.statistics import correlation, correlation_interval, permutation_p
+from readers.points import LANDMARKS
+from support.figures import save
 from support.files import write_table
 
 TITLE = "Coupling"

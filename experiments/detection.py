@@ -3,12 +3,12 @@
 import numpy as np
 import pandas as pd
 
-from dataset import LANDMARKS
-from eval import SDR_MM, summarize
-from experiments.charts import grouped_places, panels, save
+from eval import SDR_MM, interval, metrics
 from experiments.markdown import markdown, with_interval
-from experiments.measures import read_marks
-from experiments.statistics import by_image, interval
+from experiments.results import read_marks
+from experiments.statistics import by_image
+from readers.points import LANDMARKS
+from support.figures import grouped_places, panels, save
 from support.files import write_table
 
 TITLE = "Detection"
@@ -23,8 +23,8 @@ PUBLISHED = {  # MRE in mm, SDR in %
     "the 2020 code's results file, Test1 + Test2": {"mre_mm": 1.375},
     "the 2015 challenge's winner, Test1 (truth: senior)": {"mre_mm": 1.67, "sdr": (73.7, 80.2, 85.2, 91.5)},
 }
-NAMES = {"mre_mm": "MRE (mm)", "sd_mm": "SD (mm)", "median_mm": "median (mm)"}
-NAMES |= {f"sdr_{t}mm_%": f"SDR {t:g} mm (%)" for t in SDR_MM} | {"peak_%": "heatmaps above 0.5 (%)"}
+HEADINGS = {"mre_mm": "MRE (mm)", "sd_mm": "SD (mm)", "median_mm": "median (mm)"}
+HEADINGS |= {f"sdr_{t}mm_%": f"SDR {t:g} mm (%)" for t in SDR_MM} | {"peak_%": "heatmaps above 0.5 (%)"}
 
 
 def publish(results, data, out):
@@ -77,7 +77,7 @@ def inter_observer(data, split, predictions):
 def compute(errors, peaks):
     """The official metrics over all landmarks, a row for each set of errors, then published ones."""
     rows = [
-        {"images": images, "landmarks by": source, "n": len(values), **summarize(values).loc["all"]}
+        {"images": images, "landmarks by": source, "n": len(values), **metrics(values).loc["all"]}
         | ({"peak_%": peaks[images, source]} if (images, source) in peaks else {})
         for (images, source), values in errors.items()
     ]
@@ -91,7 +91,7 @@ def compute_landmarks(errors):
     """The official metrics of each landmark."""
     tables = []
     for (images, source), values in errors.items():
-        table = summarize(values).drop("all").rename_axis("landmark").reset_index()
+        table = metrics(values).drop("all").rename_axis("landmark").reset_index()
         table.insert(0, "images", images)
         table.insert(1, "landmarks by", source)
         table.insert(3, "name", LANDMARKS)
@@ -130,8 +130,8 @@ def render(overall, landmarks, gains):
     here = landmarks[landmarks["images"] == images]
     decoding = here.loc[here["landmarks by"] != INTER_OBSERVER, "landmarks by"].iloc[-1]
     each = here[here["landmarks by"] == decoding].drop(columns=["images", "landmarks by"])
-    text = markdown(overall.rename(columns=NAMES))
+    text = markdown(overall.rename(columns=HEADINGS))
     for name, gain in gains.items():
         text += f"\nSubpixel decoding lowers the MRE on {name} by {with_interval(*gain, '.2f')} mm.\n"
     text += f"\n![MRE of each landmark](detection.png)\n\nEach landmark on {images}, {decoding}:\n\n"
-    return text + markdown(each.rename(columns=NAMES))
+    return text + markdown(each.rename(columns=HEADINGS))

@@ -4,13 +4,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dataset import index, read_image
+from beyond.stored import stored_file
 from eval import SUCCESS_MM
-from experiments.charts import save
 from experiments.markdown import markdown
-from experiments.measures import last
-from observe import stored_file
-from readers.layouts import SIZE0  # letters are drawn for images of this size
+from experiments.results import last
+from readers.images import read_image
+from readers.layouts import SIZE0, index  # letters are drawn for images of this size
+from support.figures import save
 from support.files import write_table
 
 TITLE = "The fancy attack"

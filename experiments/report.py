@@ -2,32 +2,21 @@
 
 import os
 
-from experiments import (
-    baselines,
-    causes,
-    comparison,
-    count,
-    coupling,
-    defences,
-    detection,
-    diagnoses,
-    epsilon,
-    fancy,
-)
+from experiments import attack, causes, coupling, defence, detection, diagnosis, fancy, sweeps
 from experiments.statistics import ENOUGH
 from support.files import read_config, write_text
 
-EXPERIMENTS = {  # in order; each module has TITLE, TEXT and publish(results, data, out) -> Markdown
+EXPERIMENTS = {  # in order; each has TITLE, TEXT and publish(results, data, out) -> Markdown
     "detection": detection,
-    "attack": comparison,
-    "epsilon": epsilon,
-    "count": count,
+    "attack": attack,
+    "epsilon": sweeps.epsilon,
+    "count": sweeps.count,
     "coupling": coupling,
     "fancy": fancy,
-    "baselines": baselines,
+    "baselines": sweeps.baselines,
     "causes": causes,
-    "diagnosis": diagnoses,
-    "defence": defences,
+    "diagnosis": diagnosis,
+    "defence": defence,
 }
 NOTE = (
     "Brackets contain 95 % confidence intervals by a bootstrap over images; [0.0, 0.0] and [100.0, 100.0] mean that no "
@@ -40,7 +29,7 @@ def publish(name, results, data, commands, out):
     """Write an experiment's tables and charts, and its section, <out>/<name>.md.
 
     Args:
-        results: list of measures.Result.
+        results: list of results.Result.
         data: folder of the images.
         commands: list of command lines that made the results, for the reader.
     """

@@ -8,42 +8,46 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from diagnosis import NAMES
+from beyond.diagnosis import MEASURE_NAMES
 
 WORD = "MICCAI"
 INPUT_DEFENCES = "jpeg:75", "blur:1", "bits:4", "median:3", "resize:0.5", "noise:4"
 LETTERS = Path(__file__).parent / "letters"  # <letter>.csv: targets
+PAPER = "I-FGSM", "ATI-FGSM"
+BEST = *PAPER, "Vote-PGD"
+ALL = *BEST, "noise"
+ADAPTIVE = "ATI-FGSM", "Vote-PGD"
+TARGETS = {"random": {"targets": "random"}}
+TARGETS |= {f"{mm} mm": {"targets": "shift", "shift_mm": mm} for mm in (2, 4, 8, 16)}
+NEAR, FAR = TARGETS["8 mm"], TARGETS["random"]
+EPSILONS = 0.5, 1, 2, 4, 8  # the paper's
+SMALL = {"batch_size": 4, "schedule": "cosine"}
 
 
 class Checkpoint(NamedTuple):
-    """Weights of a detector after an epoch; "cpu/200x160" is a detector of the scale cpu."""
+    """Weights of a detector after an epoch, as a value of --init."""
 
     detector: str
     epoch: int
+    scale: str | None = None  # that trains it; None: this one
 
 
-class Tags(NamedTuple):
+class Tag(NamedTuple):
     """The run of a detector, as a value of --transfer."""
 
     detector: str
 
 
 class Run(NamedTuple):
-    """One command.
+    """One command."""
 
-    Attributes:
-        program: phantom.py, train.py or test.py.
-        detector: which is trained, tested or attacked.
-        folder: of the results of test.py, <experiment>/<name> below the detector's folder.
-        options: arguments of the program by name; True stands for a flag.
-        labels: columns of the experiment's table.
-    """
-
-    program: str
-    detector: str
-    folder: str
-    options: dict
-    labels: dict
+    program: str  # phantom.py, train.py or test.py
+    detector: str = ""  # which is trained, tested or attacked
+    options: dict = {}  # noqa: RUF012 never changed; arguments of the program by name, True stands for a flag
+    labels: dict = {}  # noqa: RUF012 never changed; columns of the experiment's table
+    experiment: str | None = None  # that makes it; None: the one that lists it
+    name: str | None = None  # of its results: <experiment>/<name> below the detector's folder
+    scale: str | None = None  # that makes it; None: this one
 
 
 class Scale(NamedTuple):
@@ -65,11 +69,11 @@ def arguments(options):
 
 def draw(**options):
     """Phantoms, which are then the data of the scale."""
-    return Run("phantom.py", "", "", options, {})
+    return Run("phantom.py", options=options)
 
 
 def train(detector, **options):
-    return Run("train.py", detector, "", options, {})
+    return Run("train.py", detector, options)
 
 
 def refine(detector, size, init, lr, epochs):
@@ -77,26 +81,30 @@ def refine(detector, size, init, lr, epochs):
     return train(detector, size=size, init=init, **SMALL, lr=lr, epochs=epochs, checkpoint_every=epochs)
 
 
-def test(detector, folder, labels, **options):
-    return Run("test.py", detector, folder, {"pictures": 0, **options}, labels)
+def test(detector, experiment, name, labels, **options):
+    return Run("test.py", detector, {"pictures": 0, **options}, labels, experiment, name)
 
 
 def detection(detector, splits):
     """Tests of both decodings on each split."""
-    runs = []
-    for split in splits:
-        for decoding, options in (("voting", {}), ("subpixel", {"subpixel": True})):
-            labels = {"images": split, "landmarks by": decoding}
-            runs.append(test(detector, f"detection/{split}_{decoding}", labels, split=split, **options))
-    return runs
+    decodings = {"voting": {}, "subpixel": {"subpixel": True}}
+    return [
+        test(detector, "detection", f"{split}_{by}", {"images": split, "landmarks by": by}, split=split, **options)
+        for split in splits
+        for by, options in decodings.items()
+    ]
+
+
+def compare(run, name, description, **options):
+    """Attacks on the same images and targets."""
+    return run("attack", name, {"description": description}, **options)
 
 
 def sweep_epsilon(attack, epsilons):
     """An attack at several epsilons; ``epsilons``: {name of targets: values}."""
     return [
         attack(
-            f"epsilon/{targets.replace(' ', '_')}_{value:g}",
-            {"targets": targets, "epsilon": value},
+            *("epsilon", f"{targets.replace(' ', '_')}_{value:g}", {"targets": targets, "epsilon": value}),
             **TARGETS[targets],
             epsilon=value,
         )
@@ -107,22 +115,21 @@ def sweep_epsilon(attack, epsilons):
 
 def sweep_count(attack, counts):
     """An attack on several numbers of landmarks."""
-    return [attack(f"count/{count}", {"|T|": count}, shift_count=count) for count in counts]
+    return [attack("count", f"{count}", {"|T|": count}, **NEAR, shift_count=count) for count in counts]
 
 
 def sweep_one_step(attack, epsilons):
     """The one-step attacks at several epsilons."""
     attack = partial(attack, attack=("FGSM", "untargeted-FGSM"))
-    return [attack(f"baselines/{value:g}", {"epsilon": value}, epsilon=value) for value in epsilons]
+    return [attack("baselines", f"{value:g}", {"epsilon": value}, epsilon=value) for value in epsilons]
 
 
-def sweep_diagnosis(attack, epsilons, measures=NAMES, suffix=""):
+def sweep_diagnosis(attack, epsilons, measures=MEASURE_NAMES, suffix=""):
     """Attacks on the diagnosis by each clinical measure at several epsilons."""
+    attack = partial(attack, targets="diagnosis")
     return [
         attack(
-            f"diagnosis/{measure}_{value:g}{suffix}",
-            {"measure": measure, "epsilon": value},
-            targets="diagnosis",
+            *("diagnosis", f"{measure}_{value:g}{suffix}", {"measure": measure, "epsilon": value}),
             measure=measure,
             epsilon=value,
         )
@@ -131,29 +138,32 @@ def sweep_diagnosis(attack, epsilons, measures=NAMES, suffix=""):
     ]
 
 
-def sweep_defence(attack, training, splits, epsilons, more_steps, measure="ANB", inputs=INPUT_DEFENCES):
-    """Input defences and adversarial training, and the checks for masked gradients.
+def sweep_defence(plain, few, training, split, epsilons, more_steps, measure="ANB", inputs=INPUT_DEFENCES):
+    """Input defences and adversarial training of a detector, and the checks for masked gradients.
 
-    ``attack`` has its number of steps and images; ``training`` are the options of the adversarial one.
+    Args:
+        plain: the detector.
+        few: options of the attacks: number of steps, and of images.
+        training: options of the adversarial training.
+        more_steps: of an attack.
     """
-    plain, robust = attack.args[0], f"{attack.args[0]}-adversarial"
-    near = {**TARGETS["8 mm"], "subpixel": True}
-    methods = "ATI-FGSM", "Vote-PGD"
-    defended = partial(attack, attack=methods, **near, epsilon=8, defence=inputs)
-    harden = partial(test, robust, **attack.keywords, **near)
-    diagnosis = {"targets": "diagnosis", "measure": measure, "epsilon": 4, "steps": 10, "subpixel": True}
-    accuracy = {"split": splits[0], "subpixel": True}
+    robust = f"{plain}-adversarial"
+    attack = partial(test, plain, "defence", labels={}, **few, **NEAR, subpixel=True, epsilon=8)
+    harden = partial(test, robust, "defence", labels={}, **few, **NEAR, subpixel=True)
+    diagnose = {"targets": "diagnosis", "measure": measure, "epsilon": 4, "subpixel": True}
+    diagnose |= {"attack": "Vote-PGD", "steps": 10, "limit": 30}
+    accuracy = {"split": split, "subpixel": True}
     return [
         train(robust, adversarial=True, **training),
-        test(plain, "defence/accuracy", {}, **accuracy, defence=inputs),
-        test(robust, "defence/accuracy", {}, **accuracy),
-        defended("defence/input", {}, save_adversarial=True, transfer=Tags(robust)),
-        attack("defence/evasive", {}, **near, epsilon=8, attack="evasive-Vote-PGD"),
-        *(harden(f"defence/{epsilon:g}", {}, attack=methods, epsilon=epsilon) for epsilon in epsilons),
-        harden("defence/more_steps", {}, attack=methods, epsilon=8, **more_steps),
-        harden("defence/random_search", {}, attack="random-search", epsilon=8),
-        test(plain, "defence/diagnosis", {}, attack="Vote-PGD", **diagnosis, limit=30, defence=inputs),
-        test(robust, "defence/diagnosis", {}, attack="Vote-PGD", **diagnosis, limit=30),
+        test(plain, "defence", "accuracy", {}, **accuracy, defence=inputs),
+        test(robust, "defence", "accuracy", {}, **accuracy),
+        attack("input", attack=ADAPTIVE, defence=inputs, save_adversarial=True, transfer=Tag(robust)),
+        attack("evasive", attack="evasive-Vote-PGD"),
+        *(harden(f"{epsilon:g}", attack=ADAPTIVE, epsilon=epsilon) for epsilon in epsilons),
+        harden("more_steps", attack=ADAPTIVE, epsilon=8, steps=more_steps),
+        harden("random_search", attack="random-search", epsilon=8),
+        test(plain, "defence", "diagnosis", {}, **diagnose, defence=inputs),
+        test(robust, "defence", "diagnosis", {}, **diagnose),
     ]
 
 
@@ -162,234 +172,206 @@ def spell(attack, ids, word=WORD):
     runs = []
     for place, letter in enumerate(word):
         labels = {"letter": letter, "image": ids[place % len(ids)]}
-        targets = os.path.relpath(LETTERS / f"{letter}.csv")
-        runs.append(
-            attack(
-                f"fancy/{place + 1}_{letter}", labels, save_adversarial=True, images=labels["image"], targets=targets
-            )
-        )
+        options = {"images": labels["image"], "targets": os.path.relpath(LETTERS / f"{letter}.csv")}
+        runs.append(attack("fancy", f"{place + 1}_{letter}", labels, save_adversarial=True, **options))
     return runs
 
 
-def variant(options, question, answer, detector, **changes):
-    """An attack that answers a question about causes: ``options`` with ``changes``, on a detector."""
-    folder = "causes/" + ("_".join(word.strip("-") for word in arguments(changes)) or "plain")
-    return test(detector, folder, {"question": question, "answer": answer}, **{**options, **changes})
+def causes(options, shift, table):
+    """Attacks that answer questions about causes.
 
-
-def reuse(run, question, answer):
-    """A run of another experiment that answers a question about causes."""
-    return run._replace(labels={"question": question, "answer": answer})
+    Args:
+        options: of the attacks.
+        shift: an attack that is an answer itself.
+        table: {question: {answer: (detector, {option: changed value}), or None for ``shift``}}.
+    """
+    runs = []
+    for question, answers in table.items():
+        for answer, other in answers.items():
+            labels = {"question": question, "answer": answer}
+            if other is None:
+                runs.append(shift._replace(labels=labels))
+            else:
+                detector, changes = other
+                name = "_".join(word.strip("-") for word in arguments(changes)) or "plain"
+                runs.append(test(detector, "causes", name, labels, **{**options, **changes}))
+    return runs
 
 
 # --- scales ----------------------------------------------------------------------------------------------------------
 
-PAPER = "I-FGSM", "ATI-FGSM"
-BEST = *PAPER, "Vote-PGD"
-ALL = *BEST, "noise"
-TARGETS = {"random": {"targets": "random"}}
-TARGETS |= {f"{mm} mm": {"targets": "shift", "shift_mm": mm} for mm in (2, 4, 8, 16)}
-EPSILONS = 0.5, 1, 2, 4, 8  # the paper's
-SMALL = {"batch_size": 4, "schedule": "cosine"}
-
 
 def paper(splits, ids):
     """As published, for GPUs."""
-    attack = partial(test, "800x640", steps=300)
-    near, far, few = TARGETS["8 mm"], TARGETS["random"], {"limit": 50}
-    random = attack("attack/random", {"description": "Random targets, epsilon 8"}, attack=BEST, **far, epsilon=8)
-    shift = attack("attack/shift", {"description": "Displacements of 8 mm, epsilon 8"}, attack=BEST, **near, epsilon=8)
-    vary = partial(variant, {"attack": BEST, **near, "epsilon": 8, "steps": 300, **few})
+    victim, few = "800x640", {"limit": 50}
+    attack = partial(test, victim, steps=300)
+    random = compare(attack, "random", "Random targets, epsilon 8", attack=BEST, **FAR, epsilon=8)
+    shift = compare(attack, "shift", "Displacements of 8 mm, epsilon 8", attack=BEST, **NEAR, epsilon=8)
+    counted = partial(attack, attack=PAPER, epsilon=8, **few)
+    robust = {"init": Checkpoint(victim, 229), "lr": 3e-4, "schedule": "cosine", "epochs": 30}
     experiments = {
-        "detection": [train("800x640", size=(800, 640)), *detection("800x640", splits)],
+        "detection": [train(victim, size=(800, 640)), *detection(victim, splits)],
         "attack": [random, shift],
         "epsilon": sweep_epsilon(partial(attack, attack=BEST, **few), dict.fromkeys(TARGETS, EPSILONS)),
-        "count": [
-            *sweep_count(partial(attack, attack=PAPER, **near, epsilon=8, **few), (1, 2, 4, 8, 12, 16, 19)),
-            random,
-        ],
+        "count": [*sweep_count(counted, (1, 2, 4, 8, 12, 16, 19)), random],
         "coupling": [random, shift],
-        "fancy": spell(partial(attack, attack=("ATI-FGSM", "Vote-PGD"), epsilon=8), ids),
-        "baselines": sweep_one_step(partial(test, "800x640"), EPSILONS),
+        "fancy": spell(partial(attack, attack=ADAPTIVE, epsilon=8), ids),
+        "baselines": sweep_one_step(partial(test, victim), EPSILONS),
         "causes": [
             train("400x320", size=(400, 320)),
             train("200x160", size=(200, 160)),
             train("random-encoder", size=(800, 640), encoder_weights="none"),
             train("batch-norm", size=(800, 640), encoder_weights="none", encoder_batch_norm=True),
-            vary("encoder's initial weights", "random", "random-encoder"),
-            reuse(shift, "encoder's initial weights", "as given"),
-            vary("epochs of training", "10", "800x640", iteration=9),
-            vary("epochs of training", "60", "800x640", iteration=59),
-            reuse(shift, "epochs of training", "230"),
-            vary("input size (px)", "200 x 160", "200x160"),
-            vary("input size (px)", "400 x 320", "400x320"),
-            reuse(shift, "input size (px)", "800 x 640"),
-            reuse(shift, "statistics of batch norm", "of the training"),
-            vary("statistics of batch norm", "of the image", "800x640", batch_statistics=True),
-            vary("batch norm in the encoder, from random weights", "no", "random-encoder"),
-            vary("batch norm in the encoder, from random weights", "yes", "batch-norm"),
-            vary("channels of the perturbation", "one", "800x640", grey=True),
-            reuse(shift, "channels of the perturbation", "three"),
+            *causes({"attack": BEST, **NEAR, "epsilon": 8, "steps": 300, **few}, shift, PAPER_CAUSES),
         ],
-        "diagnosis": sweep_diagnosis(partial(test, "800x640", attack=ALL, steps=50, subpixel=True, **few), EPSILONS),
+        "diagnosis": sweep_diagnosis(partial(test, victim, attack=ALL, steps=50, subpixel=True, **few), EPSILONS),
         "defence": sweep_defence(
-            partial(test, "800x640", steps=100, **few),
-            {"size": (800, 640), "init": Checkpoint("800x640", 229), "lr": 3e-4, "schedule": "cosine", "epochs": 30},
-            splits,
-            (*EPSILONS, 16, 32),
-            {"steps": 300},
+            *(victim, {"steps": 100, **few}, {"size": (800, 640), **robust}, splits[0], (*EPSILONS, 16, 32), 300)
         ),
     }
-    return Scale("800x640", experiments)
+    return Scale(victim, experiments)
+
+
+PAPER_CAUSES = {
+    "encoder's initial weights": {"random": ("random-encoder", {}), "as given": None},
+    "epochs of training": {"10": ("800x640", {"iteration": 9}), "60": ("800x640", {"iteration": 59}), "230": None},
+    "input size (px)": {"200 x 160": ("200x160", {}), "400 x 320": ("400x320", {}), "800 x 640": None},
+    "statistics of batch norm": {"of the training": None, "of the image": ("800x640", {"batch_statistics": True})},
+    "batch norm in the encoder, from random weights": {"no": ("random-encoder", {}), "yes": ("batch-norm", {})},
+    "channels of the perturbation": {"one": ("800x640", {"grey": True}), "three": None},
+}
 
 
 def cpu(splits, ids):
     """The paper's schedule at a quarter of its input size: two cores, a night."""
-    measured = partial(test, "200x160", subpixel=True)
-    attack = partial(measured, epsilon=8)
-    near, far, few = TARGETS["8 mm"], TARGETS["random"], {"limit": 20, "steps": 30}
-    compare = partial(attack, attack=BEST, steps=100, limit=50)
-    shift = compare("attack/shift", {"description": "Displacements of 8 mm, epsilon 8"}, **near)
-    random = compare("attack/random", {"description": "Random targets, epsilon 8"}, **far)
-    longer = {"steps": 300, "limit": 10}  # another schedule of Vote-PGD, not a continuation
-    ati = partial(attack, attack="ATI-FGSM", **few)
-    vary = partial(variant, {"attack": PAPER, **near, "epsilon": 8, **few, "subpixel": True})
+    victim, few = "200x160", {"limit": 20, "steps": 30}
+    measured = partial(test, victim, subpixel=True)
+    best = partial(compare, partial(measured, epsilon=8, attack=BEST))
+    most, longer = {"steps": 100, "limit": 50}, {"steps": 300, "limit": 10}  # another schedule, not a continuation
+    shift = best("shift", "Displacements of 8 mm, epsilon 8", **NEAR, **most)
+    random = best("random", "Random targets, epsilon 8", **FAR, **most)
+    diagnose = partial(measured, limit=30)
+    robust = {"size": (200, 160), "init": Checkpoint(victim, 229), **SMALL, "lr": 3e-4, "epochs": 10}
     experiments = {
-        "detection": [train("200x160", size=(200, 160), checkpoint_every=10), *detection("200x160", splits)],
+        "detection": [train(victim, size=(200, 160), checkpoint_every=10), *detection(victim, splits)],
         "attack": [
             shift,
             random,
-            compare("attack/shift_300", {"description": "Displacements of 8 mm, 300 iterations"}, **near, **longer),
-            compare("attack/random_300", {"description": "Random targets, 300 iterations"}, **far, **longer),
+            best("shift_300", "Displacements of 8 mm, 300 iterations", **NEAR, **longer),
+            best("random_300", "Random targets, 300 iterations", **FAR, **longer),
         ],
         "epsilon": sweep_epsilon(
-            partial(measured, attack=("ATI-FGSM", "Vote-PGD"), **few),
-            {"random": EPSILONS, "8 mm": EPSILONS},
+            partial(measured, attack=ADAPTIVE, **few), dict.fromkeys(("random", "8 mm"), EPSILONS)
         ),
-        "count": [*sweep_count(partial(ati, **near), (1, 2, 5, 10, 19)), random],
+        "count": [*sweep_count(partial(measured, epsilon=8, attack="ATI-FGSM", **few), (1, 2, 5, 10, 19)), random],
         "coupling": [shift, random],
-        "fancy": spell(partial(attack, attack=("ATI-FGSM", "Vote-PGD"), steps=100), ids),
+        "fancy": spell(partial(measured, epsilon=8, attack=ADAPTIVE, steps=100), ids),
         "baselines": sweep_one_step(partial(measured, limit=20), (*EPSILONS, 16, 32, 64, 128)),
         "causes": [
             train("random-encoder", size=(200, 160), encoder_weights="none", epochs=60, checkpoint_every=10),
-            vary("encoder's initial weights", "random", "random-encoder"),
-            vary("encoder's initial weights", "as given", "200x160", iteration=59),
-            vary("epochs of training", "10", "200x160", iteration=9),
-            vary("epochs of training", "60", "200x160", iteration=59),
-            reuse(shift, "epochs of training", "230"),
-            reuse(shift, "statistics of batch norm", "of the training"),
-            vary("statistics of batch norm", "of the image", "200x160", batch_statistics=True),
-            vary("channels of the perturbation", "one", "200x160", grey=True),
-            reuse(shift, "channels of the perturbation", "three"),
+            *causes({"attack": PAPER, **NEAR, "epsilon": 8, **few, "subpixel": True}, shift, CPU_CAUSES),
         ],
         "diagnosis": [
-            *sweep_diagnosis(partial(measured, attack=("Vote-PGD", "noise"), steps=10, limit=30), EPSILONS),
+            *sweep_diagnosis(partial(diagnose, attack=("Vote-PGD", "noise"), steps=10), EPSILONS),
             # steps of 0.05 epsilon take 20 iterations to the bound
-            *sweep_diagnosis(partial(measured, attack=PAPER, steps=20, limit=30), (4,), suffix="_paper"),
+            *sweep_diagnosis(partial(diagnose, attack=PAPER, steps=20), (4,), suffix="_paper"),
         ],
-        "defence": sweep_defence(
-            partial(test, "200x160", **few),
-            {"size": (200, 160), "init": Checkpoint("200x160", 229), **SMALL, "lr": 3e-4, "epochs": 10},
-            splits,
-            (2, 4, 8, 16, 32),
-            {"steps": 100},
-        ),
+        "defence": sweep_defence(victim, few, robust, splits[0], (2, 4, 8, 16, 32), 100),
     }
-    return Scale("200x160", experiments)
+    return Scale(victim, experiments)
+
+
+CPU_CAUSES = {
+    "encoder's initial weights": {"random": ("random-encoder", {}), "as given": ("200x160", {"iteration": 59})},
+    "epochs of training": {"10": ("200x160", {"iteration": 9}), "60": ("200x160", {"iteration": 59}), "230": None},
+    "statistics of batch norm": {"of the training": None, "of the image": ("200x160", {"batch_statistics": True})},
+    "channels of the perturbation": {"one": ("200x160", {"grey": True}), "three": None},
+}
 
 
 def cpu_full(splits, ids):
     """800 x 640 px, coarse to fine from the detector of the scale cpu: two cores, another night."""
-    attack = partial(test, "800x640", attack=BEST, epsilon=8, steps=100, limit=10, subpixel=True, batch_size=1)
-    near, far = TARGETS["8 mm"], TARGETS["random"]
-    shift = attack("attack/shift", {"description": "Displacements of 8 mm, epsilon 8"}, **near)
-    random = attack("attack/random", {"description": "Random targets, epsilon 8"}, **far)
-    medium = {"attack": BEST, **near, "epsilon": 8, "steps": 100, "limit": 20, "subpixel": True}
+    victim, attacks = "800x640", {"attack": BEST, "epsilon": 8, "steps": 100, "subpixel": True}
+    attack = partial(compare, partial(test, victim, **attacks, limit=10, batch_size=1))
+    shift = attack("shift", "Displacements of 8 mm, epsilon 8", **NEAR)
+    random = attack("random", "Random targets, epsilon 8", **FAR)
+    smaller = test("200x160", "attack", "shift", {"question": "input size (px)", "answer": "200 x 160"})
+    sizes = {"input size (px)": {"400 x 320": ("400x320", {}), "800 x 640": None}}
     experiments = {
         "detection": [
-            train("400x320", size=(400, 320), init=Checkpoint("cpu/200x160", 229), **SMALL, lr=3e-4, epochs=10),
-            train("800x640", size=(800, 640), init=Checkpoint("400x320", 9), **SMALL, lr=3e-4, epochs=3),
-            *detection("800x640", splits),
+            train("400x320", size=(400, 320), init=Checkpoint("200x160", 229, "cpu"), **SMALL, lr=3e-4, epochs=10),
+            train(victim, size=(800, 640), init=Checkpoint("400x320", 9), **SMALL, lr=3e-4, epochs=3),
+            *detection(victim, splits),
         ],
         "attack": [shift, random],
         "coupling": [shift, random],
-        "fancy": spell(
-            partial(test, "400x320", subpixel=True, attack=("ATI-FGSM", "Vote-PGD"), epsilon=8, steps=100), ids
-        ),
-        "causes": [
-            reuse(test("cpu/200x160", "attack/shift", {}), "input size (px)", "200 x 160"),
-            variant(medium, "input size (px)", "400 x 320", "400x320"),
-            reuse(shift, "input size (px)", "800 x 640"),
-        ],
+        "fancy": spell(partial(test, "400x320", **{**attacks, "attack": ADAPTIVE}), ids),
+        "causes": [smaller._replace(scale="cpu"), *causes({**attacks, **NEAR, "limit": 20}, shift, sizes)],
     }
-    return Scale("800x640", experiments)
+    return Scale(victim, experiments)
 
 
 def quick(splits, ids):
     """To see that everything works, on phantoms for example."""
-    attack = partial(test, "100x80", subpixel=True)
-    ati, near, far = partial(attack, attack="ATI-FGSM"), TARGETS["8 mm"], TARGETS["random"]
-    comparison = partial(attack, attack=BEST, epsilon=8, steps=30, limit=4)
-    shift = comparison("attack/shift", {"description": "Displacements of 8 mm, epsilon 8"}, **near)
-    random = comparison("attack/random", {"description": "Random targets, epsilon 8"}, **far)
-    vary = partial(variant, {"attack": PAPER, **near, "epsilon": 8, "steps": 30, "limit": 4, "subpixel": True})
+    victim = "100x80"
+    attack = partial(test, victim, subpixel=True)
+    ati = partial(attack, attack="ATI-FGSM", steps=20, limit=3)
+    best = partial(compare, partial(attack, attack=BEST, epsilon=8, steps=30, limit=4))
+    shift = best("shift", "Displacements of 8 mm, epsilon 8", **NEAR)
+    random = best("random", "Random targets, epsilon 8", **FAR)
     start = {**SMALL, "epochs": 16, "checkpoint_every": 16}
-    coarse = {"size": (50, 40), **start}
+    vary = {"attack": PAPER, **NEAR, "epsilon": 8, "steps": 30, "limit": 4, "subpixel": True}
+    robust = {"size": (100, 80), "init": Checkpoint(victim, 15), **SMALL, "lr": 3e-4, "epochs": 3}
     experiments = {
-        "detection": [train("100x80", size=(100, 80), **start), *detection("100x80", splits)],
+        "detection": [train(victim, size=(100, 80), **start), *detection(victim, splits)],
         "attack": [shift, random],
-        "epsilon": sweep_epsilon(partial(ati, steps=20, limit=3), dict.fromkeys(TARGETS, (2, 8, 32))),
-        "count": [*sweep_count(partial(ati, **near, epsilon=8, steps=20, limit=3), (1, 19)), random],
+        "epsilon": sweep_epsilon(ati, dict.fromkeys(TARGETS, (2, 8, 32))),
+        "count": [*sweep_count(partial(ati, epsilon=8), (1, 19)), random],
         "coupling": [shift, random],
         "fancy": [
-            refine("200x160", (200, 160), Checkpoint("100x80", 15), lr=5e-4, epochs=8),
+            refine("200x160", (200, 160), Checkpoint(victim, 15), lr=5e-4, epochs=8),
             refine("400x320", (400, 320), Checkpoint("200x160", 7), lr=3e-4, epochs=4),
             *spell(partial(test, "400x320", subpixel=True, attack="Vote-PGD", epsilon=8, steps=200), ids),
         ],
         "baselines": sweep_one_step(partial(attack, limit=5), (8, 32, 128)),
         "causes": [
-            train("50x40", **coarse),
-            train("random-encoder", **coarse, encoder_weights="none"),
-            train("batch-norm", **coarse, encoder_weights="none", encoder_batch_norm=True),
-            vary("encoder's initial weights", "random", "random-encoder"),
-            vary("encoder's initial weights", "as given", "50x40"),
-            vary("batch norm in the encoder, from random weights", "no", "random-encoder"),
-            vary("batch norm in the encoder, from random weights", "yes", "batch-norm"),
-            vary("statistics of batch norm", "of the training", "50x40"),
-            vary("statistics of batch norm", "of the image", "50x40", batch_statistics=True),
-            vary("channels of the perturbation", "one", "50x40", grey=True),
-            vary("channels of the perturbation", "three", "50x40"),
-            vary("input size (px)", "50 x 40", "50x40"),
-            reuse(shift, "input size (px)", "100 x 80"),
+            train("50x40", size=(50, 40), **start),
+            train("random-encoder", size=(50, 40), **start, encoder_weights="none"),
+            train("batch-norm", size=(50, 40), **start, encoder_weights="none", encoder_batch_norm=True),
+            *causes(vary, shift, QUICK_CAUSES),
         ],
         "diagnosis": sweep_diagnosis(partial(attack, attack=ALL, steps=10, limit=4), (4, 16), ("ANB", "MW")),
-        "defence": sweep_defence(
-            partial(test, "100x80", steps=10, limit=4),
-            {"size": (100, 80), "init": Checkpoint("100x80", 15), **SMALL, "lr": 3e-4, "epochs": 3},
-            splits,
-            (8, 32),
-            {"steps": 30},
-            "MW",
-        ),
+        "defence": sweep_defence(victim, {"steps": 10, "limit": 4}, robust, splits[0], (8, 32), 30, "MW"),
     }
-    return Scale("100x80", experiments)
+    return Scale(victim, experiments)
+
+
+QUICK_CAUSES = {
+    "encoder's initial weights": {"random": ("random-encoder", {}), "as given": ("50x40", {})},
+    "batch norm in the encoder, from random weights": {"no": ("random-encoder", {}), "yes": ("batch-norm", {})},
+    "statistics of batch norm": {
+        "of the training": ("50x40", {}),
+        "of the image": ("50x40", {"batch_statistics": True}),
+    },
+    "channels of the perturbation": {"one": ("50x40", {"grey": True}), "three": ("50x40", {})},
+    "input size (px)": {"50 x 40": ("50x40", {}), "100 x 80": None},
+}
 
 
 def demo():
     """Phantoms, a detector trained on them, tested and attacked: two cores, ten minutes."""
-    attack = {"attack": PAPER, **TARGETS["8 mm"], "shift_count": 5, "epsilon": 16, "steps": 40, "limit": 6}
+    victim = "200x160"
+    attack = {"attack": PAPER, **NEAR, "shift_count": 5, "epsilon": 16, "steps": 40, "limit": 6, "pictures": 4}
     experiments = {
         "detection": [
             draw(train=80, test1=20, test2=0),
             train("100x80", size=(100, 80), **SMALL, epochs=16, checkpoint_every=16),
-            refine("200x160", (200, 160), Checkpoint("100x80", 15), lr=5e-4, epochs=8),
-            *detection("200x160", ["test1"]),
+            refine(victim, (200, 160), Checkpoint("100x80", 15), lr=5e-4, epochs=8),
+            *detection(victim, ["test1"]),
         ],
-        "attack": [
-            test("200x160", "attack/shift", {"description": "Displacements of 8 mm, epsilon 16"}, **attack, pictures=4)
-        ],
+        "attack": [compare(partial(test, victim), "shift", "Displacements of 8 mm, epsilon 16", **attack)],
     }
-    return Scale("200x160", experiments)
+    return Scale(victim, experiments)
 
 
 SCALES = {"paper": paper, "cpu": cpu, "cpu-full": cpu_full, "quick": quick, "demo": demo}

@@ -1,72 +1,16 @@
-"""Statistics of records: intervals by a bootstrap over images, paired differences, correlations.
-
-Landmarks of one image are not independent, hence images are resampled.
-"""
-
-import warnings
+"""Statistics of records: paired differences and correlations, with intervals by ``eval.interval``."""
 
 import numpy as np
 import pandas as pd
 
-from eval import SUCCESS_MM, summarize_attack
+from eval import SUCCESS_MM, interval, named
 
 ENOUGH = 20  # images for a finding; bootstrap intervals of fewer are too narrow
-
-
-# --- bootstrap -------------------------------------------------------------------------------------------------------
-
-
-def resample(count, draws=1000, seed=0):
-    """A bootstrap's draws from ``count`` images: indices (draws, count)."""
-    return np.random.default_rng(seed).integers(count, size=(draws, count))
-
-
-def interval(values, statistic, draws=1000, seed=0):
-    """A statistic with its 95 % confidence interval: percentiles of a bootstrap over images.
-
-    Args:
-        values: array (images, ...).
-        statistic: function of such an array to a number or an array of numbers; nan where it is undefined.
-
-    Returns:
-        (value, low, high), each of the statistic's shape.
-    """
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # means of nothing are nan
-        found = [statistic(values[chosen]) for chosen in resample(len(values), draws, seed)]
-        return statistic(values), *np.nanpercentile(found, [2.5, 97.5], axis=0)
 
 
 def by_image(rows, values):
     """Numbers of ``rows`` of records as an array (images, landmarks), nan where there is no row."""
     return rows.assign(value=values).pivot(index="image", columns="landmark", values="value").to_numpy(float)
-
-
-def named(name, value, low, high):
-    """An interval as columns of a table: <name>, <name>_low, <name>_high."""
-    return {name: value, f"{name}_low": low, f"{name}_high": high}
-
-
-def summarize_with_confidence(records, by="iteration", draws=1000, seed=0):
-    """``eval.summarize_attack`` with 95 % confidence intervals: columns <measure>_low and <measure>_high.
-
-    The same draws serve all rows.
-    """
-    table = summarize_attack(records, by)
-    keys = ["role", "method", by]
-    errors = records.pivot(index=[*keys, "image"], columns="landmark", values="radial_error_mm")
-    images = errors.index.unique("image")
-    groups = table[keys].itertuples(index=False, name=None)
-    values = np.stack([errors.loc[group].reindex(images) for group in groups], axis=1)  # (images, groups, landmarks)
-
-    def measures(values):
-        values = values.swapaxes(0, 1).reshape(len(table), -1)  # nan where a landmark has another role
-        success = 100 * (values <= SUCCESS_MM).sum(1) / (~np.isnan(values)).sum(1)
-        return np.stack([np.nanmean(values, axis=1), np.nanmedian(values, axis=1), success])
-
-    _, low, high = interval(values, measures, draws, seed)
-    for i, name in enumerate(("mre_mm", "median_mm", "within_4mm_%")):
-        table[f"{name}_low"], table[f"{name}_high"] = low[i], high[i]
-    return table
 
 
 # --- paired differences ----------------------------------------------------------------------------------------------
@@ -80,15 +24,24 @@ def paired_difference(a, b):
     """
     common = sorted(set(a["image"]) & set(b["image"]))
     a, b = (rows[rows["image"].isin(common)] for rows in (a, b))
-    measures = {
+    columns = {
         "within_4mm_points": lambda rows: 100.0 * (rows["radial_error_mm"] <= SUCCESS_MM),
         "mre_mm": lambda rows: rows["radial_error_mm"],
     }
     row = {"images": len(common)}
-    for name, measure in measures.items():
-        pairs = np.stack([by_image(rows, measure(rows)) for rows in (a, b)], axis=1)  # (images, 2, landmarks)
+    for name, values in columns.items():
+        pairs = np.stack([by_image(rows, values(rows)) for rows in (a, b)], axis=1)  # (images, 2, landmarks)
         row |= named(name, *interval(pairs, lambda pairs: np.nanmean(pairs[:, 0]) - np.nanmean(pairs[:, 1])))
     return row
+
+
+def differences(pairs):
+    """A table with a row for each pair: its labels and ``paired_difference``.
+
+    Args:
+        pairs: list of (labels, rows a, rows b).
+    """
+    return pd.DataFrame([labels | paired_difference(a, b) for labels, a, b in pairs])
 
 
 def verdict(low, high, images):
@@ -134,12 +87,3 @@ def permutation_p(x, y, draws=10000, seed=0):
     x, y = ((v - v.mean()) / v.std() for v in (x, y))
     found = np.abs(rng.permuted(np.tile(y, (draws, 1)), axis=1) @ x) / len(x)
     return (1 + (found >= abs(x @ y) / len(x) - 1e-12).sum()) / (1 + draws)
-
-
-def differences(pairs):
-    """A table with a row for each pair: its labels and ``paired_difference``.
-
-    Args:
-        pairs: list of (labels, rows a, rows b).
-    """
-    return pd.DataFrame([labels | paired_difference(a, b) for labels, a, b in pairs])

@@ -135,7 +135,8 @@ def read_targets(path, ids, num_landmarks, names=LANDMARKS):
         names: of the landmarks.
 
     Returns:
-        (N, K, 2) float64 x, y in px0, nan for stationary landmarks. Whether they lie inside the images is not checked.
+        places (N, K, 2) float64 x, y in px0, and which landmarks are targeted, (N, K) bool. Whether the places lie
+        inside the images is not checked.
 
     Raises:
         InputError: unreadable, a row is wrong, or an image has no target; the message names it.
@@ -164,7 +165,8 @@ def read_targets(path, ids, num_landmarks, names=LANDMARKS):
         if np.isnan(points).all():
             of = f" for image {id}" if each else ""
             raise InputError(f"{path}: no target{of}; at least one row landmark,x,y is needed")
-    return np.stack([targets[id if each else None] for id in ids])
+    places = np.stack([targets[id if each else None] for id in ids])
+    return np.nan_to_num(places), ~np.isnan(places).any(-1)
 
 
 def landmark_numbers(num_landmarks, names):

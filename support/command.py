@@ -47,23 +47,32 @@ def sigterm_event():
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that accepts no abbreviations and reports a wrong argument in one line."""
+    """An ArgumentParser that accepts no abbreviations and reports a wrong argument in one line.
 
-    def __init__(self, description):
+    Attributes:
+        may_change: names of arguments that may change when a command is repeated on its earlier results.
+        retired: {name: default} of arguments of older versions; results that have them at their default stay usable.
+    """
+
+    def __init__(self, description, retired=None):
+        self.may_change, self.retired = set(), retired or {}
         super().__init__(description=description, allow_abbrev=False)
 
-    def add_argument(self, *names, **options):
+    def add_argument(self, *names, may_change=False, **options):
         if options.get("default") is not None and options["default"] is not argparse.SUPPRESS:
             options["help"] = f"{options['help']} (default: %(default)s)"
-        return super().add_argument(*names, **options)
+        action = super().add_argument(*names, **options)
+        if may_change:
+            self.may_change.add(action.dest)
+        return action
 
     def error(self, message):
         line = f"{self.prog}: error: {message} (--help lists all arguments)\n"
         self.exit(2, line if is_main() else None)
 
     def defaults(self):
-        """{name: default} of all arguments."""
-        return {action.dest: action.default for action in self._actions if action.dest != "help"}
+        """{name: default} of all arguments, retired ones included."""
+        return {action.dest: action.default for action in self._actions if action.dest != "help"} | self.retired
 
 
 def run(main):
@@ -173,20 +182,31 @@ def tag(text):
 
 def add_data_arguments(parser):
     """--data, --mm-per-px and --unusual."""
-    parser.add_argument("--data", default="dataset", help="folder of the ISBI 2015 data, see docs/data.md")
+    parser.add_argument(
+        "--data", default="dataset", may_change=True, help="folder of the ISBI 2015 data, see docs/data.md"
+    )
     parser.add_argument(
         "--mm-per-px",
         type=positive_float,
         metavar="MM",
         help="pixel spacing of the original images (default: the data's spacing file, else 0.1)",
     )
-    parser.add_argument("--unusual", action="store_true", help="skip the checks for implausible annotations")
+    parser.add_argument(
+        "--unusual", action="store_true", may_change=True, help="skip the checks for implausible annotations"
+    )
 
 
 def add_device_arguments(parser):
     """--device and --compile."""
-    parser.add_argument("--device", default="auto", help="auto (cuda if available), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network, with CUDA graphs on a GPU")
+    parser.add_argument(
+        "--device", default="auto", may_change=True, help="auto (cuda if available), cpu, cuda, cuda:1, ..."
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        may_change=True,
+        help="torch.compile the network, with CUDA graphs on a GPU",
+    )
 
 
 def add_compute_arguments(parser):

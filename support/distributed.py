@@ -48,35 +48,57 @@ def start():
 
 @contextlib.contextmanager
 def guard():
-    """A phase that all processes complete, or at whose end all of them exit; the main process raises the first error.
-
-    Yields:
-        dict in which a process puts what must be equal in all of them, by name; compared at the end of the phase.
+    """A phase that all processes complete, or at whose end all of them exit.
 
     Raises:
-        InputError: wrong input or an OSError in any process, or values that differ; in the main process.
+        InputError: the first wrong input or OSError of any process; in the main process.
         SystemExit: the same, in the others.
     """
-    same = {}
-    if world_size() == 1:
-        yield same
-        return
     message = None
     try:
-        yield same
+        yield
     except (InputError, OSError) as error:
+        if world_size() == 1:
+            raise
         message = str(error)
-    gathered = [None] * world_size()
-    dist.all_gather_object(gathered, (message, same))
-    messages = [text for text, _ in gathered if text is not None] or [
-        f"process {process} of {len(gathered)} has another {name} than process 0: {values[name]} instead of {expected};"
-        " all processes must see the same files"
-        for process, (_, values) in enumerate(gathered)
-        for name, expected in gathered[0][1].items()
-        if values[name] != expected
-    ]
-    if messages:
-        raise InputError(messages[0]) if is_main() else SystemExit(2)
+    end_all([text for text in gather(message) if text is not None])
+
+
+def require_equal(**values):
+    """End all processes, as ``guard`` does, unless each of them has the same values."""
+    first, *others = gather(values)
+    end_all(
+        f"process {process} of {world_size()} has another {name} than process 0: {found[name]} instead of {expected}; "
+        "all processes must see the same files"
+        for process, found in enumerate(others, 1)
+        for name, expected in first.items()
+        if found[name] != expected
+    )
+
+
+def on_main(function, *args):
+    """What a function returns in the main process, in all of them; its errors end all, as those of a ``guard``.
+
+    All processes wait for each other first, so that the function can read what they wrote.
+    """
+    barrier()
+    with guard():
+        result = function(*args) if is_main() else None
+    return broadcast(result)
+
+
+def gather(value):
+    """The value of each process, in all of them; anything that can be pickled."""
+    gathered = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def end_all(messages):
+    """Raise the first message, if any, in the main process; the others exit with it."""
+    for message in messages:
+        raise InputError(message) if is_main() else SystemExit(2)
 
 
 def shard(items):

@@ -1,28 +1,23 @@
 """Experiment 10: defences against attackers who know of them and who do not, and what they cost.
 
-    python -m experiments.defences --out tables accuracy attack adversarial   # of finished runs of test.py
-
-writes the tables and charts that reproduce.py makes of its own runs, and their text, defence.md. Attacks are told by
-the output of the first of the attacked detectors.
+Attacks are told by the output of the first of the attacked detectors.
 """
 
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from attack import ATTACKS, ONE_STEP
-from defences import shape_distance
-from eval import SUCCESS_MM, changed_diagnoses, diagnose, read_records
-from experiments.charts import grouped_places, panels, save
+from attack import ATTACKS
+from beyond.defences import shape_distance
+from beyond.diagnosis import changed_diagnoses, diagnose
+from eval import SUCCESS_MM, interval, named, read_records
 from experiments.markdown import fold_intervals, markdown
-from experiments.measures import Result, join_clean, measure, of_role, rate
-from experiments.statistics import interval, named
-from support import command
+from experiments.results import join_clean, of_role, outcome, rate
 from support.errors import InputError
-from support.files import make_folder, read_config, write_table, write_text
+from support.figures import bars, panels, save
+from support.files import read_config, write_table
 
 TITLE = "Defences"
 TEXT = (
@@ -32,13 +27,13 @@ TEXT = (
     "a defence. Then, whether images can be told to be attacked without any training."
 )
 SCORES = {"votes": "share of votes", "peak": "heatmap peak", "shape": "shape", "sum": "sum of the three"}
-NAMES = {
+HEADINGS = {
     "clean_mre_mm": "clean MRE (mm)",
     "within_4mm_%": f"targeted within {SUCCESS_MM} mm (%)",
     "stationary_within_4mm_%": f"stationary within {SUCCESS_MM} mm (%)",
     "intended_%": "intended diagnosis changed (%)",
 }
-ITERATED = [name for name in ATTACKS if name not in ONE_STEP]
+ITERATED = [name for name, attack in ATTACKS.items() if attack.steps is None and not attack.universal]
 KEYS = ["detector", "epsilon", "steps", "defence", "attacker"]
 
 
@@ -111,13 +106,13 @@ def conditions(result):
 
 
 def compute_attack(labels, result):
-    """Measures of each method under each condition."""
+    """The outcome of each method under each condition."""
     shown = ["images", "clean_mre_mm", "targeted", "targeted_mre_mm"]
     shown += [f"{name}{end}" for name in ("within_4mm_%", "stationary_within_4mm_%") for end in ("", "_low", "_high")]
     tables = []
     for defence, attacker, rows in conditions(result):
         key = {name: labels[name] for name in KEYS[:3]} | {"defence": defence, "attacker": attacker}
-        tables.append(measure(rows, key)[[*KEYS, "method", *shown]])
+        tables.append(outcome(rows, key)[[*KEYS, "method", *shown]])
     return pd.concat(tables)
 
 
@@ -272,16 +267,10 @@ def plot(table, path):
     methods, defences = chosen["method"].unique(), list(chosen["defence"].unique())
     figure, axes = panels(len(methods), width=6.5)
     for panel, method in zip(axes, methods, strict=True):
-        for i, attacker in enumerate(("oblivious", "adaptive")):
-            rows = chosen[(chosen["method"] == method) & (chosen["attacker"] == attacker)].set_index("defence")
-            rows = rows.reindex(defences)
-            places, width = grouped_places(len(defences), 2, i)
-            ends = [rows["within_4mm_%"] - rows["within_4mm_%_low"], rows["within_4mm_%_high"] - rows["within_4mm_%"]]
-            errors = np.nan_to_num(np.stack(ends)).clip(0)
-            panel.bar(places, rows["within_4mm_%"], width, yerr=errors, capsize=2, label=attacker)
-        panel.set_xticks(range(len(defences)), defences, fontsize=8)
-        panel.set(title=method, ylim=(0, 103), ylabel=f"targeted, within {SUCCESS_MM} mm of target (%)")
-        panel.grid(alpha=0.3, axis="y")
+        rows = chosen[chosen["method"] == method].set_index("defence")
+        attackers = {attacker: rows[rows["attacker"] == attacker] for attacker in ("oblivious", "adaptive")}
+        bars(panel, attackers, defences, "within_4mm_%")
+        panel.set(title=method, ylabel=f"targeted, within {SUCCESS_MM} mm of target (%)")
     axes[0].legend()
     save(figure, path)
 
@@ -312,8 +301,8 @@ def plot_roc(scores, path):
 
 def two_columns(table, value):
     """A table with a column for each attacker, who is adaptive where there is no defence."""
-    others = [NAMES[name] for name in ("stationary_within_4mm_%", "clean_mre_mm") if name in table]
-    value, table = NAMES[value], fold_intervals(table).rename(columns=NAMES)
+    others = [HEADINGS[name] for name in ("stationary_within_4mm_%", "clean_mre_mm") if name in table]
+    value, table = HEADINGS[value], fold_intervals(table).rename(columns=HEADINGS)
     keys = [name for name in table if name in (*KEYS, "method", "measure", "images") and name != "attacker"]
     wide = table.pivot(index=keys, columns="attacker", values=value)
     wide = wide.reindex(pd.MultiIndex.from_frame(table[keys].drop_duplicates()))
@@ -336,7 +325,9 @@ def render(tables):
         table = tables[name]
         if len(table):
             table = (
-                two_columns(table, compared[name]) if name in compared else fold_intervals(table).rename(columns=NAMES)
+                two_columns(table, compared[name])
+                if name in compared
+                else fold_intervals(table).rename(columns=HEADINGS)
             )
             table = table.rename(columns={f"{score}_auc_%": label for score, label in SCORES.items()})
             text += f"\n{heading}\n\n{markdown(table)}"
@@ -346,21 +337,8 @@ def render(tables):
 # --- finished runs ---------------------------------------------------------------------------------------------------
 
 
-def main(argv=None):
-    parser = command.Parser("Tables and charts of finished runs that test defences.")
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="output folders of test.py")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
-    args = parser.parse_args(argv)
-    out = Path(args.out)
-    results = [Result({}, Path(folder)) for folder in args.folders]
-    check(results)
-    make_folder(out)
-    write_text(out / "defence.md", publish(results, None, out))
-    print(f"written to {out}/")
-
-
 def check(results):
-    """Refuse runs that do not compare: two of one kind, or attacks on other images or with other targets."""
+    """The runs, unless they do not compare: two of one kind, or attacks on other images or with other targets."""
     seen, targets = {}, {}
     for result in results:
         labels, config = describe(result), read_config(result.folder / "config.json")
@@ -374,7 +352,4 @@ def check(results):
     if len(targets) > 1:
         first, other, *_ = targets.values()
         raise InputError(f"{other}: other images or targets than in {first}; give runs with the same")
-
-
-if __name__ == "__main__":
-    command.run(main)
+    return results

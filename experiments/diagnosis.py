@@ -1,27 +1,19 @@
-"""Experiment 9: diagnoses that an attack changes, by clinical measure, epsilon and method, against uniform noise.
-
-    python -m experiments.diagnoses --data dataset --out tables anb_2 anb_4 fma_4   # of finished runs of test.py
-
-writes the tables and charts that reproduce.py makes of its own runs, and their text, diagnosis.md.
-"""
+"""Experiment 9: diagnoses that an attack changes, by clinical measure, epsilon and method, against uniform noise."""
 
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 
-from diagnosis import NAMES, classes, measures
-from eval import changed_diagnoses, diagnose
-from experiments.charts import grouped_places, line_with_band, panels, save, tick_values
+from beyond.diagnosis import MEASURE_NAMES, changed_diagnoses, classes, diagnose, measures
+from eval import interval, named
 from experiments.markdown import fold_intervals, markdown
-from experiments.measures import Result, last, of_role, read_marks
-from experiments.statistics import interval, named
-from support import command
+from experiments.results import Result, last, of_role, read_marks
 from support.errors import InputError
-from support.files import make_folder, read_config, write_table, write_text
+from support.figures import bars, line_with_band, panels, save, tick_values
+from support.files import read_config, write_table
 
 TITLE = "Diagnoses"
 TEXT = (
@@ -116,11 +108,11 @@ def compared(changed):
     for epsilon, method, measure in changed:
         found.setdefault((epsilon, method), set()).add(measure)
     common = set.intersection(*found.values())
-    return [name for name in NAMES if name in common]
+    return [name for name in MEASURE_NAMES if name in common]
 
 
 def pooled_name(names):
-    return POOLED if len(names) == len(NAMES) else ", ".join(names)
+    return POOLED if len(names) == len(MEASURE_NAMES) else ", ".join(names)
 
 
 def compute(changed):
@@ -130,7 +122,7 @@ def compute(changed):
         attacks.setdefault((epsilon, method), {})[measure] = frame
     for (epsilon, method), frames in attacks.items():
         groups |= {(epsilon, method, measure): {measure: frame} for measure, frame in frames.items()}
-        for names in (NAMES, common):
+        for names in (MEASURE_NAMES, common):
             if names and frames.keys() >= {*names}:
                 groups[epsilon, method, pooled_name(names)] = {name: frames[name] for name in names}
     for (epsilon, method, measure), frames in groups.items():
@@ -201,12 +193,14 @@ def compute_doctors(runs, changed, data):
     spacing = records.groupby("image")["mm_per_px0"].first()
     marks = read_marks(data, "test", spacing.index)
     rows = []
-    for measure in NAMES:
+    for measure in MEASURE_NAMES:
         images = sorted({image for (*_, name), frame in changed.items() if name == measure for image in frame.index})
         if images and marks.keys() >= {*images}:
             points = torch.tensor(np.stack([marks[image] for image in images]))
             mm_per_px0 = torch.tensor(spacing[images].to_numpy())
-            senior, junior = (classes(measures(one, mm_per_px0))[:, NAMES.index(measure)] for one in points.unbind(1))
+            senior, junior = (
+                classes(measures(one, mm_per_px0))[:, MEASURE_NAMES.index(measure)] for one in points.unbind(1)
+            )
             share = 100 * (senior != junior).double().mean().item()
             rows.append({"measure": measure, "patients": len(images), "disagree_%": share})
     if rows:
@@ -237,21 +231,13 @@ def plot(table, names, doctors, path):
         tick_values(panel, table["grey_levels"])
         panel.legend(fontsize=8)
     chosen = min(table["epsilon"].unique(), key=lambda epsilon: abs(epsilon - 4))
-    rows = table[(table["epsilon"] == chosen) & (table["measure"] != POOLED)]
-    methods = list(rows["method"].unique())
-    for i, method in enumerate(methods):
-        part = rows[rows["method"] == method].set_index("measure").reindex(NAMES)
-        places, width = grouped_places(len(NAMES), len(methods), i)
-        value = part["intended_%"]
-        ends = np.stack([value - part["intended_%_low"], part["intended_%_high"] - value]).clip(0)
-        label = LEGEND.get(method, method)
-        right.bar(places, value, width, yerr=ends, capsize=1, error_kw={"linewidth": 0.6}, label=label)
+    rows = table[(table["epsilon"] == chosen) & (table["measure"] != POOLED)].set_index("measure")
+    groups = {LEGEND.get(method, method): part for method, part in rows.groupby("method", sort=False)}
+    bars(right, groups, MEASURE_NAMES, "intended_%")
     if disagree:
-        heights = [disagree.get(name, np.nan) for name in NAMES]
-        right.plot(range(len(NAMES)), heights, "k_", markersize=22, label="two doctors disagree")
-    right.set_xticks(range(len(NAMES)), NAMES)
+        heights = [disagree.get(name, np.nan) for name in MEASURE_NAMES]
+        right.plot(range(len(MEASURE_NAMES)), heights, "k_", markersize=22, label="two doctors disagree")
     right.set(title=f"{SHARES['intended']}, {grey(chosen)} grey levels", ylabel="patients (%)", ylim=(0, 118))
-    right.grid(alpha=0.3, axis="y")
     right.legend(fontsize=8, loc="upper right", ncols=3)
     save(figure, path)
 
@@ -302,7 +288,7 @@ def render(table, doctors, movements, patient):
     *_, title, texts = patient
 
     def order(value):
-        return [POOLED, *NAMES, value].index(value) if isinstance(value, str) else value
+        return [POOLED, *MEASURE_NAMES, value].index(value) if isinstance(value, str) else value
 
     shown = table.sort_values(["measure", "epsilon"], key=lambda column: column.map(order), kind="stable")
     shown = fold_intervals(shown).rename(columns={f"{share}_%": f"{share} (%)" for share in SHARES})
@@ -320,24 +306,18 @@ def render(table, doctors, movements, patient):
 # --- finished runs ---------------------------------------------------------------------------------------------------
 
 
-def main(argv=None):
-    parser = command.Parser("Tables and charts of finished attacks on diagnoses.")
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="output folders of test.py --targets diagnosis")
-    parser.add_argument("--data", default="dataset", help="folder of their images, for the doctors' marks")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
-    args = parser.parse_args(argv)
-    results, out = [], Path(args.out)
-    for folder in map(Path, args.folders):
+def check(results):
+    """Finished runs with the labels that ``publish`` needs.
+
+    Raises:
+        InputError: one is not an attack on a diagnosis.
+    """
+    labelled = []
+    for _, folder in results:
         config = read_config(folder / "config.json")
         if not config.get("measure"):
             raise InputError(
                 f"{folder}: not an attack on a diagnosis; give output folders of test.py --targets diagnosis"
             )
-        results.append(Result({name: config[name] for name in ("measure", "epsilon", "to")}, folder))
-    make_folder(out)
-    write_text(out / "diagnosis.md", publish(results, args.data, out))
-    print(f"written to {out}/")
-
-
-if __name__ == "__main__":
-    command.run(main)
+        labelled.append(Result({name: config[name] for name in ("measure", "epsilon", "to")}, folder))
+    return labelled

@@ -11,9 +11,17 @@ those of its evaluation code: FMA is measured from the line sella-nasion, not fr
 """
 
 import math
+import warnings
 from typing import NamedTuple
 
+import numpy as np
+import pandas as pd
 import torch
+
+from readers.points import LANDMARKS
+from support.errors import InputError
+from support.files import write_table
+from targets import Targets
 
 MARGIN_MM = 1.0  # of ``least_movement``: how far beyond a threshold, as a movement of landmarks
 MOVED_MM = 0.1  # a landmark that moves less stays
@@ -48,7 +56,7 @@ MEASURES = (
     Measure("FMA", "deg", (26.8, 31.4), 3, 2, {1: "normal", 2: "high angle tendency", 3: "low angle tendency"}),
     Measure("MW", "mm", (2.0, 4.5), 3, 4, {1: "normal", 2: "edge to edge", 3: "anterior cross bite", 4: "overjet"}),
 )
-NAMES = tuple(measure.name for measure in MEASURES)
+MEASURE_NAMES = tuple(measure.name for measure in MEASURES)
 
 
 # --- measures and classes --------------------------------------------------------------------------------------------
@@ -97,7 +105,7 @@ def classes(values):
     low, high = torch.tensor([measure.normal for measure in MEASURES], dtype=values.dtype, device=values.device).T
     below, above = torch.tensor([(measure.below, measure.above) for measure in MEASURES], device=values.device).T
     found = torch.where(values < low, below, torch.where(values > high, above, 1))
-    edge_to_edge = torch.tensor([name == "MW" for name in NAMES], device=values.device) & (values == 0)
+    edge_to_edge = torch.tensor([name == "MW" for name in MEASURE_NAMES], device=values.device) & (values == 0)
     return torch.where(edge_to_edge, 2, torch.where(values.isnan(), 0, found))
 
 
@@ -115,7 +123,7 @@ def challenge_score(truth, found):
 
 def reachable_classes(name):
     """{class: meaning} of a measure, without MW's class 2, which is a single value."""
-    measure = MEASURES[NAMES.index(name)]
+    measure = MEASURES[MEASURE_NAMES.index(name)]
     return {number: measure.words[number] for number in sorted((1, measure.below, measure.above))}
 
 
@@ -135,11 +143,12 @@ def least_movement(points_px0, mm_per_px0, measure, to=None, margin_mm=MARGIN_MM
         margin_mm: see above.
 
     Returns:
-        (N, 19, 2) float64 x, y in px0 of the landmarks that move, nan for those that stay, and for all landmarks of
-        patients that have the class already, or for whom no such movement was found.
+        targets.Targets: where the landmarks are afterwards, and which of them have moved: none of patients that have
+        the class already, or for whom no such movement was found.
     """
     start, mm_per_px0 = points_px0.double(), mm_per_px0.to(points_px0.device).double()
-    found, cost = torch.full_like(start, math.nan), torch.full_like(start[:, 0, 0], math.inf)
+    found = Targets(start.clone(), torch.zeros_like(start[..., 0], dtype=torch.bool))
+    cost = torch.full_like(start[:, 0, 0], math.inf)
     gradients = torch.func.vmap(torch.func.jacrev(measures))(start, mm_per_px0)  # (N, 8, 19, 2) per px0
     steepness = gradients.flatten(-2).norm(dim=-1) / mm_per_px0[:, None]  # per mm
     defined = (steepness > 0).all(-1) & steepness.isfinite().all(-1)  # not where landmarks coincide
@@ -156,8 +165,8 @@ def least_movement(points_px0, mm_per_px0, measure, to=None, margin_mm=MARGIN_MM
             reached = (classes(measures(places, mm_per_px0[patients])) == wanted).all(-1)
             size = movement.square().sum((1, 2))
             better = reached & (size < cost[patients])
-            stay = (movement == 0).all(-1, keepdim=True)
-            found[patients[better]] = places.masked_fill(stay, math.nan)[better]
+            found.places[patients[better]] = places[better]
+            found.targeted[patients[better]] = (movement != 0).any(-1)[better]
             cost[patients[better]] = size[better]
     return found
 
@@ -195,3 +204,149 @@ def bounds(wanted, margin):
     low, high = (limits.expand(len(wanted), -1, -1).gather(-1, (place + end)[..., None])[..., 0] for end in (0, 1))
     margin = margin.minimum((high - low) / 2)
     return low + margin, high - margin
+
+
+def diagnosis_targets(clean, data, measure, to):
+    """The patients whose class by a measure can be changed, and the targets that do it.
+
+    Args:
+        clean: (N, 19, 2) px0, the predictions on the clean images.
+        data: dataset.Cephalograms of N images.
+        measure, to: see ``least_movement``; the measure by its name.
+
+    Returns:
+        their ids, and targets.Targets.
+
+    Raises:
+        InputError: there are none.
+    """
+    places, moved = least_movement(clean, data.mm_per_px0, MEASURE_NAMES.index(measure), to)
+    places = places.round(decimals=4)  # as stored
+    outside = ((places < 0) | (places > data.sizes.flip(-1)[:, None] - 1)).any(-1)
+    possible = moved.any(-1) & ~(outside & moved).any(-1)
+    ids = [id for id, attacked in zip(data.ids, possible.tolist(), strict=True) if attacked]
+    wanted = f"{measure} to {'another class' if to is None else f'class {to}'}"
+    if not ids:
+        raise InputError(f"--targets diagnosis: no patient has or can get {wanted} while the other classes stay")
+    if len(ids) < len(data):
+        warnings.warn(
+            f"{len(data) - len(ids)} of {len(data)} patients are not attacked: they have the class already, or no "
+            f"movement of landmarks is found that takes {wanted}, by a margin, while the other classes stay",
+            stacklevel=2,
+        )
+    return ids, Targets(places, moved).of(possible)
+
+
+# --- diagnoses of records ---------------------------------------------------------------------------------------------
+
+
+def diagnose(records):
+    """The clinical measures of all predictions, see ``measures``.
+
+    Returns:
+        DataFrame with a row for each measure of each image (and method and iteration): value, class and meaning; where
+        there is a ground truth also its value and class.
+    """
+    keys = [name for name in ("method", "iteration", "image") if name in records]
+    records = records.sort_values([*keys, "landmark"], kind="stable")
+    heads = records.iloc[:: len(LANDMARKS)]
+    mm_per_px0 = torch.tensor(heads["mm_per_px0"].to_numpy())
+
+    def read(*columns):
+        points = torch.tensor(records[[*columns]].to_numpy(float)).unflatten(0, (-1, len(LANDMARKS)))
+        values = measures(points, mm_per_px0)
+        return values.flatten().numpy(), classes(values).flatten().numpy()
+
+    table = pd.DataFrame({name: np.repeat(heads[name].to_numpy(), len(MEASURES)) for name in keys})
+    table["measure"] = [measure.name for measure in MEASURES] * len(heads)
+    table["unit"] = [measure.unit for measure in MEASURES] * len(heads)
+    table["value"], table["class"] = read("x_px0", "y_px0")
+    table["meaning"] = [MEASURES[i % len(MEASURES)].words.get(c, "undefined") for i, c in enumerate(table["class"])]
+    if records["true_x_px0"].notna().all():
+        table["true_value"], table["true_class"] = read("true_x_px0", "true_y_px0")
+    return table
+
+
+def summarize_diagnoses(table, doctors_px0, mm_per_px0):
+    """How far the measures of ``diagnose`` are from the truth, and two doctors' from each other.
+
+    Args:
+        table: of a test, with truth.
+        doctors_px0: (N, D, 19, 2) marks of each doctor; without effect unless there are two.
+        mm_per_px0: (N,).
+
+    Returns:
+        DataFrame with a row for each measure: mean absolute difference in its unit, agreement of the classes in %, the
+        challenge's score in %; the last row has the means of the percentages. The truth of the detector is the mean of
+        the doctors, that of the doctors (the junior one) is the senior one.
+    """
+    rows = []
+    for j, measure in enumerate(MEASURES):
+        found = table[table["measure"] == measure.name]
+        pairs = {"": tuple(torch.tensor(found[c].to_numpy()) for c in ("true_value", "true_class", "value", "class"))}
+        if doctors_px0.shape[1] == 2:
+            values = [measures(points, mm_per_px0) for points in doctors_px0.unbind(1)]
+            pairs["doctors_"] = tuple(v[:, j] for value in values for v in (value, classes(value)))
+        row = {"measure": measure.name, "unit": measure.unit, "patients": len(found)}
+        for of, (true_value, true_class, value, one_class) in pairs.items():
+            row[f"{of}mean_difference"] = (value - true_value).abs().mean().item()
+            row[f"{of}agreement_%"] = 100 * (true_class == one_class).double().mean().item()
+            row[f"{of}challenge_score_%"] = challenge_score(true_class, one_class)
+        rows.append(row)
+    summary = pd.DataFrame(rows)
+    means = summary[[name for name in summary if name.endswith("_%")]].mean()
+    return pd.concat([summary, pd.DataFrame([{"measure": "all", "patients": len(doctors_px0), **means}])])
+
+
+def changed_diagnoses(table, measure=None, to=None):
+    """Which patients' diagnoses an attack changes, against the detector's output on the clean image.
+
+    Args:
+        table: ``diagnose`` of an attack.
+        measure: name of the measure that the attack is meant to change.
+        to: the class that it should have (None: any other than before).
+
+    Returns:
+        DataFrame with a row for each method, iteration and image: a bool for each measure, whether its class differs;
+        ``any`` of them; and for an intended one ``intended``, whether it is as wanted, and ``only intended``, whether
+        the seven others are also as before.
+    """
+    found = table.pivot(index=["method", "iteration", "image"], columns="measure", values="class")
+    clean = found.xs(0, level="iteration").reindex(found.index.droplevel("iteration"))
+    changed = (found != clean.to_numpy())[[measure.name for measure in MEASURES]]
+    others = changed.drop(columns=measure) if measure else changed
+    changed = changed.assign(any=changed.any(axis=1))
+    if measure:
+        wanted = changed[measure] if to is None else found[measure] == to
+        changed = changed.assign(**{"intended": wanted, "only intended": wanted & ~others.any(axis=1)})
+    return changed
+
+
+def summarize_changes(changed):
+    """``changed_diagnoses`` as percentages of patients: a row for each method, iteration and kind of change."""
+    groups = changed.groupby(["method", "iteration"], sort=False)
+    table = (100 * groups.mean()).reset_index()
+    table = table.melt(["method", "iteration"], var_name="measure", value_name="changed_%")
+    table.insert(3, "patients", changed.index.unique("image").size)
+    return table.sort_values(["method", "iteration"], kind="stable")
+
+
+def report_accuracy(records, data, out):
+    """measures.csv of a test, and where there is a ground truth, diagnoses.csv."""
+    table = diagnose(records)
+    write_table(out / "measures.csv", table)
+    if "true_class" in table:
+        table = summarize_diagnoses(table, data.doctors_px0, data.mm_per_px0)
+        write_table(out / "diagnoses.csv", table)
+    print(f"\n{table.to_string(index=False, float_format='%.2f', na_rep='')}")
+
+
+def report_changes(records, measure, to, out):
+    """measures.csv and diagnoses.csv of an attack, see ``changed_diagnoses``."""
+    table = diagnose(records)
+    changes = summarize_changes(changed_diagnoses(table, measure, to))
+    write_table(out / "measures.csv", table)
+    write_table(out / "diagnoses.csv", changes)
+    final = changes[changes["iteration"] == changes.groupby("method")["iteration"].transform("max")]
+    wide = final.pivot(index=["method", "patients"], columns="measure", values="changed_%")[final["measure"].unique()]
+    print(f"\nPatients with another class than on the clean image (%)\n\n{wide.to_string(float_format='%.1f')}")

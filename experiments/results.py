@@ -1,4 +1,4 @@
-"""From the records of an attack to its measures, and how tables name them."""
+"""From the records of an attack to a row of its outcome, and how tables name its columns."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -6,10 +6,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from dataset import MM_PER_PX0, index, read_doctors, read_image
-from eval import SUCCESS_MM, read_records
+from eval import SUCCESS_MM, interval, named, read_records
 from experiments.markdown import fold_intervals, markdown
-from experiments.statistics import by_image, interval, named, verdict
+from experiments.statistics import by_image, verdict
+from readers.images import read_image
+from readers.layouts import index
+from readers.points import read_doctors
 
 
 class Result(NamedTuple):
@@ -20,8 +22,7 @@ class Result(NamedTuple):
 
     def predictions(self):
         """The run's predictions, see ``eval.record``."""
-        table = read_records([self.folder / "predictions.csv"])
-        return table if "mm_per_px0" in table else table.assign(mm_per_px0=MM_PER_PX0)  # runs of older versions
+        return read_records([self.folder / "predictions.csv"])
 
     def attacked(self):
         """The predictions of an attack, see ``join_clean``."""
@@ -75,8 +76,8 @@ def rate(rows, success):
     return interval(by_image(rows, 100.0 * success), np.nanmean) if len(rows) else (np.nan,) * 3
 
 
-def measure(records, labels):
-    """A row for each method: ``labels``, then measures of its last iteration, rates with intervals.
+def outcome(records, labels):
+    """A row for each method: ``labels``, then what its last iteration has achieved, rates with intervals.
 
     ``clean_mre_mm`` is the detector's MRE before the attack. ``half_way_%`` is the rate of targeted landmarks whose
     distance from the target is below half of the initial one: a success that is comparable for near and far targets.
@@ -106,12 +107,12 @@ def measure(records, labels):
     return pd.DataFrame(rows)
 
 
-def measure_each(results):
-    """``measure`` of each result."""
-    return pd.concat([measure(result.attacked(), result.labels) for result in results])
+def outcomes(results):
+    """``outcome`` of each result."""
+    return pd.concat([outcome(result.attacked(), result.labels) for result in results])
 
 
-NAMES = {
+HEADINGS = {
     "clean_mre_mm": "detector MRE (mm)",
     "targeted": "landmarks",
     "start_mm": "initial distance to target (mm)",
@@ -124,9 +125,9 @@ NAMES = {
 }
 
 
-def render_measures(table):
-    """``measure`` as Markdown."""
-    return markdown(fold_intervals(table).rename(columns=NAMES))
+def render_outcomes(table):
+    """``outcome`` as Markdown."""
+    return markdown(fold_intervals(table).rename(columns=HEADINGS))
 
 
 def render_differences(table):

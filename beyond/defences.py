@@ -1,7 +1,6 @@
-"""Defences that need no training: transformations of the input, and scores that tell attacked images from clean ones.
+"""Defences that need no training: transformations of the input, and a score that tells attacked images from clean ones.
 
     defended = defend(model, "jpeg:75")    # to test, and to attack by whoever knows the defence
-    peak, share = confidence(maps, decode(maps))
 
 A defence that an attack overcomes which knows it is no defence (Athalye et al., "Obfuscated gradients give a false
 sense of security", arXiv 1802.00420), so every transformation has a gradient: its own or, where it rounds, that of the
@@ -15,16 +14,18 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.functional import gaussian_blur
 
-from model import cast_votes, near_votes
+from eval import SUCCESS_MM, summarize
 from support.errors import InputError
+from support.files import write_table
 
 DRAWS = 4  # of a random defence, in each pass of an attack on it
-SHAPE = Path(__file__).parent / "assets" / "shape_model.json"
+SHAPE = Path(__file__).parent.parent / "assets" / "shape_model.json"
 MODEL_MM_PER_PX0 = 0.1  # of the shape model
 
 
@@ -138,22 +139,44 @@ def defend(model, defence, seed=0, draws=1):
     return defended
 
 
-# --- scores ----------------------------------------------------------------------------------------------------------
+def both_sides(model, names, seed):
+    """For each defence (name, judge, attacked): the detector behind it, and what an attacker who knows of it attacks.
 
-
-def confidence(maps, points):
-    """How sure the decoder is of each landmark.
-
-    Args:
-        maps: (B, 3, K, H, W), heatmap logits and offsets.
-        points: (B, K, 2) px, their ``model.decode``.
-
-    Returns:
-        peak: (B, K), the heatmap's maximum, in [0, 1].
-        share: (B, K), the fraction of the voters whose votes lie within 0.1 R, at least a pixel, of the point.
+    Their draws of a random defence are independent. Attacked ones are made anew for each batch, so that draws do not
+    depend on the batches before.
     """
-    highest, votes = cast_votes(maps)
-    return highest.amax(-1).sigmoid(), near_votes(votes, points, maps.shape[-2:]).float().mean(-1)
+    return [(name, defend(model, name, seed), defend(model, name, seed + 1, DRAWS)) for name in names]
+
+
+# --- reports ---------------------------------------------------------------------------------------------------------
+
+
+def is_complete(file, names):
+    """Whether defences_summary.csv of a test has these defences."""
+    return file.exists() and {"none", *names} == {*pd.read_csv(file)["defence"]}
+
+
+def report_accuracy(file, plain, rows):
+    """defences_summary.csv of a test: the accuracy behind each defence, and without, from the file ``plain``."""
+    without = pd.read_csv(plain, index_col="landmark").loc["all"].drop("name").astype(float)
+    summary = pd.DataFrame({"none": without, **rows}).T.rename_axis("defence").reset_index()
+    write_table(file, summary)
+    print(f"\n{summary.to_string(index=False, float_format='%.2f')}")
+
+
+def report_attacks(records, undefended, out):
+    """defences.csv, defences_summary.csv: every defence against an attacker who knows it and one who does not."""
+    table = pd.concat([undefended.assign(defence="none", attacker="adaptive"), records])
+    summary = summarize(table, by=["defence", "attacker", "iteration"])
+    write_table(out / "defences.csv", table)
+    write_table(out / "defences_summary.csv", summary)
+    role = summary["role"].iloc[0]
+    reached = summary[(summary["iteration"] > 0) & (summary["role"] == role)]
+    reached = reached.pivot(index=["defence", "attacker"], columns="method", values="within_4mm_%")
+    print(f"\nWithin {SUCCESS_MM} mm (%), {role} landmarks\n\n{reached.to_string(float_format='%.1f')}")
+
+
+# --- a score ---------------------------------------------------------------------------------------------------------
 
 
 @functools.cache

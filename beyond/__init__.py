@@ -1,0 +1,1 @@
+"""What goes beyond the paper: clinical diagnoses, defences, attacked images stored as files."""

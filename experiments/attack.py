@@ -1,0 +1,103 @@
+"""Experiment 2: the attacks against each other, on the same images and targets."""
+
+from itertools import combinations
+
+import pandas as pd
+
+from eval import SUCCESS_MM, summarize
+from experiments.markdown import fold_intervals, markdown
+from experiments.results import last, of_role, outcome, render_differences, render_outcomes
+from experiments.statistics import differences
+from support.errors import InputError
+from support.figures import plot_attack
+from support.files import write_table
+
+TITLE = "The attacks compared"
+TEXT = (
+    "All methods on the same images and targets. Errors of targeted landmarks are distances from the target, those of "
+    "stationary landmarks from the truth."
+)
+HEADINGS = {
+    "mre_mm": "MRE (mm)",
+    "median_mm": "median radial error (mm)",
+    "within_4mm_%": f"within {SUCCESS_MM} mm (%)",
+}
+
+
+def publish(results, data, out):
+    """Write tables and charts to ``out``; return the section of the report."""
+    text = ""
+    for result in results:
+        name, records = f"attack_{result.folder.name}", result.attacked()
+        table = summarize(records)
+        attacks = {method: rows for method, rows in last(records).groupby("method", sort=False)}
+        paired = compare(combinations(attacks.items(), 2), "methods")
+        write_table(out / f"{name}.csv", table)
+        write_table(out / f"{name}_differences.csv", paired)
+        charts = {column: f"{name}_{column.removesuffix('_%')}.png" for column in HEADINGS}
+        for column, chart in charts.items():
+            plot_attack(table, column, HEADINGS[column], out / chart)
+        text += f"\n### {result.labels['description']}\n\n{render(table, paired, charts)}"
+    return text
+
+
+def compare(pairs, label):
+    """Differences in each role, the second of each pair of (name, records) minus the first, paired by image."""
+    return differences(
+        [
+            ({label: f"{b} minus {a}", "landmarks": role}, of_role(others, role), of_role(rows, role))
+            for (a, rows), (b, others) in pairs
+            for role in ("targeted", "stationary")
+        ]
+    )
+
+
+def render(table, paired, charts):
+    """First and last iteration, differences, charts ({column: file})."""
+    shown = fold_intervals(table[table["iteration"].isin([0, table["iteration"].max()])])
+    shown = shown[["role", "method", "iteration", "landmarks", *HEADINGS, "largest_change"]]
+    text = markdown(shown.rename(columns=HEADINGS | {"largest_change": "largest change (of 255)"}))
+    text += f"\nDifferences at the last iteration:\n\n{render_differences(paired)}"
+    return text + "".join(f"\n![{HEADINGS[column]}]({chart})\n" for column, chart in charts.items())
+
+
+# --- finished runs ---------------------------------------------------------------------------------------------------
+
+
+def print_tables(results):
+    """Outcomes of finished attacks with intervals, and the difference of each from the first, as Markdown.
+
+    Args:
+        results: list of results.Result, each with the label "run".
+
+    Raises:
+        InputError: one is not the result of an attack, or has other targets for the same images.
+    """
+    attacks = {}  # "run method" -> records of the last iteration
+    for result in results:
+        if "method" not in result.predictions():
+            raise InputError(f"{result.folder}: not the results of an attack; give output folders of test.py --attack")
+        for method, records in result.attacked().groupby("method", sort=False):
+            attacks[f"{result.labels['run']} {method}"] = result.labels, records
+    check_targets(attacks)
+    print(render_outcomes(pd.concat([outcome(records, labels) for labels, records in attacks.values()])))
+    first, *others = [(name, last(records)) for name, (_, records) in attacks.items()]
+    if others:
+        print(render_differences(compare([(first, other) for other in others], "attacks")))
+
+
+def check_targets(attacks):
+    """Refuse targeted attacks with other targets than the first has for the same images."""
+    first = None
+    for labels, records in attacks.values():
+        found = last(records).set_index(["image", "landmark"])
+        if (found["role"] == "untargeted").all():
+            continue
+        targets = found[["target_x_px0", "target_y_px0"]]
+        if first is None:
+            first = labels["run"], targets
+        common = targets.index.intersection(first[1].index)
+        if not targets.loc[common].equals(first[1].loc[common]):
+            raise InputError(
+                f"{labels['run']}: other targets than in {first[0]}; give runs with the same --targets, --seed"
+            )

@@ -1,0 +1,48 @@
+"""Tables and charts of finished runs of test.py, as reproduce.py makes them of its own.
+
+    python scripts/tables.py attack temp                      # the methods of one attack, with intervals; Markdown
+    python scripts/tables.py attack random_i random_ati       # of several, and their differences from the first
+    python scripts/tables.py diagnosis --data dataset --out tables anb_2 anb_4 fma_4
+    python scripts/tables.py defence --out tables accuracy attack adversarial
+
+The last two write tables, charts and their text, <experiment>.md, into --out. Differences are paired by image, so runs
+need the same targets.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project, when this file is run by its path
+
+from experiments import attack, defence, diagnosis
+from experiments.results import Result
+from support import command
+from support.files import make_folder, write_text
+
+EXPERIMENTS = {"attack": attack, "diagnosis": diagnosis, "defence": defence}
+
+
+def main(argv=None):
+    parser = command.Parser("Tables and charts of finished runs of test.py.")
+    parser.add_argument("experiment", choices=EXPERIMENTS, help="whose tables are made")
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="output folders of test.py")
+    parser.add_argument("--data", default="dataset", help="diagnosis: folder of the images, for the doctors' marks")
+    parser.add_argument("--out", metavar="DIR", help="diagnosis, defence: folder to write to")
+    args = parser.parse_args(argv)
+    if (args.out is None) != (args.experiment == "attack"):
+        parser.error("--out: needed for diagnosis and defence; attack prints its tables")
+    folders = [Path(folder) for folder in args.folders]
+    short = len({folder.name for folder in folders}) == len(folders)
+    results = [Result({"run": folder.name if short else str(folder)}, folder) for folder in folders]
+    if args.experiment == "attack":
+        attack.print_tables(results)
+        return
+    experiment, out = EXPERIMENTS[args.experiment], Path(args.out)
+    results = experiment.check([Result({}, result.folder) for result in results])
+    make_folder(out)
+    write_text(out / f"{args.experiment}.md", experiment.publish(results, args.data, out))
+    print(f"written to {out}/")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,152 @@
+"""Charts and pictures, as PNG files."""
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from support.files import atomic
+
+TRUTH, PREDICTED, TARGET = (
+    {"marker": "+", "c": "lime", "s": 30, "linewidths": 0.8, "label": "ground truth"},
+    {"marker": "o", "c": "none", "edgecolors": "red", "s": 30, "linewidths": 0.8, "label": "prediction"},
+    {"marker": "x", "c": "cyan", "s": 14, "linewidths": 0.8, "label": "target"},  # fits into a prediction's circle
+)
+LOSSES = {
+    "loss": "loss",
+    "heatmap_bce": "heatmap cross-entropy",
+    "offset_x_l1": "x-offset L1",
+    "offset_y_l1": "y-offset L1",
+}
+
+
+# --- parts of charts -------------------------------------------------------------------------------------------------
+
+
+def panels(count, width=5.0, height=4.0):
+    """(figure, axes) of ``count`` panels side by side."""
+    figure = Figure(figsize=(width * count, height), layout="constrained")
+    return figure, figure.subplots(1, count, squeeze=False)[0]
+
+
+def save(figure, path):
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def line_with_band(panel, rows, x, y, label):
+    """A column against another, the interval <y>_low .. <y>_high as a band."""
+    (line,) = panel.plot(rows[x], rows[y], "o-", markersize=3, label=label)
+    panel.fill_between(rows[x], rows[f"{y}_low"], rows[f"{y}_high"], color=line.get_color(), alpha=0.12, linewidth=0)
+
+
+def tick_values(panel, values):
+    """Ticks of the x axis exactly at the values."""
+    ticks = sorted(set(values))
+    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    panel.minorticks_off()
+    panel.grid(alpha=0.3)
+
+
+def bars(panel, groups, ticks, column):
+    """Grouped bars with their intervals.
+
+    Args:
+        groups: {label: DataFrame with ``column``, its _low and _high, indexed by ``ticks``}.
+        ticks: a group of bars at each.
+    """
+    for i, (label, rows) in enumerate(groups.items()):
+        rows = rows.reindex(ticks)
+        value = rows[column]
+        ends = np.stack([value - rows[f"{column}_low"], rows[f"{column}_high"] - value]).clip(0)
+        places, width = grouped_places(len(ticks), len(groups), i)
+        panel.bar(places, value, width, yerr=np.nan_to_num(ends), capsize=2, error_kw={"linewidth": 0.8}, label=label)
+    panel.set_xticks(range(len(ticks)), ticks, fontsize=8)
+    panel.set_ylim(0, 103)
+    panel.grid(alpha=0.3, axis="y")
+
+
+def grouped_places(count, groups, i):
+    """Centres of the i-th of ``groups`` bars at each of ``count`` places, and their width."""
+    width = 0.8 / groups
+    return [place + (i - (groups - 1) / 2) * width for place in range(count)], width
+
+
+# --- charts ----------------------------------------------------------------------------------------------------------
+
+
+def plot_training(log, path):
+    """Line chart of the loss terms and of the monitored MRE against epochs."""
+    monitored = log.dropna(subset="mre_mm") if "mre_mm" in log else log[:0]
+    figure, (left, right) = panels(2)
+    for column, label in LOSSES.items():
+        left.plot(log["epoch"], log[column], label=label)
+    left.set(title="training loss", ylabel="loss", yscale="log")
+    left.legend()
+    if len(monitored):
+        right.plot(monitored["epoch"], monitored["mre_mm"], "o-", label="MRE")
+        right.plot(monitored["epoch"], monitored["median_mm"], "o-", label="median")
+        right.set_title(f"monitoring on {monitored['monitored_split'].iloc[-1]}")
+        right.legend()
+    right.set(ylabel="radial error (mm)", ylim=(0, None))
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    save(figure, path)
+
+
+def plot_attack(summary, column, label, path):
+    """A column of ``eval.summarize`` against iterations: a panel for each role, a line with a band for each method."""
+    roles = list(dict.fromkeys(summary["role"]))
+    figure, axes = panels(len(roles), width=10 / len(roles))
+    top = 1.05 * max(summary[[column, f"{column}_high"]].max(axis=None), 1e-3)  # all panels have one scale
+    for panel, role in zip(axes, roles, strict=True):
+        for method, rows in summary[summary["role"] == role].groupby("method", sort=False):
+            line_with_band(panel, rows, "iteration", column, method)
+        panel.set(title=f"{role} landmarks", xlabel="iteration", ylabel=label, ylim=(0, top))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.grid(alpha=0.3)
+        panel.legend()
+    save(figure, path)
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def draw(path, title, data, records, adversarial=None):
+    """Draw one image with its landmarks and, if attacked, the attacked image and the magnified perturbation.
+
+    Args:
+        path: file to write.
+        title: above the picture.
+        data: dataset.Cephalograms of this one image.
+        records: its records, see ``eval.record``: of an attack those of one method, in the order of iterations.
+        adversarial: (C, H, W) float in [-1, 1], C = 1 or 3.
+    """
+    height, width = data.sizes[0].tolist()
+    frame = {"extent": (-0.5, width - 0.5, height - 0.5, -0.5)}  # of the original: records are in px0
+    first, final = records[: len(records["landmark"].unique())], records[-len(records["landmark"].unique()) :]
+    figure, axes = panels(1 if adversarial is None else 3, width=4.2, height=5.8)
+    figure.suptitle(title)
+    axes[0].imshow(data.images[0], cmap="gray", vmin=0, vmax=255, **frame)
+    axes[0].set_title("clean")
+    for panel, found in zip(axes[:2], (first, final), strict=False):
+        if found["true_x_px0"].notna().any():
+            panel.scatter(found["true_x_px0"], found["true_y_px0"], **TRUTH)
+        panel.scatter(found["x_px0"], found["y_px0"], **PREDICTED)
+    if adversarial is not None:
+        attacked = adversarial.expand(3, -1, -1).permute(1, 2, 0).numpy()
+        axes[1].imshow(attacked / 2 + 0.5, **frame)
+        axes[1].set_title("attacked")
+        aimed = final[final["target_x_px0"].notna()]
+        if len(aimed):
+            axes[1].plot(*(aimed[[f"target_{a}_px0", f"{a}_px0"]].T for a in "xy"), color="cyan", linewidth=0.4)
+            axes[1].scatter(aimed["target_x_px0"], aimed["target_y_px0"], **TARGET)
+        delta = (attacked + 1) * 127.5 - data.images[0].numpy()[..., None]
+        bound = max(np.abs(delta).max(), 1e-6)
+        axes[2].imshow(delta / (2 * bound) + 0.5, **frame)
+        axes[2].set_title(f"perturbation x {127.5 / bound:.3g}: black -{bound:.1f}, white +{bound:.1f} of 255")
+    for panel in axes:
+        panel.set_axis_off()
+    axes[min(1, len(axes) - 1)].legend(loc="lower left", fontsize=7)
+    save(figure, path)

@@ -1,0 +1,185 @@
+"""Which landmarks an attack moves, and where to: drawn, displaced from the truth, or read from a file.
+
+Drawn targets depend only on the seed and the image (its id, size and ground truth), not on detector, attack, input size
+or batch, so that every method compared has the same. Without a ground truth the prediction on the clean image takes its
+place.
+"""
+
+import hashlib
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from dataset import rescale
+from readers.points import LANDMARKS, read_targets
+from readers.tables import read_table
+from support.errors import InputError
+from support.files import write_table
+
+DRAWN = ("random", "shift", "common")  # sources of targets that are no file
+RANDOM_SIZE = (800, 640)  # (H, W) px of the image for which the paper states its random targets,
+RANDOM_X = (100, 600)  # the range of x
+RANDOM_Y = (250, 750)  # and of y
+
+
+class Targets(NamedTuple):
+    """Targets of N images with K landmarks."""
+
+    places: torch.Tensor  # (N, K, 2) float64 x, y in px0; of no meaning where a landmark is stationary
+    targeted: torch.Tensor  # (N, K) bool
+
+    def of(self, images):
+        """Those of some images, given by their indices."""
+        return Targets(self.places[images], self.targeted[images])
+
+    def or_nan(self):
+        """(N, K, 2) places, nan for stationary landmarks: for tables and charts."""
+        return self.places.masked_fill(~self.targeted[..., None], torch.nan)
+
+    def sha256(self):
+        return hashlib.sha256(self.or_nan().numpy().tobytes()).hexdigest()
+
+
+def image_rng(seed, id):
+    """The random generator of one image."""
+    return np.random.default_rng([seed, zlib.crc32(id.encode())])
+
+
+def choose_targets(source, data, seed, count, shift_mm):
+    """Targets for all images of a data set.
+
+    Args:
+        source: "random", see ``random_targets``; "shift": displacements drawn for each image; "common": displacements
+            drawn once for all; or the path of a file of targets, see ``readers.points.read_targets``.
+        data: dataset.Cephalograms.
+        seed: of what is drawn.
+        count: number of landmarks that "shift" and "common" target.
+        shift_mm: their displacement in mm, from ``data.reference_px0``.
+
+    Raises:
+        InputError: the file is wrong, or a target lies outside its image.
+    """
+    landmarks, sizes = data.reference_px0.numpy(), data.sizes.tolist()
+    if source in ("random", "shift"):
+        rows = [
+            random_targets(rng, len(points), size0)
+            if source == "random"
+            else shift_targets(rng, points, size0, count, shift_mm / mm_per_px0)
+            for rng, points, size0, mm_per_px0 in zip(
+                (image_rng(seed, id) for id in data.ids), landmarks, sizes, data.mm_per_px0.tolist(), strict=True
+            )
+        ]
+        return Targets(*(torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True)))
+    if source == "common":
+        displacement, chosen = common_displacement(image_rng(seed, source), landmarks.shape[1], count, shift_mm)
+        places = landmarks + displacement / data.mm_per_px0.numpy()[:, None, None]
+        targeted = np.tile(chosen, (len(places), 1))
+    else:
+        places, targeted = read_targets(source, data.ids, landmarks.shape[1])
+    targets = Targets(torch.from_numpy(places), torch.from_numpy(targeted))
+    check_inside(targets, data, source)
+    return targets
+
+
+def check_inside(targets, data, source):
+    """Refuse targets outside their image."""
+    limits = data.sizes.flip(-1)[:, None] - 1
+    outside = targets.targeted & ((targets.places < 0) | (targets.places > limits)).any(-1)
+    if outside.any():
+        i, k = outside.nonzero()[0].tolist()
+        (x, y), (height, width) = targets.places[i, k].tolist(), data.sizes[i].tolist()
+        raise InputError(
+            f"--targets {source}: the target ({x:g}, {y:g}) of landmark {k + 1} lies outside image {data.ids[i]} of "
+            f"{width} x {height} px"
+        )
+
+
+def random_targets(rng, num_landmarks, size0):
+    """The paper's random protocol for one image.
+
+    |T| is uniform in 1 .. K - 2, T uniform, and targets are uniform in x of [100, 600] and y of [250, 750] px of a
+    640 x 800 image, scaled to the image's size.
+
+    Args:
+        rng: numpy random generator.
+        num_landmarks: K.
+        size0: (H0, W0) of the original image.
+
+    Returns:
+        places (K, 2) px0, and which landmarks are targeted (K,) bool.
+    """
+    count = rng.integers(1, max(2, num_landmarks - 1))
+    chosen = rng.choice(num_landmarks, count, replace=False)
+    drawn = np.stack([rng.uniform(*RANDOM_X, count), rng.uniform(*RANDOM_Y, count)], axis=-1)
+    return place(num_landmarks, chosen, rescale(torch.from_numpy(drawn), RANDOM_SIZE, size0).numpy())
+
+
+def shift_targets(rng, landmarks, size0, count, displacement):
+    """Displacements: ``count`` landmarks, each targeted at a fixed distance from its position, in a random direction.
+
+    Args:
+        rng: numpy random generator.
+        landmarks: (K, 2) x, y in px0.
+        size0: (H0, W0) of the original image; a direction that leads out of it is drawn again.
+        count: number of targeted landmarks.
+        displacement: distance in px0.
+
+    Returns:
+        as ``random_targets``.
+
+    Raises:
+        InputError: no direction stays inside the image.
+    """
+    limits = np.array([size0[1] - 1, size0[0] - 1])
+    chosen = rng.choice(len(landmarks), count, replace=False)
+    places = landmarks[chosen, None] + displacement * directions(rng, (count, 1000))  # (count, draws, 2)
+    inside = ((places >= 0) & (places <= limits)).all(-1)
+    if not inside.any(1).all():
+        k = chosen[~inside.any(1)][0]
+        raise InputError(f"--shift-mm: landmark {k + 1} cannot be displaced by {displacement:g} px inside its image")
+    return place(len(landmarks), chosen, places[np.arange(count), inside.argmax(1)])
+
+
+def common_displacement(rng, num_landmarks, count, distance):
+    """One displacement for each of ``count`` landmarks, in a random direction: (K, 2) in the unit of ``distance``."""
+    chosen = rng.choice(num_landmarks, count, replace=False)
+    return place(num_landmarks, chosen, distance * directions(rng, count))
+
+
+def directions(rng, shape):
+    """Random unit vectors (*shape, 2)."""
+    angles = rng.uniform(0, 2 * np.pi, shape)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+
+
+def place(num_landmarks, chosen, values):
+    """Values (n, 2) at the chosen landmarks: (K, 2), zero elsewhere; and where they are, (K,) bool."""
+    places, targeted = np.zeros((num_landmarks, 2)), np.zeros(num_landmarks, bool)
+    places[chosen], targeted[chosen] = values, True
+    return places, targeted
+
+
+# --- targets.csv -----------------------------------------------------------------------------------------------------
+
+
+def write_targets(file, ids, targets):
+    """Targets as a file for --targets."""
+    image, landmark = targets.targeted.nonzero().T
+    x, y = targets.places[image, landmark].T
+    write_table(file, pd.DataFrame({"image": [ids[i] for i in image], "landmark": landmark + 1, "x": x, "y": y}))
+
+
+def read_stored_targets(file, data):
+    """The ids and targets of ``write_targets``: of an earlier call, since predictions may differ in their last bits.
+
+    Raises:
+        InputError: they are of images that ``data`` does not have.
+    """
+    rows = read_table(file, ["image", "landmark", "x", "y"], "image,landmark,x,y")
+    ids = list(dict.fromkeys(row["image"] for _, row in rows))
+    if unknown := [id for id in ids if id not in data.ids]:
+        raise InputError(f"{file}: has targets of image {unknown[0]}, which is not attacked; choose another --rand")
+    return ids, Targets(*map(torch.from_numpy, read_targets(file, ids, len(LANDMARKS))))
