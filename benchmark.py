@@ -14,9 +14,7 @@ Writes into --out: table.csv, table.md, config.json.
 
 import contextlib
 import copy
-import io
 import itertools
-import math
 import shutil
 import tempfile
 import time
@@ -24,33 +22,29 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from attack import STEP_SIZE, ati_fgsm, choose_targets, fgsm, goal_maps, i_fgsm, untargeted_fgsm, vote_goal, vote_pgd
-from dataset import LANDMARKS, Cephalograms, cores, in_batches, rescale, to_input
-from eval import to_px0
+from attack import ATTACKS, goal_maps, last, run
+from dataset import Cephalograms, in_batches, to_input
 from experiments.markdown import markdown
-from model import LAMBDA, MIN_SIZE, UNet, compile_network, decode, encode, freeze, load_weights, place, radius_of
+from model import MIN_SIZE, UNet, compile_network, decode, encode, freeze, load_weights, place
 from phantom import draw_patient, image_file
+from readers.images import cores
+from readers.points import LANDMARKS
 from support import command
 from support.command import positive_int, progress
 from support.files import atomic, make_folder, save_config, write_text
-from test import run_attack, test
 from train import image_order, train_step
 
-PARTS = ("loading", "training", "attack", "test", "whole-test", "whole-attack")
+PARTS = ("loading", "training", "attack", "test")
 PAPER = {"training step": 230 * 150, "I-FGSM, a step": 250 * 300, "ATI-FGSM, a step": 250 * 300}  # images x steps
 PHANTOMS = 8  # are drawn; all further images are copies of them
-ATTACKED = 4  # images of the whole attack
-EPSILON, STEPS, SHIFT_COUNT, SHIFT_MM = 16, 50, 5, 8.0  # options of the whole attack
 
 
 def make_parser():
@@ -62,10 +56,8 @@ def make_parser():
     parser.add_argument("--precision", choices=["fp32", "bf16"], nargs="+", default=["fp32"], help="one or both")
     command.add_device_arguments(parser)
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="what to measure")
-    parser.add_argument(
-        "--repeats", type=positive_int, default=15, help="timed calls; a fifth as many for loading and whole-test"
-    )
-    parser.add_argument("--images", type=positive_int, default=150, metavar="N", help="images to load and to test")
+    parser.add_argument("--repeats", type=positive_int, default=15, help="timed calls; a fifth as many for loading")
+    parser.add_argument("--images", type=positive_int, default=150, metavar="N", help="images to load")
     parser.add_argument("--weights", metavar="FILE", help="a checkpoint (default: random weights)")
     parser.add_argument("--out", default="runs/benchmark", metavar="DIR", help="folder of the results")
     return parser
@@ -104,9 +96,8 @@ def main(argv=None):
 
 def measure_all(args, model, data, device, root):
     """Yield the rows of each group of measures, see ``report``."""
-    few = max(3, args.repeats // 5)
     if "loading" in args.only:
-        yield report(first_pass(root, args.size), device, few)
+        yield report(first_pass(root, args.size), device, max(3, args.repeats // 5))
     for precision, batch_size in itertools.product(args.precision, args.batch_size):
         label, peak = f"{precision}, {batch_size}", matrix_peak(device, precision)
         image = to_input(data.images[:batch_size], device)
@@ -119,10 +110,6 @@ def measure_all(args, model, data, device, root):
             yield report(one_step_attack(network(), image), device, args.repeats, label)
         if "test" in args.only:
             yield report(test_batch(network(), data, image), device, args.repeats, label, peak)
-        if "whole-test" in args.only:
-            yield report(whole_test(network(), data, image, root / "out"), device, few, label)
-    if "whole-attack" in args.only:
-        yield whole_attack(model, data, device, args.precision)
 
 
 def save_table(rows, size, out):
@@ -149,7 +136,9 @@ def draw_images(root, count):
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-class Measure(NamedTuple):
+class Timed(NamedTuple):
+    """What is timed."""
+
     name: str
     call: Callable  # of no argument, or of what ``prepare`` returns
     images: int  # per call, counted once for each step
@@ -165,7 +154,7 @@ def report(measures, device, repeats, label="", peak=None):
     """Time a group of measures and print its rows of the table. The first measure is the limit of the others.
 
     Args:
-        measures: list of Measure.
+        measures: list of Timed.
         device: torch.device.
         repeats: timed calls of each.
         label: precision and batch size.
@@ -287,8 +276,8 @@ def first_pass(root, size):
             list(pool.map(read, files))
 
     return [
-        Measure(f"bare decoding of {len(files)} images", bare, len(files)),
-        Measure("loading, first pass", lambda: Cephalograms(root, "train", size), len(files)),
+        Timed(f"bare decoding of {len(files)} images", bare, len(files)),
+        Timed("loading, first pass", lambda: Cephalograms(root, "train", size), len(files)),
     ]
 
 
@@ -315,7 +304,7 @@ def repeated(name, call, image, prepare=None):
         for _ in range(steps):
             call(*prepared)
 
-    return Measure(name, calls, len(image) * steps, steps, prepare)
+    return Timed(name, calls, len(image) * steps, steps, prepare)
 
 
 def training_step(model, data, image, precision, compiled):
@@ -346,23 +335,22 @@ def training_step(model, data, image, precision, compiled):
         repeated("bare training step", bare, image),
         repeated("training step", step, image),
         repeated("encoding", lambda: encode(points, image.shape[-2:]), image),
-        Measure("loading, cached", load, len(data), len(batches)),
+        Timed("loading, cached", load, len(data), len(batches)),
     ]
 
 
-def attack_goal(network, image, make=goal_maps):
-    """A function that makes goal maps: half of the landmarks are targeted at the positions of their neighbours."""
+def neighbours(network, image):
+    """Clean maps, and targets: half of the landmarks at the positions of their neighbours."""
     with torch.no_grad():
         clean = network(image).clone()
-    landmarks = decode(clean)
     targeted = torch.arange(len(LANDMARKS), device=image.device).expand(len(image), -1) < len(LANDMARKS) // 2
-    return partial(make, clean, landmarks.roll(1, dims=1), targeted)
+    return clean, decode(clean).roll(1, dims=1), targeted
 
 
 def attack_step(network, image):
     """A step of the iterative attacks; limit: backward to the image, and forward."""
-    make_goal = attack_goal(network, image)
-    goal, gradient = make_goal(), torch.rand(map_shape(image), device=image.device)
+    clean, *targets = neighbours(network, image)
+    gradient = torch.rand(map_shape(image), device=image.device)
 
     def forward():
         adversarial = image.detach().requires_grad_()
@@ -372,23 +360,24 @@ def attack_step(network, image):
         maps[0].backward(gradient)
         maps[:] = forward()
 
-    def begun(attack, goal=goal):
-        iterations = attack(network, image, goal, steps=10**9)
+    def begun(name):
+        iterations = run(ATTACKS[name], network, image, *targets, steps=10**9)
         next(iterations)
         return iterations
 
     return [
         repeated("bare forward, backward to the image", bare, image, forward),
-        repeated("I-FGSM, a step", next, image, partial(begun, i_fgsm)),
-        repeated("ATI-FGSM, a step", next, image, partial(begun, ati_fgsm)),
-        repeated("Vote-PGD, a step", next, image, partial(begun, vote_pgd, attack_goal(network, image, vote_goal)())),
-        repeated("goal maps", make_goal, image),
+        *(
+            repeated(f"{name}, a step", next, image, partial(begun, name))
+            for name in ("I-FGSM", "ATI-FGSM", "Vote-PGD")
+        ),
+        repeated("goal maps", lambda: goal_maps(clean, *targets), image),
     ]
 
 
 def one_step_attack(network, image):
-    """The attacks of one step; limit: forward, backward to the image, and forward."""
-    goal = attack_goal(network, image)()
+    """The attacks of one step; limit: forward, and forward, backward, forward."""
+    _, *targets = neighbours(network, image)
     gradient = torch.rand(map_shape(image), device=image.device)
 
     def bare():
@@ -396,15 +385,15 @@ def one_step_attack(network, image):
         network(adversarial).backward(gradient)
         with torch.no_grad():
             network(image)
+            network(image)
 
-    def whole(attack):
-        for _ in attack(network, image, goal):
-            pass
+    def whole(name):
+        last(run(ATTACKS[name], network, image, *targets))
 
+    names = [name for name, attack in ATTACKS.items() if attack.steps == 1 and attack.loss]
     return [
-        repeated("bare forward, backward, forward", bare, image),
-        repeated("FGSM, from image to maps", partial(whole, fgsm), image),
-        repeated("untargeted-FGSM, from image to maps", partial(whole, untargeted_fgsm), image),
+        repeated("bare forward, forward, backward, forward", bare, image),
+        *(repeated(f"{name}, from image to maps", partial(whole, name), image) for name in names),
     ]
 
 
@@ -427,125 +416,6 @@ def test_batch(network, data, image):
         repeated("voting", lambda: decode(maps), image),
         repeated("test, from 8-bit images to landmarks", whole, image),
     ]
-
-
-def whole_test(network, data, image, out):
-    """All images with the tables and pictures of test.py; limit: forward of each."""
-    args = SimpleNamespace(batch_size=len(image), pictures=4, subpixel=False, save_adversarial=False, defence=[])
-
-    @torch.inference_mode()
-    def bare():
-        for batch in data.images.split(len(image)):
-            network(image[: len(batch)])
-
-    def whole():
-        shutil.rmtree(out, ignore_errors=True)  # test.py does not repeat what exists
-        with contextlib.redirect_stdout(io.StringIO()):
-            test(args, network, data, image.device, out)
-
-    return [
-        Measure(f"bare forward of {len(data)} images", bare, len(data)),
-        Measure("test.py, tables and pictures included", whole, len(data)),
-    ]
-
-
-# --- a whole attack --------------------------------------------------------------------------------------------------
-
-
-def whole_attack(model, data, device, precisions, steps=STEPS):
-    """Rows of the table: some images attacked by ATI-FGSM, one by one, by test.py; limit: ``plain_attack``.
-
-    Targets are displacements from the ground truth.
-    """
-    targets_px0 = choose_targets("shift", data, 0, SHIFT_COUNT, SHIFT_MM)
-    targets = rescale(targets_px0, data.sizes[:, None], data.images.shape[-2:]).float()
-    images = list(range(min(ATTACKED, len(data))))
-    mre_mm = {}
-
-    def measure(name, attack, network):
-        def call():
-            maps = (attack(network, to_input(data.images[[i]], device), targets[[i]].to(device), steps) for i in images)
-            points = torch.cat([decode(attacked).cpu() for attacked in maps])
-            errors = (to_px0(points, data, images) - targets_px0[images]).norm(dim=-1) * data.mm_per_px0[images, None]
-            mre_mm[name] = errors.nanmean().item()  # nan: stationary
-
-        return Measure(name, call, len(images), len(images))
-
-    plain = copy.deepcopy(model).to(device).eval()
-    measures = [measure(f"ATI-FGSM, {steps} steps, the plain way", plain_attack, plain)]
-    for precision in precisions:
-        network = freeze(place(copy.deepcopy(model), device, precision))
-        measures.append(measure(f"ATI-FGSM, {steps} steps, {precision}", attack_of_test, network))
-    rows = report(measures, device, repeats=1)
-    for row, precision in zip(rows, ["fp32", *precisions], strict=True):
-        row |= {"precision, batch": f"{precision}, 1", "targeted MRE (mm)": mre_mm[row["measure"]]}
-        print(f"{row['measure']}: targeted MRE {row['targeted MRE (mm)']:.2f} mm")
-    return rows
-
-
-def attack_of_test(network, image, targets, steps):
-    """The same as ``plain_attack``, by test.py."""
-    for _, _, maps in run_attack("ATI-FGSM", network, image, targets, EPSILON, steps):
-        attacked = maps
-    return attacked
-
-
-def plain_attack(model, image, targets, steps):
-    """A plain implementation of ATI-FGSM: one image, float32, weight gradients, full maps, loops over landmarks.
-
-    Args:
-        model: a ``UNet`` that is not frozen.
-        image: (1, 3, H, W) float in [-1, 1].
-        targets: (1, K, 2) x, y in px, nan for stationary landmarks.
-        steps: iterations.
-
-    Returns:
-        (1, 3, K, H, W) maps of the attacked image.
-    """
-    image, bound = image.contiguous(), EPSILON / 256
-    with torch.no_grad():
-        goal = plain_goal(model(image)[0], targets[0].tolist())
-    delta = torch.zeros_like(image)
-    for _ in range(steps):
-        adversarial = (image + delta).clamp(-1, 1).requires_grad_()
-        losses = plain_losses(model(adversarial)[0], goal)
-        mean = sum(loss.item() for loss in losses) / len(losses)
-        model.zero_grad()
-        sum(loss.item() / mean * loss for loss in losses).backward()
-        delta = (delta - STEP_SIZE * bound * adversarial.grad.sign()).clamp(-bound, bound)
-    with torch.no_grad():
-        return model((image + delta).clamp(-1, 1))
-
-
-def plain_goal(clean, targets):
-    """For each landmark of clean maps (3, K, H, W) its goal: heatmap (H, W), offset (2, H, W), mask (H, W)."""
-    height, width = clean.shape[-2:]
-    radius = radius_of((height, width))
-    rows, columns = torch.meshgrid(torch.arange(height).to(clean), torch.arange(width).to(clean), indexing="ij")
-    goal = []
-    for k, (x, y) in enumerate(targets):
-        if math.isnan(x):
-            heatmap, offset = clean[0, k].sigmoid(), clean[1:, k]
-            mask = (heatmap > 0.5).to(clean)
-        else:
-            offset = torch.stack([x - columns, y - rows]) / radius
-            squared = offset.square().sum(0)
-            mask = (squared < 1).to(clean)
-            heatmap = torch.exp(-squared / 2) * mask
-        goal.append((heatmap, offset, mask))
-    return goal
-
-
-def plain_losses(maps, goal):
-    """The loss of each landmark, maps (3, K, H, W)."""
-    losses = []
-    for k, (heatmap, offset, mask) in enumerate(goal):
-        loss = LAMBDA * F.binary_cross_entropy_with_logits(maps[0, k], heatmap)
-        for axis in (0, 1):
-            difference = (maps[1 + axis, k] - offset[axis]).abs() * mask
-            loss = loss + difference.sum() / mask.sum().clamp(min=1)
-        losses.append(loss)
-    return losses
 
 
 if __name__ == "__main__":

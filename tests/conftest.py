@@ -7,13 +7,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dataset import FOLDERS
+from eval import record_attack
+from readers.layouts import FOLDERS
+from targets import Targets
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("ISBI2015", ROOT.parent / "shared" / "isbi2015"))  # the real data, if present
@@ -168,6 +171,22 @@ def trained(tmp_path_factory, official):
 def data(official, tmp_path):
     """A copy of the official layout that a test may modify."""
     return Path(shutil.copytree(official, tmp_path / "data"))
+
+
+def images(ids, truth, mm_per_px0=0.1):
+    """What records need of dataset.Cephalograms; truth (N, K, 2) px0."""
+    truth = torch.tensor(truth, dtype=torch.float64)
+    spacing = torch.full((len(ids),), mm_per_px0, dtype=torch.float64)
+    return SimpleNamespace(ids=ids, landmarks_px0=truth, reference_px0=truth, mm_per_px0=spacing)
+
+
+def attack_record(ids, points, truth, targets, method, iteration, change=1.0):
+    """``eval.record_attack`` of points (N, K, 2) px0; targets likewise, nan for stationary landmarks, None: untargeted."""
+    if targets is not None:
+        places = torch.tensor(targets)
+        targets = Targets(places, ~places.isnan().any(-1))
+    columns = {"method": method, "iteration": iteration, "largest_change": change}
+    return record_attack(images(ids, truth), torch.tensor(points), targets, **columns)
 
 
 def assert_refused(result, message, *untouched):

@@ -22,7 +22,7 @@ def test_runs_are_compared_with_the_first(tmp_path, capsys):
         points[:, 0, 0] += 80 * reached
         points[:, 1, 1] += 50 * reached
         tables = [
-            record_attack(ids, found, truth, targets, method, iteration, np.ones(20))
+            attack_record(ids, found, truth, targets, method, iteration)
             for iteration, found in ((0, truth), (9, points))
         ]
         (tmp_path / name).mkdir()
@@ -40,7 +40,7 @@ def test_other_targets_are_refused(tmp_path):
         aims = targets.copy()
         aims[:, landmark] = 1100, 1000
         (tmp_path / name).mkdir()
-        table = record_attack(["151"], truth, truth, aims, "I-FGSM", 9, np.ones(1))
+        table = attack_record(["151"], truth, truth, aims, "I-FGSM", 9)
         pd.concat([table.assign(iteration=0), table]).to_csv(tmp_path / name / "predictions.csv", index=False)
     with pytest.raises(InputError, match="two: other targets than in one"):
         compare.main([str(tmp_path / "one"), str(tmp_path / "two")])

@@ -385,7 +385,7 @@ def test_patients_whose_class_a_defence_changes_do_not_count(tmp_path):
     behind = np.stack([points[0], moved[1]])
     conditions = {("none", "adaptive"): points, ("blur:1", "oblivious"): behind, ("bits:1", "oblivious"): moved}
     tables = [
-        record_attack(["1", "2"], found, points, targets, "Vote-PGD", iteration, np.ones(2)).assign(
+        attack_record(["1", "2"], found, points, targets, "Vote-PGD", iteration).assign(
             defence=defence, attacker=attacker
         )
         for (defence, attacker), clean in conditions.items()

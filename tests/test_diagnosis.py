@@ -205,7 +205,7 @@ def test_changed_diagnoses_by_hand():
     attacked[2, 4] += 400  # subspinale: further classes change
     targets = np.full((4, K, 2), np.nan)
     records = pd.concat(
-        record_attack(["1", "2", "3", "4"], points, clean, targets, "I-FGSM", iteration, np.ones(4))
+        attack_record(["1", "2", "3", "4"], points, clean, targets, "I-FGSM", iteration)
         for iteration, points in ((0, clean), (20, attacked))
     )
     table = diagnose(records)

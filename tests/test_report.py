@@ -3,18 +3,18 @@
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import K
+from conftest import K, attack_record, images
 
-from dataset import LANDMARKS
-from eval import record, record_attack
-from experiments import causes, comparison, count, coupling, detection, diagnoses
-from experiments.measures import Result, last, measure, measure_each
+from eval import record
+from experiments import attack, causes, coupling, detection, diagnosis, sweeps
+from experiments.results import Result, last, outcome, outcomes
+from readers.points import LANDMARKS
 
 
 def write_attack(folder, truth, steps):
     """predictions.csv of an attack; ``steps``: list of (method, iteration, points, targets)."""
     ids = [f"{151 + i}" for i in range(len(truth))]
-    tables = [record_attack(ids, points, truth, *rest, np.ones(len(truth))) for points, *rest in steps]
+    tables = [attack_record(ids, points, truth, *rest) for points, *rest in steps]
     folder.mkdir(parents=True, exist_ok=True)
     pd.concat(tables).to_csv(folder / "predictions.csv", index=False)
     return folder

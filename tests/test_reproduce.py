@@ -8,16 +8,16 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, K, assert_refused
+from conftest import ROOT, K, assert_refused, attack_record
 
 import reproduce
 import test
 import train
-from dataset import LANDMARKS
-from eval import record_attack, summarize, summarize_attack
+from eval import metrics, summarize
 from experiments import scales
 from experiments.report import EXPERIMENTS
-from experiments.scales import PAPER, SCALES, TARGETS, Checkpoint, Scale, arguments
+from experiments.scales import NEAR, PAPER, SCALES, Checkpoint, Scale, arguments
+from readers.points import LANDMARKS
 from support import command
 from support.errors import InputError, Stopped
 from support.files import read_config
@@ -31,21 +31,22 @@ TEST_PHANTOMS = {"train": 2, "test1": 3, "test2": 0}
 
 def tiny(splits, ids):
     """The scale cpu, made tiny, on three images."""
-    attack = partial(scales.test, "48x40", subpixel=True)
+    victim, few = "48x40", {"steps": 2, "limit": 3}
+    attack = partial(scales.test, victim, subpixel=True)
     ati = partial(attack, attack="ATI-FGSM")
-    near = {**TARGETS["8 mm"], "steps": 2, "limit": 3}
-    shift = attack("attack/shift", {"description": "Displacements"}, attack=PAPER, **near)
-    random = attack("attack/random", {"description": "Random targets"}, attack=PAPER, steps=2, limit=3)
-    vary = partial(scales.variant, {"attack": PAPER, **near, "subpixel": True})
+    shift = scales.compare(attack, "shift", "Displacements", attack=PAPER, **NEAR, **few)
+    random = scales.compare(attack, "random", "Random targets", attack=PAPER, **few)
+    table = {
+        "batch norm": {"no": ("40x32", {}), "yes": ("normed", {})},
+        "input size (px)": {"40 x 32": ("40x32", {"iteration": 0}), "48 x 40": None},
+    }
+    diagnose = partial(attack, attack=("ATI-FGSM", "noise"), steps=1, limit=3)
+    defend = partial(scales.sweep_defence, victim, {"steps": 1, "limit": 3}, LARGE, splits[0], (8,), 2)
     experiments = {
-        "detection": [
-            scales.train("40x32", **SMALL),
-            scales.train("48x40", **LARGE),
-            *scales.detection("48x40", splits),
-        ],
+        "detection": [scales.train("40x32", **SMALL), scales.train(victim, **LARGE), *scales.detection(victim, splits)],
         "attack": [shift, random],
         "epsilon": scales.sweep_epsilon(partial(ati, steps=1, limit=2), {"random": (4, 64), "4 mm": (4,)}),
-        "count": [*scales.sweep_count(partial(ati, **near), (1, 19)), random],
+        "count": [*scales.sweep_count(partial(ati, **few), (1, 19)), random],
         "coupling": [shift, random],
         "fancy": [
             scales.train("letters", **LARGE),
@@ -54,37 +55,24 @@ def tiny(splits, ids):
         "baselines": scales.sweep_one_step(partial(attack, limit=2), (4, 64)),
         "causes": [
             scales.train("normed", **SMALL, encoder_batch_norm=True),
-            vary("batch norm", "no", "40x32"),
-            vary("batch norm", "yes", "normed"),
-            vary("input size (px)", "40 x 32", "40x32", iteration=0),
-            scales.reuse(shift, "input size (px)", "48 x 40"),
+            *scales.causes({"attack": PAPER, **NEAR, **few, "subpixel": True}, shift, table),
         ],
-        "diagnosis": scales.sweep_diagnosis(
-            partial(attack, attack=("ATI-FGSM", "noise"), steps=1, limit=3), (4, 16), ("MW",)
-        ),
-        "defence": scales.sweep_defence(
-            partial(scales.test, "48x40", steps=1, limit=3),
-            LARGE,
-            splits,
-            (8,),
-            {"steps": 2},
-            "MW",
-            ("jpeg:75", "noise:4"),
-        ),
+        "diagnosis": scales.sweep_diagnosis(diagnose, (4, 16), ("MW",)),
+        "defence": defend("MW", ("jpeg:75", "noise:4")),
     }
-    return Scale("48x40", experiments)
+    return Scale(victim, experiments)
 
 
 def tiny_demo():
     """The scale demo, made tiny."""
-    attack = {"attack": PAPER, **TARGETS["8 mm"], "steps": 2, "limit": 2, "pictures": 1, "batch_size": 1}
+    attack = partial(scales.test, "40x32", attack=PAPER, **NEAR, steps=2, limit=2, batch_size=1)
     experiments = {
         "detection": [
             scales.draw(**TEST_PHANTOMS),
             scales.train("40x32", **SMALL),
             *scales.detection("40x32", ["test1"]),
         ],
-        "attack": [scales.test("40x32", "attack/shift", {"description": "Displacements"}, **attack)],
+        "attack": [scales.compare(attack, "shift", "Displacements", pictures=1)],
     }
     return Scale("40x32", experiments)
 
@@ -219,7 +207,7 @@ def test_a_stopped_stage_resumes_and_finished_work_is_not_repeated(demonstrated,
         raise Stopped("stopped by SIGTERM; finished work is kept")
 
     with monkeypatch.context() as patch:
-        patch.setattr(test, "attack", stop)
+        patch.setattr(test, "attack_all", stop)
         status, _, err = reproduced("--scale", "demo")
     assert status == command.STOPPED and "Traceback" not in err and "finished work is kept" in err
     assert lost[0].exists() and not lost[1].exists()
@@ -386,18 +374,18 @@ def test_the_demo_shows_both_tables(tmp_path, monkeypatch, capsys):
     tested.folder.mkdir(parents=True)
     (attacked.folder / "pictures").mkdir(parents=True)
     (attacked.folder / "pictures" / "151_I-FGSM.png").touch()
-    table = summarize(np.full((2, K), 1.25)).rename_axis("landmark")
+    table = metrics(np.full((2, K), 1.25)).rename_axis("landmark")
     table.insert(0, "name", "some landmark")
     table.to_csv(tested.folder / "summary.csv")
     truth = np.full((1, K, 2), 500.0)
     targets = np.full((1, K, 2), np.nan)
     targets[0, 0] = 500, 580  # 8 mm away
     tables = [
-        record_attack(["151"], truth + (0, 10 * iteration / 40), truth, targets, method, iteration, [6.5])
+        attack_record(["151"], truth + (0, 10 * iteration / 40), truth, targets, method, iteration, 6.5)
         for method in PAPER
         for iteration in (0, 1, 40)
     ]
-    summarize_attack(pd.concat(tables)).to_csv(attacked.folder / "summary.csv", index=False)
+    summarize(pd.concat(tables)).to_csv(attacked.folder / "summary.csv", index=False)
     reproduce.show_demo(plan)
     lines = capsys.readouterr().out.splitlines()
     assert any("1.25" in line and "100.00" in line for line in lines)

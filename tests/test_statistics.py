@@ -3,20 +3,17 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import K
+from conftest import K, attack_record
 
-from eval import record_attack, summarize_attack
+from eval import interval, resample, summarize
 from experiments.markdown import fold_intervals, markdown
 from experiments.statistics import (
     ENOUGH,
     correlation,
     correlation_interval,
-    interval,
     paired_difference,
     partial_correlation,
     permutation_p,
-    resample,
-    summarize_with_confidence,
     verdict,
 )
 
@@ -28,7 +25,7 @@ def attacked(errors, method="ATI-FGSM", iteration=5, targeted=()):
     targets[:, targeted] = 100
     points = truth + np.stack([10 * errors, np.zeros_like(errors)], axis=-1)
     ids = [f"{i:03d}" for i in range(len(errors))]
-    return record_attack(ids, points, truth, targets, method, iteration, np.ones(len(errors)))
+    return attack_record(ids, points, truth, targets, method, iteration)
 
 
 def test_tables_of_markdown():
@@ -57,17 +54,17 @@ def test_draws_in_which_nothing_is_defined_do_not_count():
 
 
 def test_intervals_are_of_images_not_of_landmarks():
-    alike = summarize_with_confidence(attacked(np.tile([1.0, 7.0], (6, 1)))).iloc[0]  # images do not differ at all
+    alike = summarize(attacked(np.tile([1.0, 7.0], (6, 1)))).iloc[0]  # images do not differ at all
     assert alike["mre_mm_low"] == alike["mre_mm"] == alike["mre_mm_high"] == 4
     assert alike["within_4mm_%_low"] == alike["within_4mm_%_high"] == 50
-    apart = summarize_with_confidence(attacked(np.array([[0.0, 0.0], [8.0, 8.0]]))).iloc[0]
+    apart = summarize(attacked(np.array([[0.0, 0.0], [8.0, 8.0]]))).iloc[0]
     assert (apart["mre_mm_low"], apart["mre_mm"], apart["mre_mm_high"]) == (0, 4, 8)  # a draw may take one image twice
     assert (apart["within_4mm_%_low"], apart["within_4mm_%_high"]) == (0, 100)
 
 
 def test_intervals_narrow_as_statistics_say():
     errors = np.random.default_rng(0).normal(10, 2, (100, 1))
-    row = summarize_with_confidence(attacked(errors)).iloc[0]
+    row = summarize(attacked(errors)).iloc[0]
     assert row["mre_mm_high"] - row["mre_mm_low"] == pytest.approx(2 * 1.96 * errors.std() / 10, rel=0.1)
 
 
@@ -78,8 +75,7 @@ def test_each_row_of_a_summary_has_its_own_interval():
         attacked(errors * scale, method, iteration, targeted=[0, 5])
         for method, iteration, scale in (("I-FGSM", 0, 1), ("I-FGSM", 5, 2), ("ATI-FGSM", 0, 1), ("ATI-FGSM", 5, 0.5))
     )
-    table = summarize_with_confidence(records, draws=50)
-    pd.testing.assert_frame_equal(table[list(summarize_attack(records))], summarize_attack(records))
+    table = summarize(records, draws=50)
     row = table.query("role == 'targeted' and method == 'ATI-FGSM' and iteration == 5").iloc[0]
     drawn = 0.5 * errors[:, [0, 5]][resample(4, 50)].reshape(50, -1)
     for name, values in (
