@@ -76,7 +76,7 @@ def run(attack, detector, image, targets, targeted, epsilon=8, steps=300, seed=0
         ...     pass
         >>> points = decode(maps)  # of the last adversarial images
     """
-    if image.dim() != 4 or targets.shape != (*targeted.shape, 2) or len(targets) != len(image):
+    if (image.dim(), targets.dim()) != (4, 3) or targets.shape != (*targeted.shape, 2) or len(targets) != len(image):
         shapes = tuple(image.shape), tuple(targets.shape), tuple(targeted.shape)
         raise ValueError("image, targets, targeted are of {}, {}, {}: (B, C, H, W), (B, K, 2), (B, K)".format(*shapes))
     if targeted.dtype != torch.bool:
@@ -162,16 +162,16 @@ def universal_perturbation(attack, model, batches, epsilon=8, steps=300):
         (iteration, perturbation (1, C, H, W)) for iteration 0, no perturbation, .. steps.
     """
     bound, (image, goal) = epsilon / 256, next(batches)
-    delta = velocity = torch.zeros_like(image[:1])
+    delta, velocity = torch.zeros_like(image[:1]), torch.zeros_like(image[:1])
     for iteration in range(steps):
         yield iteration, delta
-        delta.requires_grad_()
+        common = delta.detach().requires_grad_()
         with torch.enable_grad():
-            loss = attack.loss(model((image + delta).clamp(-1, 1)), goal).sum()
-        (gradient,) = torch.autograd.grad(loss, delta)
+            loss = attack.loss(model((image + common).clamp(-1, 1)), goal).sum()
+        (gradient,) = torch.autograd.grad(loss, common)
         velocity = accumulate(velocity, gradient, attack.options["momentum"])
         size = size_of(attack.options["step_size"], iteration, steps)
-        delta = (delta.detach() - size * bound * velocity.sign()).clamp(-bound, bound)
+        delta = (delta - size * bound * velocity.sign()).clamp(-bound, bound)
         image, goal = next(batches)
     yield steps, delta
 

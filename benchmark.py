@@ -4,17 +4,17 @@
     python benchmark.py --size 200 160 --batch-size 1 4 --weights runs/demo-200x160/model_epoch_7.pth
     python benchmark.py --only training attack --batch-size 1 8 16 --precision fp32 bf16 --compile
 
-The first measure of a group is the limit of the others: the same network, prepared in the same way, at the same size,
-batch and precision, with nothing around it: forward, backward and, in training, the optimizer's step; no loading of
-images, goal maps, loss, attack step or voting. A measure and its limit take turns, after an untimed call of each.
-Images are phantoms; weights are random without --weights.
+The first part of a group is the limit of the others: the same network, prepared in the same way, at the same size,
+batch and precision, with nothing around it: forward, backward from the maps' sum and, in training, the optimizer's step;
+no loading of images, goal maps, loss, attack step or voting. A part and its limit take turns, after an untimed call of each.
+Images are copies of a phantom; weights are random without --weights.
 
 Writes into --out: table.csv, table.md, config.json.
 """
 
-import contextlib
 import copy
 import itertools
+import re
 import shutil
 import tempfile
 import time
@@ -24,18 +24,18 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from attack import ATTACKS, goal_maps, last, run
-from dataset import Cephalograms, in_batches, to_input
+from dataset import Cephalograms, to_input
 from experiments.markdown import markdown
 from model import MIN_SIZE, UNet, compile_network, decode, encode, freeze, load_weights, place
-from phantom import draw_patient, image_file
+from phantom import draw_patient
 from readers.images import cores
+from readers.layouts import FOLDERS
 from readers.points import LANDMARKS
 from support import command
 from support.command import positive_int, progress
@@ -44,18 +44,17 @@ from train import image_order, train_step
 
 PARTS = ("loading", "training", "attack", "test")
 PAPER = {"training step": 230 * 150, "I-FGSM, a step": 250 * 300, "ATI-FGSM, a step": 250 * 300}  # images x steps
-PHANTOMS = 8  # are drawn; all further images are copies of them
 
 
 def make_parser():
     parser = command.Parser("Time and memory of every part, compared with the bare network.")
     parser.add_argument(
-        "--size", type=positive_int, nargs=2, metavar=("H", "W"), default=[800, 640], help="network input in px"
+        "--size", type=positive_int, nargs=2, metavar=("H", "W"), default=[800, 640], help="input in px"
     )
     parser.add_argument("--batch-size", type=positive_int, nargs="+", default=[1], help="images per batch, one or more")
     parser.add_argument("--precision", choices=["fp32", "bf16"], nargs="+", default=["fp32"], help="one or both")
     command.add_device_arguments(parser)
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="what to measure")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="what to time")
     parser.add_argument("--repeats", type=positive_int, default=15, help="timed calls; a fifth as many for loading")
     parser.add_argument("--images", type=positive_int, default=150, metavar="N", help="images to load")
     parser.add_argument("--weights", metavar="FILE", help="a checkpoint (default: random weights)")
@@ -63,204 +62,158 @@ def make_parser():
     return parser
 
 
-def parse_arguments(argv):
+def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     if min(args.size) < MIN_SIZE:
         parser.error(f"--size: at least {MIN_SIZE} {MIN_SIZE}")
     if args.images < max(args.batch_size):
         parser.error(f"--images {args.images}: fewer than --batch-size {max(args.batch_size)}")
-    return args
-
-
-def main(argv=None):
-    args = parse_arguments(argv)
     device, out = command.find_device(args.device), Path(args.out)
     torch.manual_seed(0)
-    model = UNet(len(LANDMARKS))
+    model = UNet()
     if args.weights:
         load_weights(model, args.weights)
     make_folder(out)
     (out / "config.json").unlink(missing_ok=True)
     save_config(out / "config.json", {**vars(args), "threads": torch.get_num_threads()}, device)
-    rows = []
+    tables = []
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        draw_images(root, args.images)
-        data = Cephalograms(root, "train", args.size)
-        for group in measure_all(args, model, data, device, root):
-            rows += group
-            save_table(rows, args.size, out)  # after each group, since a benchmark may be stopped
+        draw_images(Path(folder), args.images)
+        data = Cephalograms(folder, "train", args.size)
+        for table in time_all(args, model, data, device, Path(folder)):
+            tables.append(table)
+            save_table(pd.concat(tables), args.size, out)  # after each group, since a benchmark may be stopped
     print(f"written to {out}/")
 
 
-def measure_all(args, model, data, device, root):
-    """Yield the rows of each group of measures, see ``report``."""
+def draw_images(root, count):
+    """The official layout with ``count`` JPEG images for training, copies of one phantom."""
+    drawn = root / "RawImage" / FOLDERS["train"] / "001.bmp"
+    draw_patient(0, drawn)
+    Image.open(drawn).save(drawn.with_suffix(".jpg"), quality=95)
+    drawn.unlink()
+    for file, number in itertools.product(list(root.rglob("001.*")), range(2, count + 1)):
+        shutil.copy(file, file.with_stem(f"{number:03d}"))
+
+
+def time_all(args, model, data, device, root):
+    """Yield the table of each group of parts, see ``report``."""
     if "loading" in args.only:
-        yield report(first_pass(root, args.size), device, max(3, args.repeats // 5))
+        repeats = max(3, args.repeats // 5)
+        yield report(first_pass(root, args.size), args.images, torch.device("cpu"), repeats)
     for precision, batch_size in itertools.product(args.precision, args.batch_size):
         label, peak = f"{precision}, {batch_size}", matrix_peak(device, precision)
         image = to_input(data.images[:batch_size], device)
-        network = partial(frozen, model, image, precision, args.compile)
-        if "training" in args.only:
-            group = training_step(model, data, image, precision, args.compile)
-            yield report(group, device, args.repeats, label, peak)
-        if "attack" in args.only:
-            yield report(attack_step(network(), image), device, args.repeats, label, peak)
-            yield report(one_step_attack(network(), image), device, args.repeats, label)
-        if "test" in args.only:
-            yield report(test_batch(network(), data, image), device, args.repeats, label, peak)
+        for part, make_group in GROUPS:
+            if part in args.only:
+                network = prepared(model, image, precision, args.compile, training=part == "training")
+                yield report(make_group(network, data, image), batch_size, device, args.repeats, label, peak)
 
 
-def save_table(rows, size, out):
-    table = pd.DataFrame(rows)
+def save_table(table, size, out):
     table.insert(0, "size", "{} x {}".format(*size))
     with atomic(out / "table.csv") as temporary:
         table.to_csv(temporary, index=False, float_format="%.4g")
     write_text(out / "table.md", markdown(table, ".4g"))
 
 
-def draw_images(root, count):
-    """The official layout with ``count`` JPEG images for training, copies of a few phantoms."""
-    ids = [f"{number:03d}" for number in range(1, count + 1)]
-    for id in progress(ids[:PHANTOMS], "drawing", unit="image", leave=False):
-        draw_patient((root, "train", id, 0))
-        drawn = image_file(root, "train", id)
-        Image.open(drawn).save(drawn.with_suffix(".jpg"), quality=95)
-        drawn.unlink()
-    for number, id in enumerate(ids[PHANTOMS:]):
-        for file in list(root.rglob(f"{ids[number % PHANTOMS]}.*")):
-            shutil.copy(file, file.with_stem(id))
-
-
-# --- measuring -------------------------------------------------------------------------------------------------------
+# --- timing ----------------------------------------------------------------------------------------------------------
 
 
 class Timed(NamedTuple):
     """What is timed."""
 
     name: str
-    call: Callable  # of no argument, or of what ``prepare`` returns
-    images: int  # per call, counted once for each step
-    steps: int = 1  # per call; the time of one is reported
-    prepare: Callable | None = None  # called before each call, untimed
-
-    def ready(self):
-        """The call without arguments."""
-        return self.call if self.prepare is None else partial(self.call, self.prepare())
+    call: Callable  # of what ``prepare`` returns
+    prepare: Callable = tuple  # returns the arguments of the next call, by default none; untimed
 
 
-def report(measures, device, repeats, label="", peak=None):
-    """Time a group of measures and print its rows of the table. The first measure is the limit of the others.
+def report(group, images, device, repeats, label="", peak=None):
+    """Time a group of parts and print their medians. The first part is the limit of the others.
 
     Args:
-        measures: list of Timed.
+        group: list of Timed.
+        images: per call.
         device: torch.device.
         repeats: timed calls of each.
         label: precision and batch size.
         peak: FLOP/s that the device reaches, see ``matrix_peak``; adds FLOP/s of the limit, and its percentage.
 
     Returns:
-        list of rows (dicts). Times are medians and quartiles in ms; a ratio is the median over pairs of neighbouring
-        calls. Hours are those of the paper's whole training or attack at this speed.
+        DataFrame, a row for each part. Times are medians and quartiles in ms; a ratio is the median over pairs of
+        neighbouring calls. Hours are those of the paper's whole training or attack at this speed.
     """
-    seconds, memory = time_in_turn(measures, device, repeats, label)
-    rows, limit = [], measures[0]
-    for measure in measures:
-        times = pd.Series(seconds[measure.name])
-        low, median, high = 1e3 * times.quantile([0.25, 0.5, 0.75])
-        row = {"precision, batch": label, "measure": measure.name, "ms": median, "ms 25 %": low, "ms 75 %": high}
-        row |= {"images/s": measure.images / measure.steps / median * 1e3, "peak MiB": memory[measure.name]}
-        if measure is not limit:
-            row["ratio"] = (times / pd.Series(seconds[limit.name])).median()
-        elif peak:
-            flops = count_flops(measure.ready()) / measure.steps / median * 1e3
-            row |= {"TFLOP/s": flops / 1e12, "% of matrix peak": 100 * flops / peak}
-        if measure.name in PAPER:
-            row["the paper's, extrapolated (h)"] = PAPER[measure.name] / row["images/s"] / 3600
-        rows.append(row)
-        ratio = f"{row['ratio']:.3f} of {limit.name}" if "ratio" in row else ""
-        print(f"{label:8} {measure.name:44} {median:9.1f} ms ({low:.1f} .. {high:.1f})  {ratio}")
-    return rows
+    seconds, memory = time_in_turn(group, device, repeats, label)
+    limit, *others = seconds
+    table = pd.DataFrame({"precision, batch": label, "ms": 1e3 * seconds.median()})
+    table["ms 25 %"], table["ms 75 %"] = 1e3 * seconds.quantile(0.25), 1e3 * seconds.quantile(0.75)
+    table["images/s"], table["peak MiB"] = 1e3 * images / table["ms"], memory
+    table["ratio"] = seconds[others].div(seconds[limit], axis=0).median()
+    if peak:
+        with FlopCounterMode(display=False) as counter:
+            group[0].call(*group[0].prepare())
+        table.loc[limit, "TFLOP/s"] = counter.get_total_flops() / seconds[limit].median() / 1e12
+        table["% of matrix peak"] = 100 * 1e12 * table["TFLOP/s"] / peak
+    table["the paper's, extrapolated (h)"] = pd.Series(PAPER) / table["images/s"] / 3600
+    table.insert(1, "part", table.index)
+    print(table[["precision, batch", "part", "ms", "ratio"]].to_string(index=False, float_format="%.4g", na_rep=""))
+    return table
 
 
-def time_in_turn(measures, device, repeats, label):
-    """Call all measures once, then again, and so on.
+def time_in_turn(group, device, repeats, label):
+    """Call all parts once, untimed, then again, and so on.
 
     Returns:
-        {name: seconds of each timed call's step}, {name: peak memory of the last call in MiB}.
+        DataFrame of the seconds of each timed call, with a column for each part; Series of peak memory in the last call
+        of each, in MiB.
     """
-    seconds, memory = {measure.name: [] for measure in measures}, {}
-    warm_up = repeats > 1 or device.type == "cuda"  # on a CPU, what is timed only once takes long
-    with progress(total=(warm_up + repeats) * len(measures), desc=label, leave=False) as bar:
-        for repeat in range(warm_up + repeats):
-            for measure in measures:
-                bar.set_postfix_str(measure.name)
-                call = measure.ready()
-                reset_peak_memory(device)
-                passed = clock(call, device) / measure.steps
-                memory[measure.name] = peak_memory(device)
-                if repeat >= warm_up:
-                    seconds[measure.name].append(passed)
-                bar.update()
-    return seconds, memory
+    seconds, memory = {timed.name: [] for timed in group}, {}
+    turns = progress((1 + repeats) * group, label, leave=False)
+    for timed in turns:
+        turns.set_postfix_str(timed.name)
+        call = partial(timed.call, *timed.prepare())
+        peak_memory(device)
+        seconds[timed.name].append(clock(call, device))
+        memory[timed.name] = peak_memory(device)
+    return pd.DataFrame(seconds)[1:], pd.Series(memory)
 
 
 def clock(call, device):
-    """Seconds that a call takes, by the device's own clock on a GPU."""
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(device)
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end) / 1e3
+    """Seconds of a call; on a GPU of ten in sequence, since each is launched while the one before still runs."""
+    calls, wait = (10, torch.cuda.synchronize) if device.type == "cuda" else (1, torch.cpu.synchronize)
+    wait()
     begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
-
-
-def reset_peak_memory(device):
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):  # exists on Linux only
-            Path("/proc/self/clear_refs").write_text("5")
+    for _ in range(calls):
+        call()
+    wait()
+    return (time.perf_counter() - begin) / calls
 
 
 def peak_memory(device):
-    """MiB since the last reset: allocated on a GPU, else of the whole process (nan except on Linux)."""
+    """Peak in MiB since the last call of this: allocated on a GPU, else of the whole process (nan except on Linux)."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 2**10
-    return float("nan")
-
-
-def count_flops(call):
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 2**20
+    try:
+        status = Path("/proc/self/status").read_text()
+        Path("/proc/self/clear_refs").write_text("5")  # reset
+    except OSError:
+        return float("nan")
+    return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) / 2**10
 
 
 def matrix_peak(device, precision):
     """FLOP/s of a product of two large matrices; on a GPU "fp32" is TF32, as in its convolutions."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    for size in (8192,) if device.type == "cuda" else (256, 512, 1024, 2048):
-        a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-        best = min(clock(partial(torch.matmul, a, b), device) for _ in range(12))
-        if best > 0.05:  # large enough; a processor that emulates bfloat16 would take minutes for the largest
-            break
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    return 2 * size**3 / best
+    torch.backends.cuda.matmul.allow_tf32 = True  # nothing else here has matrix products
+    size, dtype = 8192 if device.type == "cuda" else 2048, torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    return 2 * size**3 / min(clock(partial(torch.matmul, a, b), device) for _ in range(5))
 
 
-# --- what is measured ------------------------------------------------------------------------------------------------
-# Each function returns a group of measures, their limit first.
+# --- what is timed ---------------------------------------------------------------------------------------------------
+# Each function returns a group of parts, their limit first.
 
 
 def first_pass(root, size):
@@ -268,74 +221,51 @@ def first_pass(root, size):
     files = sorted(root.rglob("*.jpg"))
 
     def read(file):
-        with Image.open(file) as image:
-            return np.asarray(image.convert("L").resize(size[::-1], Image.Resampling.BILINEAR))
+        return Image.open(file).convert("L").resize(size[::-1], Image.Resampling.BILINEAR)
 
     def bare():
         with ThreadPoolExecutor(cores()) as pool:
             list(pool.map(read, files))
 
     return [
-        Timed(f"bare decoding of {len(files)} images", bare, len(files)),
-        Timed("loading, first pass", lambda: Cephalograms(root, "train", size), len(files)),
+        Timed(f"bare decoding of {len(files)} images", bare),
+        Timed("loading, first pass", partial(Cephalograms, root, "train", size)),
     ]
 
 
-def map_shape(image):
-    return len(image), 3, len(LANDMARKS), *image.shape[-2:]
+def prepared(model, image, precision, compiled, training):
+    """A copy of the model on the image's device, as train.py or test.py uses it."""
+    model = place(copy.deepcopy(model), image.device, precision, training)
+    if not training:
+        freeze(model)
+    if compiled:
+        torch.compiler.reset()  # else the compiler gives up after some variants of the network
+        model = compile_network(model, image)
+    return model
 
 
-def frozen(model, image, precision, compiled):
-    """A copy of the model on the image's device, as test.py uses it."""
-    model = freeze(place(copy.deepcopy(model), image.device, precision))
-    return compile_anew(model, image) if compiled else model
-
-
-def compile_anew(model, image):
-    torch.compiler.reset()  # else the compiler gives up after some variants of the network
-    return compile_network(model, image)
-
-
-def repeated(name, call, image, prepare=None):
-    """A Measure of one step; on a GPU of ten in sequence, since each is launched while the one before still runs."""
-    steps = 10 if image.device.type == "cuda" else 1
-
-    def calls(*prepared):
-        for _ in range(steps):
-            call(*prepared)
-
-    return Timed(name, calls, len(image) * steps, steps, prepare)
-
-
-def training_step(model, data, image, precision, compiled):
+def training_step(network, data, image):
     """A step of train.py, and its parts; limit: forward, backward, and the optimizer's step."""
-    device, batch_size = image.device, len(image)
-    batches = in_batches(image_order(0, 0, len(data)), batch_size)
-    images, landmarks = data.images[batches[0]], data.landmarks[batches[0]]
+    device, size = image.device, image.shape[-2:]
+    batch = image_order(0, 0, len(data))[: len(image)]
+    images, landmarks = data.images[batch], data.landmarks[batch]
     points = landmarks.to(device)
-    model = place(copy.deepcopy(model), device, precision, training=True)
-    network = compile_anew(model, image) if compiled else model
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)  # random gradients must not change the weights
-    gradient = torch.rand(map_shape(image), device=device) / image.numel()
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.0, fused=True)  # the weights do not change
 
     def bare():
         optimizer.zero_grad()
-        network(image).backward(gradient)
+        network(image).sum().backward()
         optimizer.step()
 
     def step():
-        goal = encode(landmarks.to(device, non_blocking=True), image.shape[-2:])
-        train_step(network, optimizer, to_input(images, device), goal, batch_size)
-
-    def load():
-        for batch in batches:
-            to_input(data.images[batch], device)
+        goal = encode(landmarks.to(device, non_blocking=True), size)
+        train_step(network, optimizer, to_input(images, device), goal, len(image))
 
     return [
-        repeated("bare training step", bare, image),
-        repeated("training step", step, image),
-        repeated("encoding", lambda: encode(points, image.shape[-2:]), image),
-        Timed("loading, cached", load, len(data), len(batches)),
+        Timed("bare training step", bare),
+        Timed("training step", step),
+        Timed("encoding", partial(encode, points, size)),
+        Timed("loading, cached", lambda: to_input(data.images[batch], device)),
     ]
 
 
@@ -347,76 +277,66 @@ def neighbours(network, image):
     return clean, decode(clean).roll(1, dims=1), targeted
 
 
-def attack_step(network, image):
+def attack_step(network, data, image):
     """A step of the iterative attacks; limit: backward to the image, and forward."""
     clean, *targets = neighbours(network, image)
-    gradient = torch.rand(map_shape(image), device=image.device)
 
-    def forward():
-        adversarial = image.detach().requires_grad_()
-        return [network(adversarial)]
+    def bare():  # in the order of an attack's loop
+        while True:
+            adversarial = image.detach().requires_grad_()
+            maps = network(adversarial)
+            yield
+            maps.sum().backward()
 
-    def bare(maps):  # in the order of an attack's loop
-        maps[0].backward(gradient)
-        maps[:] = forward()
-
-    def begun(name):
-        iterations = run(ATTACKS[name], network, image, *targets, steps=10**9)
+    def begun(loop):
+        iterations = loop()
         next(iterations)
-        return iterations
+        return [iterations]
 
-    return [
-        repeated("bare forward, backward to the image", bare, image, forward),
-        *(
-            repeated(f"{name}, a step", next, image, partial(begun, name))
-            for name in ("I-FGSM", "ATI-FGSM", "Vote-PGD")
-        ),
-        repeated("goal maps", lambda: goal_maps(clean, *targets), image),
-    ]
+    loops = {"bare forward, backward to the image": bare}
+    for name in ("I-FGSM", "ATI-FGSM", "Vote-PGD"):
+        loops[f"{name}, a step"] = partial(run, ATTACKS[name], network, image, *targets, steps=10**9)
+    steps = [Timed(name, next, partial(begun, loop)) for name, loop in loops.items()]
+    return [*steps, Timed("goal maps", partial(goal_maps, clean, *targets))]
 
 
-def one_step_attack(network, image):
+def one_step_attack(network, data, image):
     """The attacks of one step; limit: forward, and forward, backward, forward."""
     _, *targets = neighbours(network, image)
-    gradient = torch.rand(map_shape(image), device=image.device)
 
     def bare():
         adversarial = image.detach().requires_grad_()
-        network(adversarial).backward(gradient)
+        network(adversarial).sum().backward()
         with torch.no_grad():
             network(image)
             network(image)
 
-    def whole(name):
-        last(run(ATTACKS[name], network, image, *targets))
+    def whole(attack):
+        last(run(attack, network, image, *targets))
 
-    names = [name for name, attack in ATTACKS.items() if attack.steps == 1 and attack.loss]
+    one_step = [attack for attack in ATTACKS.values() if attack.steps == 1 and attack.loss]
     return [
-        repeated("bare forward, forward, backward, forward", bare, image),
-        *(repeated(f"{name}, from image to maps", partial(whole, name), image) for name in names),
+        Timed("bare forward, forward, backward, forward", bare),
+        *(Timed(f"{attack.name}, from image to maps", partial(whole, attack)) for attack in one_step),
     ]
 
 
 def test_batch(network, data, image):
     """A batch of test.py, and its decoding; limit: forward."""
-    batch, landmarks = data.images[: len(image)], data.landmarks[: len(image)].to(image.device)
-    maps = torch.randn(map_shape(image), device=image.device)
-    maps[:, 0] += 10 * encode(landmarks, image.shape[-2:]).heatmap
+    images = data.images[: len(image)]
+    clean, *_ = neighbours(network, image)
 
-    @torch.inference_mode()
-    def bare():
-        network(image)
-
-    @torch.inference_mode()
     def whole():
-        decode(network(to_input(batch, image.device)))
+        return decode(network(to_input(images, image.device)))
 
     return [
-        repeated("bare forward", bare, image),
-        repeated("voting", lambda: decode(maps), image),
-        repeated("test, from 8-bit images to landmarks", whole, image),
+        Timed("bare forward", torch.inference_mode()(partial(network, image))),
+        Timed("voting", partial(decode, clean)),
+        Timed("test, from 8-bit images to landmarks", torch.inference_mode()(whole)),
     ]
 
+
+GROUPS = (("training", training_step), ("attack", attack_step), ("attack", one_step_attack), ("test", test_batch))
 
 if __name__ == "__main__":
     command.run(main)

@@ -12,15 +12,15 @@ Annotations are x, y in px0 (0.1 mm), the atlas is in units of 0.25 mm.
 
 import hashlib
 import json
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from readers.images import cores
-from readers.layouts import FOLDERS, IDS
+from readers.layouts import DOCTORS, FOLDERS, IDS
 from support import command
 from support.command import natural_int, progress
 from support.errors import InputError
@@ -55,9 +55,8 @@ def sample_landmarks(rng, shape):
     landmarks = np.array(shape["mean"]) + np.tensordot(weights, np.array(shape["modes"]), 1)
     landmarks += rng.normal(0, shape["residual_std"] / 2, landmarks.shape)
     difference = np.array(shape["doctors_mean"]) + rng.standard_normal(landmarks.shape) * shape["doctors_std"]
-    senior, junior = ((landmarks + sign * difference / 2).round() for sign in (1, -1))
-    limits = (WIDTH - 1, HEIGHT - 1)
-    return landmarks, senior.clip(0, limits), junior.clip(0, limits)
+    doctors = [(landmarks + sign * difference / 2).round().clip(0, (WIDTH - 1, HEIGHT - 1)) for sign in (1, -1)]
+    return landmarks, *doctors
 
 
 # --- warp -------------------------------------------------------------------------------------------------------------
@@ -74,25 +73,17 @@ def spline(places, moved, stiffness=400.0):
         function (m, 2) -> (m, 2).
     """
 
-    def kernel(points):
+    def basis(points):
+        """The kernels around all places, and the affine functions, at points (m, 2): (m, n + 3)."""
         squared = ((points[:, None] - places) ** 2).sum(-1)
-        return squared * np.log(squared + 1e-9) / 2
-
-    def affine(points):
-        return np.c_[np.ones(len(points)), points]
+        return np.c_[squared * np.log(squared + 1e-9) / 2, np.ones(len(points)), points]
 
     n = len(places)
-    system = np.zeros((n + 3, n + 3))
-    system[:n, :n] = kernel(places) + stiffness * np.eye(n)
-    system[:n, n:] = affine(places)
-    system[n:, :n] = affine(places).T
+    system = np.vstack([basis(places), np.zeros((3, n + 3))])
+    system[n:, :n] = system[:n, n:].T
+    system[:n, :n] += stiffness * np.eye(n)
     weights = np.linalg.solve(system, np.concatenate([moved, np.zeros((3, 2))]))
-
-    def warp(points):
-        points = np.asarray(points, dtype=float)
-        return kernel(points) @ weights[:n] + affine(points) @ weights[n:]
-
-    return warp
+    return lambda points: basis(np.asarray(points, dtype=float)) @ weights
 
 
 def warps(rng, landmarks, mean, anchors):
@@ -130,14 +121,11 @@ def vary(rng, amount):
 
 def curve(points, closed=False, steps=6):
     """Catmull-Rom spline through points (n, 2), ``steps`` points for each; if closed, its last point is its first."""
-    points = np.asarray(points, dtype=float)
-    around = [points[-1:], points, points[:2]] if closed else [points[:1], points, points[-1:]]
-    around = np.concatenate(around)
-    a, b, c, d = around[:-3], around[1:-2], around[2:-1], around[3:]
+    points = np.pad(np.asarray(points, dtype=float), ((1, 1 + closed), (0, 0)), "wrap" if closed else "edge")
+    a, b, c, d = points[:-3], points[1:-2], points[2:-1], points[3:]
     t = np.linspace(0, 1, steps, endpoint=False)[:, None, None]
     pieces = b + t / 2 * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
-    line = pieces.swapaxes(0, 1).reshape(-1, 2)
-    return np.concatenate([line, line[:1] if closed else points[-1:]])
+    return np.concatenate([pieces.swapaxes(0, 1).reshape(-1, 2), c[-1:]])
 
 
 def ellipse(centre, radii, angle=0.0):
@@ -242,12 +230,11 @@ def draw_teeth(film, rng, left, right, incisors):
             y = 677 - rise * (567 - x)
             front -= width
             for side in (-1, 1):  # upper, lower
-                if rng.random() < missing:
-                    continue
-                tip = (x + rng.normal(0, 2), y + 1.5 * side + rng.normal(0, 1.5))
-                apex = (x - 12 + rng.normal(0, 5), y + side * rng.uniform(68, 88))
-                dense, filled = amount / 2 * vary(rng, 0.3), rng.uniform(0.4, 2) * (rng.random() < metal)
-                draw_tooth(film, rng, warp, tip, apex, 0.92 * width, dense, filled)
+                if rng.random() >= missing:
+                    tip = (x + rng.normal(0, 2), y + 1.5 * side + rng.normal(0, 1.5))
+                    apex = (x - 12 + rng.normal(0, 5), y + side * rng.uniform(68, 88))
+                    dense, filled = amount / 2 * vary(rng, 0.3), rng.uniform(0.4, 2) * (rng.random() < metal)
+                    draw_tooth(film, rng, warp, tip, apex, 0.92 * width, dense, filled)
     for tip, apex in zip(incisors, ((513, 748), (526, 602)), strict=True):
         apex = left([apex + rng.normal(0, 4, 2)])[0] / UNIT
         width, filled = 21 * vary(rng, 0.15), rng.uniform(0.4, 1.5) * (rng.random() < metal / 2)
@@ -291,14 +278,12 @@ def draw_spine(film, rng, warp):
         turn = np.array([[np.cos(tilt), np.sin(tilt)], [-np.sin(tilt), np.cos(tilt)]])
         w, h = 26 + level, 19 + 0.8 * level
         body = [(-w, -h), (0, 3 - h), (w, -h), (w - 3, 0), (w, h), (0, h - 3), (-w, h), (3 - w, 0)]
-        body = warp(spot + curve(body, True, 4) @ turn)
-        add(film, body, amount, 1.5)
-        add(film, body, 0.5 * amount, 0.8, 3)
         reach, drop = rng.uniform(95, 135), 12 + 5 * level
         process = [(-w, -12), (-65, drop - 20), (-reach, drop + 8), (6 - reach, drop + 24), (-70, drop + 6), (-w, 14)]
-        add(film, warp(spot + curve(process, True, 4) @ turn), 0.6 * amount, 2)
         joint = [(-w - 4, -24), (-w - 22, -18), (-w - 30, 26), (-w - 10, 22)]
-        add(film, warp(spot + curve(joint, True, 4) @ turn), 0.6 * amount, 1.5)
+        bones = [(body, 1, 1.5, 0), (body, 0.5, 0.8, 3), (process, 0.6, 2, 0), (joint, 0.6, 1.5, 0)]
+        for outline, share, blur, width in bones:
+            add(film, warp(spot + curve(outline, True, 4) @ turn), share * amount, blur, width)
         spot = spot + (lean + bend * level, height + 2 * level)
 
 
@@ -306,12 +291,11 @@ def draw_holder(film, rng, nasion):
     """The nasal rest of the head holder with its ruler, on most films; ``nasion`` in px0."""
     if rng.random() < 0.1:
         return
-    x, y = nasion / UNIT + (rng.normal(90, 12), rng.normal(10, 14))
+    origin = nasion / UNIT + (rng.normal(90, 12), rng.normal(10, 14))
     slope = rng.normal(0, 0.02)
 
     def at(*places):
-        places = np.array(places, dtype=float)
-        return (places + [x, y] + np.c_[-slope * places[:, 1], 0 * places[:, 1]]) * UNIT
+        return (places @ np.array([[1, 0], [-slope, 1]]) + origin) * UNIT
 
     amount = rng.lognormal(0, 0.4)
     rest = [(-75, 0), (-22, 0), (-22, -48), (10, -48), (10, 22), (-28, 22), (-32, 30), (-66, 30), (-78, 16)]
@@ -357,10 +341,8 @@ def make_uneven(film, rng):
     for scale, amount in ((150, 0.04), (400, 0.06)):  # tissue that is not in the atlas
         film += rng.uniform(0, 2) * amount * smooth_noise(rng, scale, film.shape)
     film = np.logaddexp(0, film / 0.05) * 0.05  # positive, smoothly
-    texture = sum(
-        amount * smooth_noise(rng, scale, film.shape)
-        for scale, amount in ((6, 0.02), (12, 0.025), (30, 0.03), (90, 0.04), (300, 0.06))
-    )
+    scales = ((6, 0.02), (12, 0.025), (30, 0.03), (90, 0.04), (300, 0.06))
+    texture = sum(amount * smooth_noise(rng, scale, film.shape) for scale, amount in scales)
     film *= 1 + rng.uniform(0.4, 1.3) * texture  # in proportion to the attenuation
     return film
 
@@ -400,12 +382,9 @@ def mark_edges(image, rng):
     """Draw the white borders outside the collimation and the marks of the cassette, in place."""
     white = rng.uniform(235, 254)
     top, bottom, side = rng.choice([0, 8, 15, 30, 60, 90]), rng.choice([0, 8, 15, 40]), rng.choice([0, 0, 5, 15, 40])
-    image[:top] = white
-    image[HEIGHT - bottom :] = white
-    image[:, :side] = white
+    image[:top] = image[HEIGHT - bottom :] = image[:, :side] = white
     for x in rng.integers(330, 530) + np.array([0, 460, 920]):
-        image[: top + 50, x : x + 120] = white
-        image[HEIGHT - bottom - 50 :, x : x + 120] = white
+        image[: top + 50, x : x + 120] = image[HEIGHT - bottom - 50 :, x : x + 120] = white
 
 
 def smooth_noise(rng, scale, shape):
@@ -417,27 +396,22 @@ def smooth_noise(rng, scale, shape):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def image_file(root, split, id):
-    return root / "RawImage" / FOLDERS[split] / f"{id}.bmp"
+def draw_patient(seed, file):
+    """Draw a patient: two files of annotations, then the image.
 
-
-def draw_patient(task):
-    """Draw a patient: two files of annotations, then the image; ``task`` = (root, split, id, seed)."""
-    root, split, id, seed = task
-    rng = np.random.default_rng([seed, int(id)])
+    Args:
+        seed: with the image's id, decides how the patient looks.
+        file: <root>/RawImage/<folder of the split>/<id>.bmp.
+    """
+    rng = np.random.default_rng([seed, int(file.stem)])
     shape, atlas = json.loads(SHAPE.read_text()), json.loads(ATLAS.read_text())
-    landmarks, senior, junior = sample_landmarks(rng, shape)
+    landmarks, *annotations = sample_landmarks(rng, shape)
     image = Image.fromarray(draw_film(rng, landmarks, np.array(shape["mean"]), atlas))
-    for doctor, points in (("400_senior", senior), ("400_junior", junior)):
+    for doctor, points in zip(DOCTORS, annotations, strict=True):
         text = "".join(f"{x:.0f},{y:.0f}\n" for x, y in points)
-        write_text(root / "AnnotationsByMD" / doctor / f"{id}.txt", text)
-    with atomic(image_file(root, split, id)) as temporary:
+        write_text(file.parents[2] / "AnnotationsByMD" / doctor / f"{file.stem}.txt", text)
+    with atomic(file) as temporary:
         image.save(temporary)
-
-
-def program_sha256():
-    """Of all that decides how a phantom looks: this file, the shape model and the atlas."""
-    return hashlib.sha256(Path(__file__).read_bytes() + SHAPE.read_bytes() + ATLAS.read_bytes()).hexdigest()
 
 
 # --- command ---------------------------------------------------------------------------------------------------------
@@ -455,23 +429,21 @@ def make_parser():
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
-    counts = {split: getattr(args, split) for split in IDS}
-    check_counts(counts)
     root = Path(args.out)
-    prepare_folder(root, {**counts, "seed": args.seed, "program_sha256": program_sha256()}, parser.defaults())
-
-    tasks = [(root, split, f"{id:03d}", args.seed) for split in IDS for id in IDS[split][: counts[split]]]
-    draw_all([task for task in tasks if not image_file(*task[:3]).exists()])  # a repeated command continues
-    print(f"written to {root}/")
-
-
-def check_counts(counts):
-    """Raise InputError unless there is something to draw, and no more than ids in the official data."""
-    for split, count in counts.items():
-        if count > len(IDS[split]):
-            raise InputError(f"--{split} {count}: at most {len(IDS[split])}, the number in the official data")
-    if not any(counts.values()):
+    config = {name: value for name, value in vars(args).items() if name != "out"}
+    for split, ids in IDS.items():
+        if config[split] > len(ids):
+            raise InputError(f"--{split} {config[split]}: at most {len(ids)}, the number in the official data")
+    if not any(config[split] for split in IDS):
         raise InputError("--train, --test1, --test2: nothing to draw; at least one of them must be positive")
+    sources = Path(__file__), SHAPE, ATLAS  # decide how a phantom looks
+    config["program_sha256"] = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
+    prepare_folder(root, config, parser.defaults())
+
+    folders = {split: root / "RawImage" / FOLDERS[split] for split in IDS}
+    files = [folders[split] / f"{id:03d}.bmp" for split in IDS for id in IDS[split][: config[split]]]
+    draw_all(root, [file for file in files if not file.exists()], args.seed)  # a repeated command continues
+    print(f"written to {root}/")
 
 
 def prepare_folder(root, config, defaults):
@@ -481,26 +453,24 @@ def prepare_folder(root, config, defaults):
         InputError: it holds other files than phantoms of the same configuration.
     """
     file = root / "phantom.json"
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        if not file.exists():
-            raise InputError(f"--out {root}: exists already and was not made by phantom.py; choose another folder")
+    if file.exists():
         check_same_config(file, config, defaults, [], "--out")
+    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise InputError(f"--out {root}: exists already and was not made by phantom.py; choose another folder")
     make_folder(root)
     write_json(file, config)
 
 
-def draw_all(tasks):
+def draw_all(root, files, seed):
     """Draw patients on all cores, see ``draw_patient``."""
-    if not tasks:
+    if not files:
         return
     try:
-        with ProcessPoolExecutor(min(cores(), len(tasks))) as pool:
-            for _ in progress(pool.map(draw_patient, tasks), "drawing", len(tasks), unit="image"):
-                pass
-    except BrokenProcessPool:
-        raise InputError(
-            f"--out {tasks[0][0]}: a process that draws was killed; repeat the command to continue"
-        ) from None
+        with ProcessPoolExecutor(min(cores(), len(files))) as pool:
+            drawn = pool.map(partial(draw_patient, seed), files)
+            list(progress(drawn, "drawing", len(files), unit="image"))
+    except BrokenExecutor:
+        raise InputError(f"--out {root}: a process that draws was killed; repeat the command to continue") from None
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from beyond.defences import shape_distance
 from beyond.diagnosis import changed_diagnoses, diagnose
 from eval import SUCCESS_MM, interval, named, read_records
 from experiments.markdown import fold_intervals, markdown
-from experiments.results import join_clean, of_role, outcome, rate
+from experiments.results import ends, join_clean, of_role, outcome, rate
 from support.errors import InputError
 from support.figures import bars, panels, save
 from support.files import read_config, write_table
@@ -33,30 +33,41 @@ HEADINGS = {
     "stationary_within_4mm_%": f"stationary within {SUCCESS_MM} mm (%)",
     "intended_%": "intended diagnosis changed (%)",
 }
+HEADINGS |= {f"{score}_auc_%": label for score, label in SCORES.items()}
+RUN = ["detector", "epsilon", "steps"]
+CONDITION = ["defence", "attacker"]
+ATTACK = [*RUN, "method"]
+INTRODUCTIONS = {  # of each table in the report
+    "accuracy": "Accuracy on clean images:",
+    "attacks": "Attacks, 95 % intervals:\n\n![success behind each defence](defence_attacks.png)",
+    "masking": "Checks for masked gradients: the first of each pair should succeed at most as often as the second.",
+    "diagnoses": "Diagnoses:",
+    "detection": "Detecting attacks, area under the ROC curve (%, 50: chance):\n\n![ROC](defence_roc.png)",
+}
 ITERATED = [name for name, attack in ATTACKS.items() if attack.steps is None and not attack.universal]
-KEYS = ["detector", "epsilon", "steps", "defence", "attacker"]
 
 
 def publish(results, data, out):
     """Write tables and charts to ``out``; return the section of the report."""
     runs = [(describe(result), result) for result in results]
-    accuracy = [(labels, result) for labels, result in runs if labels["kind"] == "accuracy"]
-    attacks = [(labels, result) for labels, result in runs if labels["kind"] == "attack"]
-    diagnoses = [(labels, result) for labels, result in runs if labels["kind"] == "diagnosis"]
+    kinds = {kind: [run for run in runs if run[0]["kind"] == kind] for kind in ("accuracy", "attack", "diagnosis")}
+    attacks = kinds["attack"]
     tables = {
-        "accuracy": concatenate(compute_accuracy(*run) for run in accuracy),
-        "attacks": concatenate(compute_attack(*run) for run in attacks),
-        "transfer": concatenate(compute_transfer(*run) for run in attacks),
-        "diagnoses": concatenate(compute_diagnoses(*run) for run in diagnoses),
+        "accuracy": concatenate(compute_accuracy, kinds["accuracy"]),
+        "attacks": concatenate(compute_attack, attacks),
+        "transfer": concatenate(compute_transfer, attacks),
+        "diagnoses": concatenate(compute_diagnoses, kinds["diagnosis"]),
     }
-    tables["masking"] = compute_masking(tables["attacks"], tables["transfer"])
-    scores = concatenate(compute_scores(*run) for run in attacks if run[0]["detector"] == attacks[0][0]["detector"])
-    tables["detection"] = compute_detection(scores)
+    if attacks:
+        tables["masking"] = compute_masking(tables["attacks"], tables["transfer"])
+        plot(tables["attacks"], out / "defence_attacks.png")
+    scores = concatenate(compute_scores, [run for run in attacks if run[0]["detector"] == attacks[0][0]["detector"]])
+    if len(scores):
+        tables["detection"] = compute_detection(scores)
+        plot_roc(scores, out / "defence_roc.png")
+    tables = {name: table for name, table in tables.items() if len(table)}
     for name, table in tables.items():
-        if len(table):
-            write_table(out / f"defence_{name}.csv", table)
-    plot(tables["attacks"], out / "defence_attacks.png")
-    plot_roc(scores, out / "defence_roc.png")
+        write_table(out / f"defence_{name}.csv", table)
     return render(tables)
 
 
@@ -70,13 +81,13 @@ def describe(result):
     if "attack" not in config:
         raise InputError(f"{result.folder}: not results of test.py")
     kind = "accuracy" if not config["attack"] else "diagnosis" if config.get("measure") else "attack"
-    labels = {"kind": kind, "detector": config["tag"], "epsilon": config["epsilon"], "steps": config["steps"]}
-    return labels | result.labels
+    return {"kind": kind, "detector": config["tag"], "epsilon": config["epsilon"], "steps": config["steps"]}
 
 
-def concatenate(tables):
-    tables = [table for table in tables if len(table)]
-    return pd.concat(tables) if tables else pd.DataFrame()
+def concatenate(compute, runs):
+    """One table of what ``compute`` finds in each run (labels, result)."""
+    tables = [compute(*run) for run in runs]
+    return pd.concat([table for table in tables if len(table)] or [pd.DataFrame()])
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -89,47 +100,40 @@ def compute_accuracy(labels, result):
         table = pd.read_csv(file)
     else:
         table = pd.read_csv(result.folder / "summary.csv").iloc[-1:].assign(defence="none")
-    shown = ["defence", "mre_mm", "median_mm", "sdr_2mm_%", "sdr_4mm_%"]
-    images = result.predictions()["image"].nunique()
-    return table[shown].assign(detector=labels["detector"], images=images)[["detector", "images", *shown]]
+    table = table.assign(detector=labels["detector"], images=result.predictions()["image"].nunique())
+    return table[["detector", "images", "defence", "mre_mm", "median_mm", "sdr_2mm_%", "sdr_4mm_%"]]
 
 
-def conditions(result):
-    """(defence, attacker, records joined with the clean ones) of an attack, those without a defence first."""
+def conditions(labels, result):
+    """(``RUN`` and ``CONDITION`` as a dict, records joined with the clean ones), those without a defence first."""
     file = result.folder / "defences.csv"
-    if not file.exists():
-        yield "none", "adaptive", result.attacked()
-        return
-    table = read_records([file])
-    for (defence, attacker), rows in table.groupby(["defence", "attacker"], sort=False):
-        yield defence, attacker, join_clean(rows)
+    records = (
+        read_records([file]) if file.exists() else result.predictions().assign(defence="none", attacker="adaptive")
+    )
+    for condition, rows in records.groupby(CONDITION, sort=False):
+        yield {name: labels[name] for name in RUN} | dict(zip(CONDITION, condition, strict=True)), join_clean(rows)
 
 
 def compute_attack(labels, result):
     """The outcome of each method under each condition."""
+    table = pd.concat(outcome(rows, condition) for condition, rows in conditions(labels, result))
     shown = ["images", "clean_mre_mm", "targeted", "targeted_mre_mm"]
     shown += [f"{name}{end}" for name in ("within_4mm_%", "stationary_within_4mm_%") for end in ("", "_low", "_high")]
-    tables = []
-    for defence, attacker, rows in conditions(result):
-        key = {name: labels[name] for name in KEYS[:3]} | {"defence": defence, "attacker": attacker}
-        tables.append(outcome(rows, key)[[*KEYS, "method", *shown]])
-    return pd.concat(tables)
+    return table[[*RUN, *CONDITION, "method", *shown]]
 
 
 def compute_transfer(labels, result):
     """Success of the stored attacked images on other detectors."""
-    file = result.folder / "read_back.csv"
+    file, own, rows = result.folder / "read_back.csv", labels["detector"], []
     if not file.exists():
         return pd.DataFrame()
     table = read_records([file])
-    table = table[table["stored"] == "8-bit input"]
-    own = labels["detector"]  # the others with a comma are itself behind a defence
-    rows = []
+    others = table["detector"].str.split(", ").str[0] != own  # "<own>, <defence>" is itself behind a defence
+    table = table[others & (table["stored"] == "8-bit input")]
     for (detector, method), found in table.groupby(["detector", "method"], sort=False):
-        if detector != own and not detector.startswith(f"{own}, "):
-            targeted = of_role(found, "targeted")
-            success = named("within_4mm_%", *rate(targeted, targeted["radial_error_mm"] <= SUCCESS_MM))
-            rows.append({"from": own, "to": detector, "epsilon": labels["epsilon"], "method": method} | success)
+        targeted = of_role(found, "targeted")
+        success = named("within_4mm_%", *rate(targeted, targeted["radial_error_mm"] <= SUCCESS_MM))
+        rows.append({"from": own, "to": detector, "epsilon": labels["epsilon"], "method": method} | success)
     return pd.DataFrame(rows)
 
 
@@ -140,24 +144,19 @@ def compute_diagnoses(labels, result):
     latter.
     """
     config = read_config(result.folder / "config.json")
-    tables, before = [], None
-    for defence, attacker, rows in conditions(result):
-        table = diagnose(rows)
-        clean = table[(table["iteration"] == 0) & (table["measure"] == config["measure"])].drop_duplicates("image")
-        clean = clean.set_index("image")["class"]
+    rows, before = [], None
+    for condition, records in conditions(labels, result):
+        table = diagnose(ends(records))
+        clean = table[(table["iteration"] == 0) & (table["measure"] == config["measure"])]
+        clean = clean.drop_duplicates("image").set_index("image")["class"]
         before = clean if before is None else before
         same = clean.index[clean == before.reindex(clean.index)]
-        if not len(same):
-            continue
-        changed = changed_diagnoses(table[table["image"].isin(same)], config["measure"], config["to"])
-        for method, found in changed.groupby("method", sort=False):
-            found = found[found.index.get_level_values("iteration") == found.index.get_level_values("iteration").max()]
-            row = {"detector": labels["detector"], "measure": config["measure"]}
-            row |= {name: labels[name] for name in ("epsilon", "steps")}
-            row |= {"defence": defence, "attacker": attacker, "method": method, "images": len(found)}
-            values = 100.0 * found["intended"].to_numpy(float)
-            tables.append(pd.DataFrame([row | named("intended_%", *interval(values, np.mean))]))
-    return concatenate(tables)
+        changed = changed_diagnoses(table, config["measure"], config["to"]).query("iteration > 0").reset_index()
+        for method, found in changed[changed["image"].isin(same)].groupby("method", sort=False):
+            row = {"detector": labels["detector"], "measure": config["measure"], **condition, "method": method}
+            row |= {"images": len(found)} | named("intended_%", *rate(found, found["intended"], "method"))
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def compute_masking(attacks, transfer):
@@ -166,42 +165,38 @@ def compute_masking(attacks, transfer):
     ``holds``: "yes" where the first rate is at most the second, "within intervals" where it is not but their intervals
     overlap, else "no". Of the targeted attacks of several iterations, which alone can fail by masked gradients.
     """
-    if not len(attacks):
-        return attacks
-    attacks = attacks[attacks["method"].isin(ITERATED)]
     rows = []
-
-    def compare(check, one, other, detector, method):
-        row = {"check": check, "detector": detector, "method": method}
+    for check, one, other in checks(attacks[attacks["method"].isin(ITERATED)], transfer):
+        row = {"check": check, "detector": other["detector"], "method": other["method"]}
         for side, rates in (("first", one), ("second", other)):
             row |= named(f"{side}_%", *(rates[f"within_4mm_%{end}"] for end in ("", "_low", "_high")))
         overlap = "within intervals" if row["first_%_low"] <= row["second_%_high"] else "no"
         rows.append(row | {"holds": "yes" if row["first_%"] <= row["second_%"] else overlap})
+    return pd.DataFrame(rows)
 
+
+def checks(attacks, transfer):
+    """(check in words, the row that should have the lower rate, the other row); both attack one detector."""
     plain = attacks[attacks["defence"] == "none"]
-    for (detector, method), group in plain.groupby(["detector", "method"], sort=False):
+    for _, group in plain.groupby(["detector", "method"], sort=False):
         for changing, fixed in (("steps", "epsilon"), ("epsilon", "steps")):
             for value, part in group.groupby(fixed, sort=False):
                 part = part.drop_duplicates(changing).sort_values(changing)
                 for (_, one), (_, other) in pairwise(part.iterrows()):
-                    check = f"{changing} {one[changing]:g} against {other[changing]:g}, {fixed} {value:g}"
-                    compare(check, one, other, detector, method)
+                    yield f"{changing} {one[changing]:g} against {other[changing]:g}, {fixed} {value:g}", one, other
+    others = plain.drop_duplicates(["detector", "epsilon", "method"])  # whatever their steps
     for _, one in plain[plain["method"] == "random-search"].iterrows():
-        same = plain[(plain["detector"] == one["detector"]) & (plain["epsilon"] == one["epsilon"])]
-        for _, other in same[same["method"] != "random-search"].drop_duplicates("method").iterrows():
-            check = f"random search of {one['steps']:g} against {other['steps']:g} steps, epsilon {one['epsilon']:g}"
-            compare(check, one, other, one["detector"], other["method"])
+        same = others.query("detector == @one.detector and epsilon == @one.epsilon and method != 'random-search'")
+        for _, other in same.iterrows():
+            yield f"random search of {one.steps:g} against {other.steps:g} steps, epsilon {one.epsilon:g}", one, other
     for _, one in transfer.iterrows():
-        same = plain[(plain["detector"] == one["to"]) & (plain["epsilon"] == one["epsilon"])]
-        for _, other in same[same["method"] == one["method"]].drop_duplicates("method").iterrows():
-            check = f"transfer from {one['from']} against white box, epsilon {one['epsilon']:g}"
-            compare(check, one, other, one["to"], one["method"])
-    for key, group in attacks.groupby([*KEYS[:4], "method"], sort=False):
-        group = group.set_index("attacker")
+        same = others.query("detector == @one.to and epsilon == @one.epsilon and method == @one.method")
+        for _, other in same.iterrows():
+            yield f"transfer from {one['from']} against white box, epsilon {one.epsilon:g}", one, other
+    for (*_, defence), group in attacks.groupby([*ATTACK, "defence"], sort=False):
         if len(group) == 2:
-            one, other = group.loc["oblivious"], group.loc["adaptive"]
-            compare(f"oblivious against adaptive, {key[3]}, epsilon {key[1]:g}", one, other, key[0], key[4])
-    return pd.DataFrame(rows)
+            one, other = (group[group["attacker"] == attacker].iloc[0] for attacker in ("oblivious", "adaptive"))
+            yield f"oblivious against adaptive, {defence}, epsilon {one.epsilon:g}", one, other
 
 
 # --- detection of attacks --------------------------------------------------------------------------------------------
@@ -209,25 +204,19 @@ def compute_masking(attacks, transfer):
 
 def compute_scores(labels, result):
     """Scores of each image, clean and attacked; a higher one is more suspicious."""
-    records = result.predictions()
+    keys = ["method", "iteration", "image"]
+    records = ends(result.predictions()).sort_values([*keys, "landmark"], kind="stable")
     if "vote_share" not in records or records["vote_share"].isna().any():  # of an older version
         return pd.DataFrame()
-    keys = ["method", "iteration", "image"]
-    records = records.sort_values([*keys, "landmark"], kind="stable")
-    heads = records.drop_duplicates(keys)[[*keys, "mm_per_px0"]].reset_index(drop=True)
-    points = torch.tensor(records[["x_px0", "y_px0"]].to_numpy()).unflatten(0, (len(heads), -1))
-    share, peak = (records[name].to_numpy().reshape(len(heads), -1) for name in ("vote_share", "heatmap_peak"))
-    table = heads.assign(
-        votes=-np.log(share.clip(1e-3)).mean(1),
-        peak=-np.log(peak.clip(1e-3)).mean(1),
-        shape=shape_distance(points, torch.tensor(heads["mm_per_px0"].to_numpy())).numpy(),
-    )
+    table = records.drop_duplicates(keys)[[*keys, "mm_per_px0"]].reset_index(drop=True)
+    points = torch.tensor(records[["x_px0", "y_px0"]].to_numpy()).unflatten(0, (len(table), -1))
+    table["shape"] = shape_distance(points, torch.tensor(table["mm_per_px0"].to_numpy())).numpy()
+    for name, column in (("votes", "vote_share"), ("peak", "heatmap_peak")):
+        table[name] = -np.log(records[column].clip(1e-3).to_numpy()).reshape(len(table), -1).mean(1)
     table["attacked"] = table["iteration"] > 0
-    final = table["iteration"] == table.groupby("method")["iteration"].transform("max")
-    table = table[final | ~table["attacked"]]
     clean = table[~table["attacked"]].drop_duplicates("image")
     table["sum"] = sum((table[name] - clean[name].mean()) / clean[name].std() for name in ("votes", "peak", "shape"))
-    return table.assign(**{name: labels[name] for name in KEYS[:3]})
+    return table.assign(**{name: labels[name] for name in RUN})
 
 
 def auc(pairs):
@@ -246,8 +235,8 @@ def score_pairs(rows, score):
 def compute_detection(scores):
     """Area under the ROC curve in % of each score for each attack."""
     rows = []
-    for key, found in scores.groupby([*KEYS[:3], "method"], sort=False) if len(scores) else ():
-        row = dict(zip([*KEYS[:3], "method"], key, strict=True)) | {"images": found["image"].nunique()}
+    for key, found in scores.groupby(ATTACK, sort=False):
+        row = dict(zip(ATTACK, key, strict=True)) | {"images": found["image"].nunique()}
         for name in SCORES:
             row |= named(f"{name}_auc_%", *(100 * v for v in interval(score_pairs(found, name), auc)))
         rows.append(row)
@@ -259,10 +248,8 @@ def compute_detection(scores):
 
 def plot(table, path):
     """Success behind each defence, of both attackers, by method; the first detector's attack with most defences."""
-    if not len(table):
-        return
-    counts = table.groupby(KEYS[:3], sort=False)["defence"].nunique()
-    chosen = table.set_index(KEYS[:3]).loc[[counts.idxmax()]].reset_index()
+    counts = table.groupby(RUN, sort=False)["defence"].nunique()
+    chosen = table.set_index(RUN).loc[[counts.idxmax()]]
     chosen = chosen[chosen.groupby("method")["defence"].transform("nunique") == counts.max()]
     methods, defences = chosen["method"].unique(), list(chosen["defence"].unique())
     figure, axes = panels(len(methods), width=6.5)
@@ -277,9 +264,7 @@ def plot(table, path):
 
 def plot_roc(scores, path):
     """A ROC curve for each score, a panel for each attack."""
-    if not len(scores):
-        return
-    groups = list(scores.groupby([*KEYS[:3], "method"], sort=False))
+    groups = list(scores.groupby(ATTACK, sort=False))
     figure, axes = panels(len(groups), width=4.2, height=4.8)
     for panel, ((detector, epsilon, steps, method), rows) in zip(axes, groups, strict=True):
         for name, label in SCORES.items():
@@ -288,12 +273,8 @@ def plot_roc(scores, path):
             places = [100 * (values >= limits[:, None]).mean(1) for values in (clean, attacked)]
             panel.plot(*places, label=label)
         panel.plot([0, 100], [0, 100], ":", color="tab:gray", linewidth=0.8)
-        panel.set(
-            title=f"{method}, epsilon {epsilon:g}, {steps} steps\n{detector}",
-            xlabel="clean images flagged (%)",
-            aspect="equal",
-        )
-        panel.set_ylabel("attacked images flagged (%)")
+        panel.set(xlabel="clean images flagged (%)", ylabel="attacked images flagged (%)", aspect="equal")
+        panel.set_title(f"{method}, epsilon {epsilon:g}, {steps} steps\n{detector}")
         panel.grid(alpha=0.3)
     axes[0].legend(fontsize=8, loc="lower right")
     save(figure, path)
@@ -303,7 +284,7 @@ def two_columns(table, value):
     """A table with a column for each attacker, who is adaptive where there is no defence."""
     others = [HEADINGS[name] for name in ("stationary_within_4mm_%", "clean_mre_mm") if name in table]
     value, table = HEADINGS[value], fold_intervals(table).rename(columns=HEADINGS)
-    keys = [name for name in table if name in (*KEYS, "method", "measure", "images") and name != "attacker"]
+    keys = [name for name in table if name in (*ATTACK, "defence", "measure", "images")]
     wide = table.pivot(index=keys, columns="attacker", values=value)
     wide = wide.reindex(pd.MultiIndex.from_frame(table[keys].drop_duplicates()))
     wide.columns = [f"{value}, {attacker}" for attacker in wide]
@@ -312,25 +293,12 @@ def two_columns(table, value):
 
 
 def render(tables):
-    text = ""
-    compared = {"attacks": "within_4mm_%", "diagnoses": "intended_%"}
-    headings = {
-        "accuracy": "Accuracy on clean images:",
-        "attacks": "Attacks, 95 % intervals:\n\n![success behind each defence](defence_attacks.png)",
-        "masking": "Checks for masked gradients: the first of each pair should succeed at most as often as the second.",
-        "diagnoses": "Diagnoses:",
-        "detection": "Detecting attacks, area under the ROC curve (%, 50: chance):\n\n![ROC](defence_roc.png)",
-    }
-    for name, heading in headings.items():
-        table = tables[name]
-        if len(table):
-            table = (
-                two_columns(table, compared[name])
-                if name in compared
-                else fold_intervals(table).rename(columns=HEADINGS)
-            )
-            table = table.rename(columns={f"{score}_auc_%": label for score, label in SCORES.items()})
-            text += f"\n{heading}\n\n{markdown(table)}"
+    text, compared = "", {"attacks": "within_4mm_%", "diagnoses": "intended_%"}
+    for name, introduction in INTRODUCTIONS.items():
+        if name in compared and name in tables:
+            text += f"\n{introduction}\n\n{markdown(two_columns(tables[name], compared[name]))}"
+        elif name in tables:
+            text += f"\n{introduction}\n\n{markdown(fold_intervals(tables[name]).rename(columns=HEADINGS))}"
     return text
 
 

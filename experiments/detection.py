@@ -19,18 +19,21 @@ TEXT = (
     "in the paper's goal maps."
 )
 INTER_OBSERVER = "inter-observer (senior vs. junior)"
-PUBLISHED = {  # MRE in mm, SDR in %
+SDR = {f"sdr_{t}mm_%": f"SDR {t:g} mm (%)" for t in SDR_MM}
+HEADINGS = {"mre_mm": "MRE (mm)", "sd_mm": "SD (mm)", "median_mm": "median (mm)", **SDR}
+HEADINGS |= {"peak_%": "heatmaps above 0.5 (%)"}
+WINNER = dict(zip(SDR, (73.7, 80.2, 85.2, 91.5), strict=True))
+PUBLISHED = {
     "the 2020 code's results file, Test1 + Test2": {"mre_mm": 1.375},
-    "the 2015 challenge's winner, Test1 (truth: senior)": {"mre_mm": 1.67, "sdr": (73.7, 80.2, 85.2, 91.5)},
+    "the 2015 challenge's winner, Test1 (truth: senior)": {"mre_mm": 1.67, **WINNER},
 }
-HEADINGS = {"mre_mm": "MRE (mm)", "sd_mm": "SD (mm)", "median_mm": "median (mm)"}
-HEADINGS |= {f"sdr_{t}mm_%": f"SDR {t:g} mm (%)" for t in SDR_MM} | {"peak_%": "heatmaps above 0.5 (%)"}
 
 
 def publish(results, data, out):
     """Write tables and the chart to ``out``; return the section of the report."""
-    errors, peaks = collect(results, data)
-    overall, landmarks, gains = compute(errors, peaks), compute_landmarks(errors), compute_gain(errors)
+    records = collect(results, data)
+    errors = {key: by_image(rows, rows["radial_error_mm"]) for key, rows in records.items()}
+    overall, landmarks, gains = compute(records, errors), compute_landmarks(errors), compute_gain(errors)
     write_table(out / "detection.csv", overall)
     write_table(out / "detection_landmarks.csv", landmarks)
     plot(landmarks, out / "detection.png")
@@ -38,74 +41,60 @@ def publish(results, data, out):
 
 
 def collect(results, data):
-    """Of each split, then of all of them together, two dicts with the keys (images, decoding).
-
-    Returns:
-        radial errors (N, K) in mm, also those of the doctors; percentage of heatmaps that somewhere exceed 0.5.
-    """
-    tables = {(result.labels["images"], result.labels["landmarks by"]): result.predictions() for result in results}
-    splits, decodings = (list(dict.fromkeys(names)) for names in zip(*tables, strict=True))
-    doctors = {split: inter_observer(data, split, tables[split, decodings[0]]) for split in splits}
-    errors, peaks = {}, {}
-    for group in [[split] for split in splits] + ([splits] if len(splits) > 1 else []):
-        name = " + ".join(group)
-        for decoding in decodings:
-            found = [tables[split, decoding] for split in group]
-            errors[name, decoding] = np.concatenate([by_image(table, table["radial_error_mm"]) for table in found])
-            peak = pd.concat(found).get("heatmap_peak", pd.Series([np.nan]))
-            if peak.notna().all():  # not of an older version
-                peaks[name, decoding] = 100 * (peak > 0.5).mean()
-        if all(len(doctors[split]) for split in group):
-            errors[name, INTER_OBSERVER] = np.concatenate([doctors[split] for split in group])
-    return errors, peaks
+    """{(images, decoding or doctors): records}, of each split, then of all of them together."""
+    splits = {}
+    for result in results:
+        splits.setdefault(result.labels["images"], {})[result.labels["landmarks by"]] = result.predictions()
+    for split, sources in splits.items():
+        sources |= inter_observer(data, split, next(iter(sources.values())))
+    if len(splits) > 1:
+        shared = set.intersection(*(set(sources) for sources in splits.values()))
+        splits[" + ".join(splits)] = {
+            source: pd.concat(sources[source] for sources in splits.values())
+            for source in next(iter(splits.values()))
+            if source in shared
+        }
+    return {(images, source): rows for images, sources in splits.items() for source, rows in sources.items()}
 
 
 def inter_observer(data, split, predictions):
-    """Distances (N, K) in mm between the doctors' marks of a split; (0, K) if only one doctor has marked it.
+    """{INTER_OBSERVER: records of the distances between the doctors' marks}; empty if only one has marked the split.
 
     ``predictions`` on the split have the spacing of its images.
     """
-    mm_per_px0 = predictions.groupby("image")["mm_per_px0"].first()
-    marks = read_marks(data, split, mm_per_px0.index)
-    if len(marks) < len(mm_per_px0):
-        return np.empty((0, len(LANDMARKS)))
-    return np.stack(
-        [np.linalg.norm(np.diff(marks[id], axis=0)[0], axis=-1) * mm_per_px0[id] for id in mm_per_px0.index]
-    )
+    rows = predictions[["image", "landmark", "mm_per_px0"]]
+    marks = read_marks(data, split, set(rows["image"]))
+    if marks.keys() != set(rows["image"]):
+        return {}
+    apart = {id: np.linalg.norm(senior - junior, axis=-1) for id, (senior, junior) in marks.items()}
+    px0 = [apart[id][landmark - 1] for id, landmark in zip(rows["image"], rows["landmark"], strict=True)]
+    return {INTER_OBSERVER: rows.assign(radial_error_mm=px0 * rows["mm_per_px0"])}
 
 
-def compute(errors, peaks):
-    """The official metrics over all landmarks, a row for each set of errors, then published ones."""
-    rows = [
-        {"images": images, "landmarks by": source, "n": len(values), **metrics(values).loc["all"]}
-        | ({"peak_%": peaks[images, source]} if (images, source) in peaks else {})
-        for (images, source), values in errors.items()
-    ]
+def compute(records, errors):
+    """The official metrics over all landmarks, a row for each set of records, then published ones."""
+    rows = []
+    for (images, source), found in records.items():
+        values = errors[images, source]
+        rows.append({"images": images, "landmarks by": source, "n": len(values), **metrics(values).loc["all"]})
+        if found.get("heatmap_peak", pd.Series([np.nan])).notna().all():  # not of an older version
+            rows[-1]["peak_%"] = 100 * (found["heatmap_peak"] > 0.5).mean()
     for name, found in PUBLISHED.items():
-        sdr = {f"sdr_{t}mm_%": value for t, value in zip(SDR_MM, found.get("sdr", ()), strict=False)}
-        rows.append({"images": name, "landmarks by": "published", "n": "", "mre_mm": found["mre_mm"], **sdr})
+        rows.append({"images": name, "landmarks by": "published", "n": "", **found})
     return pd.DataFrame(rows)
 
 
 def compute_landmarks(errors):
     """The official metrics of each landmark."""
-    tables = []
-    for (images, source), values in errors.items():
-        table = metrics(values).drop("all").rename_axis("landmark").reset_index()
-        table.insert(0, "images", images)
-        table.insert(1, "landmarks by", source)
-        table.insert(3, "name", LANDMARKS)
-        tables.append(table)
-    return pd.concat(tables)
+    names = pd.Index(LANDMARKS)
+    tables = {key: metrics(values).drop("all").set_index(names, append=True) for key, values in errors.items()}
+    return pd.concat(tables, names=["images", "landmarks by", "landmark", "name"]).reset_index()
 
 
 def compute_gain(errors):
     """{images: (value, low, high)}: MRE in mm that subpixel decoding saves, with its interval."""
-    return {
-        images: interval(values - errors[images, "subpixel"], np.mean)
-        for (images, source), values in errors.items()
-        if source == "voting" and (images, "subpixel") in errors
-    }
+    both = [images for images, source in errors if source == "voting" and (images, "subpixel") in errors]
+    return {name: interval(errors[name, "voting"] - errors[name, "subpixel"], np.mean) for name in both}
 
 
 def plot(landmarks, path):

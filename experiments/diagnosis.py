@@ -1,6 +1,5 @@
 """Experiment 9: diagnoses that an attack changes, by clinical measure, epsilon and method, against uniform noise."""
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -8,9 +7,10 @@ import pandas as pd
 import torch
 
 from beyond.diagnosis import MEASURE_NAMES, changed_diagnoses, classes, diagnose, measures
-from eval import interval, named
+from eval import named
 from experiments.markdown import fold_intervals, markdown
-from experiments.results import Result, last, of_role, read_marks
+from experiments.results import Result, ends, last, of_role, rate, read_marks
+from readers.points import LANDMARKS
 from support.errors import InputError
 from support.figures import bars, line_with_band, panels, save, tick_values
 from support.files import read_config, write_table
@@ -26,17 +26,11 @@ TEXT = (
 )
 SHARES = {"intended": "intended diagnosis changed", "only intended": "... and no other", "any": "any diagnosis changed"}
 POOLED = "all"
-MOVEMENTS = (0, 1.5, 3, 5, np.inf)
+MOVEMENTS = {"0 to 1.5": 0, "1.5 to 3": 1.5, "3 to 5": 3, "over 5": 5}  # in mm: name -> from
 FAR_MM = 2
-LEGEND = {"noise": "uniform noise"}
 LEVELS = "perturbation (grey levels of 255)"
-TRACING = (  # polylines of landmarks, counted from 1
-    (1, 2),
-    (4, 3),
-    (17, 18, 5, 12),
-    (11, 6, 7, 9, 8, 10, 19),
-    (15, 13, 14, 16),
-)
+# polylines of landmarks, counted from 1
+TRACING = (1, 2), (4, 3), (17, 18, 5, 12), (11, 6, 7, 9, 8, 10, 19), (15, 13, 14, 16)
 LINES = {  # of each measure
     "ANB": ((1, 2, 5), (2, 6)),
     "SNB": ((1, 2, 6),),
@@ -51,18 +45,15 @@ LINES = {  # of each measure
 
 def publish(results, data, out):
     """Write tables and charts to ``out``; return the section of the report."""
-    runs = [Attacked(result, *read_attacked(result)) for result in results]
+    runs = [read_attacked(result) for result in results]
     changed = collect(runs)
-    table = compute(changed)
-    doctors = compute_doctors(runs, changed, data)
+    table, doctors = compute(changed), compute_doctors(runs, changed, data)
+    movements, patient = compute_movements(changed), find_patient(runs)
     write_table(out / "diagnosis.csv", table)
     write_table(out / "diagnosis_doctors.csv", doctors)
-    ways = collect_ways(runs)
-    movements, landmarks = compute_movements(ways), compute_landmarks(ways)
     write_table(out / "diagnosis_movements.csv", movements)
-    write_table(out / "diagnosis_landmarks.csv", landmarks)
+    write_table(out / "diagnosis_landmarks.csv", compute_landmarks(runs))
     plot(table, compared(changed), doctors, out / "diagnosis.png")
-    patient = find_patient(runs)
     plot_patient(*patient, out / "diagnosis_patient.png")
     return render(table, doctors, movements, patient)
 
@@ -71,44 +62,43 @@ class Attacked(NamedTuple):
     """A run of test.py, read once."""
 
     result: Result
-    records: pd.DataFrame  # of the clean images and of the last iteration
-    table: pd.DataFrame  # ``eval.diagnose`` of them
-    changed: pd.DataFrame  # ``eval.changed_diagnoses`` at the last iteration: method, image
+    records: pd.DataFrame  # see ``results.ends``
+    table: pd.DataFrame  # ``beyond.diagnosis.diagnose`` of them
+    changed: pd.DataFrame  # ``beyond.diagnosis.changed_diagnoses`` at the last iteration, with epsilon and measure
 
 
 def read_attacked(result):
-    """The records, table and changes of ``Attacked``."""
-    records = result.predictions()
-    ends = pd.concat([records[records["iteration"] == 0], last(records)])
-    table = diagnose(ends)
-    changed = changed_diagnoses(table, result.labels["measure"], result.labels.get("to"))
-    return ends, table, changed[changed.index.get_level_values("iteration") > 0].droplevel("iteration")
+    """The result as ``Attacked``; movement_mm of ``changed`` is the root of the sum of squares over landmarks."""
+    epsilon, measure, records = result.labels["epsilon"], result.labels["measure"], ends(result.attacked())
+    table = diagnose(records)
+    changed = changed_diagnoses(table, measure, result.labels.get("to")).query("iteration > 0").reset_index()
+    movement = of_role(last(records), "targeted").groupby(["method", "image"])["start_mm"].agg(np.linalg.norm)
+    changed = changed.join(movement.rename("movement_mm"), on=["method", "image"])
+    return Attacked(result, records, table, changed.assign(epsilon=epsilon, measure=measure))
 
 
 def collect(runs):
-    """{(epsilon, method, measure): DataFrame with a row for each image, a bool for each of ``SHARES``, iterations}.
+    """The changes of all runs: a row for each epsilon, method, measure and image, with a bool for each of ``SHARES``.
 
     Raises:
         InputError: two runs have the same epsilon, method and measure.
     """
-    found = {}
-    for result, records, _, changed in runs:
-        for method in changed.index.unique("method"):
-            key = result.labels["epsilon"], method, result.labels["measure"]
-            if key in found:
-                raise InputError(f"{result.folder}: a second run of epsilon {key[0]:g}, {method}, {key[2]}; omit one")
-            iterations = records.loc[records["method"] == method, "iteration"].max()
-            found[key] = changed.loc[method][[*SHARES]].assign(iterations=iterations)
-    return found
+    seen = set()
+    for run in runs:
+        for key in run.changed.groupby(["epsilon", "method", "measure"]).groups:
+            if key in seen:
+                epsilon, method, measure = key
+                raise InputError(
+                    f"{run.result.folder}: a second run of epsilon {epsilon:g}, {method}, {measure}; omit one"
+                )
+            seen.add(key)
+    return pd.concat(run.changed for run in runs)
 
 
 def compared(changed):
     """The measures that all methods have attacked at all their epsilons."""
-    found = {}
-    for epsilon, method, measure in changed:
-        found.setdefault((epsilon, method), set()).add(measure)
-    common = set.intersection(*found.values())
-    return [name for name in MEASURE_NAMES if name in common]
+    attacked = changed.groupby(["epsilon", "method"])["measure"].agg(set)
+    return [name for name in MEASURE_NAMES if all(name in names for names in attacked)]
 
 
 def pooled_name(names):
@@ -117,23 +107,17 @@ def pooled_name(names):
 
 def compute(changed):
     """Shares in % with intervals, for each measure, pooled over all where all have been attacked, and ``compared``."""
-    rows, attacks, groups, common = [], {}, {}, compared(changed)
-    for (epsilon, method, measure), frame in changed.items():
-        attacks.setdefault((epsilon, method), {})[measure] = frame
-    for (epsilon, method), frames in attacks.items():
-        groups |= {(epsilon, method, measure): {measure: frame} for measure, frame in frames.items()}
-        for names in (MEASURE_NAMES, common):
-            if names and frames.keys() >= {*names}:
-                groups[epsilon, method, pooled_name(names)] = {name: frames[name] for name in names}
-    for (epsilon, method, measure), frames in groups.items():
-        images = sorted({image for frame in frames.values() for image in frame.index})
-        row = {"epsilon": epsilon, "grey_levels": grey(epsilon), "method": method, "measure": measure}
-        iterations = max(frame["iterations"].max() for frame in frames.values())
-        row |= {"iterations": iterations, "patients": len(images), "attacks": sum(map(len, frames.values()))}
-        for share in SHARES:
-            values = np.stack([100.0 * frame[share].reindex(images).astype(float) for frame in frames.values()], axis=1)
-            row |= named(f"{share}_%", *interval(values, np.nanmean))
-        rows.append(row)
+    rows, common = [], compared(changed)
+    for (epsilon, method), attacks in changed.groupby(["epsilon", "method"], sort=False):
+        pools = {measure: [measure] for measure in attacks["measure"].unique()}
+        complete = [names for names in (MEASURE_NAMES, common) if names and pools.keys() >= {*names}]
+        for measure, names in (pools | {pooled_name(names): names for names in complete}).items():
+            found = attacks[attacks["measure"].isin(names)]
+            row = {"epsilon": epsilon, "grey_levels": grey(epsilon), "method": method, "measure": measure}
+            row |= {"iterations": found["iteration"].max(), "patients": found["image"].nunique(), "attacks": len(found)}
+            for share in SHARES:
+                row |= named(f"{share}_%", *rate(found, found[share], "measure"))
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -142,46 +126,26 @@ def grey(epsilon):
     return epsilon / 2
 
 
-def collect_ways(runs):
-    """The targeted landmarks at the last iteration, see ``Result.attacked``, with epsilon, measure and ``intended``."""
-    tables = []
-    for result, _, _, changed in runs:
-        rows = of_role(last(result.attacked()), "targeted")
-        rows = rows.join(changed["intended"], on=["method", "image"])
-        tables.append(rows.assign(epsilon=result.labels["epsilon"], measure=result.labels["measure"]))
-    return pd.concat(tables)
-
-
-def compute_movements(ways):
-    """Intended changes in % against the movement that they take: the root of its sum of squares over landmarks."""
-    keys = ["epsilon", "method", "measure", "image"]
-    attacks = ways.groupby(keys, sort=False).agg(
-        movement_mm=("start_mm", lambda way: np.sqrt((way**2).sum())), intended=("intended", "first")
-    )
+def compute_movements(changed):
+    """Intended changes in % against the movement that they take."""
     rows = []
-    for (epsilon, method), found in attacks.groupby(["epsilon", "method"], sort=False):
-        for low, high in pairwise(MOVEMENTS):
-            part = found[found["movement_mm"].between(low, high, inclusive="left")].reset_index()
-            if len(part):
-                values = 100.0 * part.pivot(index="image", columns="measure", values="intended").astype(float)
-                row = {
-                    "epsilon": epsilon,
-                    "method": method,
-                    "movement (mm)": f"{low:g} to {high:g}" if high < np.inf else f"over {low:g}",
-                }
-                row |= {"patients": len(values), "attacks": len(part)}
-                rows.append(row | named("intended_%", *interval(values.to_numpy(), np.nanmean)))
+    for (epsilon, method), attacks in changed.groupby(["epsilon", "method"], sort=False):
+        movements = pd.cut(attacks["movement_mm"], [*MOVEMENTS.values(), np.inf], right=False, labels=list(MOVEMENTS))
+        for movement, found in attacks.groupby(movements, observed=True):
+            row = {"epsilon": epsilon, "method": method, "movement (mm)": movement}
+            row |= {"patients": found["image"].nunique(), "attacks": len(found)}
+            rows.append(row | named("intended_%", *rate(found, found["intended"], "measure")))
     return pd.DataFrame(rows)
 
 
-def compute_landmarks(ways):
+def compute_landmarks(runs):
     """Of each landmark with at least ``FAR_MM`` to go, the median share of the way that it has gone, in %."""
-    far = ways[ways["start_mm"] >= FAR_MM]
+    ways = pd.concat(last(run.records).assign(epsilon=run.result.labels["epsilon"]) for run in runs)
+    far = of_role(ways[ways["start_mm"] >= FAR_MM], "targeted")
     far = far.assign(share=100 * (1 - far["radial_error_mm"] / far["start_mm"]))
     groups = far.groupby(["epsilon", "method", "landmark", "name"])
-    return groups.agg(
-        attacks=("share", "size"), way_mm=("start_mm", "median"), **{"gone_%": ("share", "median")}
-    ).reset_index()
+    columns = {"attacks": ("share", "size"), "way_mm": ("start_mm", "median"), "gone_%": ("share", "median")}
+    return groups.agg(**columns).reset_index()
 
 
 def compute_doctors(runs, changed, data):
@@ -189,19 +153,17 @@ def compute_doctors(runs, changed, data):
 
     No row where not every patient was marked by two doctors.
     """
-    records = pd.concat([run.records for run in runs])
-    spacing = records.groupby("image")["mm_per_px0"].first()
+    spacing = pd.concat(run.records for run in runs).groupby("image")["mm_per_px0"].first()
     marks = read_marks(data, "test", spacing.index)
+    points = torch.tensor(np.reshape([*marks.values()], (-1, 2, len(LANDMARKS), 2)))
+    mm_per_px0 = torch.tensor(spacing[[*marks]].to_numpy())
+    senior, junior = (classes(measures(marked, mm_per_px0)).numpy() for marked in points.unbind(1))
+    differ = pd.DataFrame(senior != junior, [*marks], MEASURE_NAMES)
     rows = []
     for measure in MEASURE_NAMES:
-        images = sorted({image for (*_, name), frame in changed.items() if name == measure for image in frame.index})
-        if images and marks.keys() >= {*images}:
-            points = torch.tensor(np.stack([marks[image] for image in images]))
-            mm_per_px0 = torch.tensor(spacing[images].to_numpy())
-            senior, junior = (
-                classes(measures(one, mm_per_px0))[:, MEASURE_NAMES.index(measure)] for one in points.unbind(1)
-            )
-            share = 100 * (senior != junior).double().mean().item()
+        images = changed.loc[changed["measure"] == measure, "image"].unique()
+        if len(images) and marks.keys() >= {*images}:
+            share = 100 * differ.loc[images, measure].mean()
             rows.append({"measure": measure, "patients": len(images), "disagree_%": share})
     if rows:
         mean = {"measure": POOLED, "patients": len(spacing), "disagree_%": np.mean([row["disagree_%"] for row in rows])}
@@ -213,30 +175,24 @@ def plot(table, names, doctors, path):
     """Shares against grey levels, pooled over ``names``, if any; each measure at the epsilon nearest to 4."""
     shares = ("intended", "only intended") if names else ()
     figure, (*left, right) = panels(len(shares) + 1, width=5.5, height=4.4)
+    table = table.assign(method=table["method"].replace("noise", "uniform noise"))
     pooled = table[table["measure"] == pooled_name(names)].sort_values("grey_levels")
-    disagree = dict(zip(doctors["measure"], doctors["disagree_%"], strict=True))
+    disagree = doctors.set_index("measure")["disagree_%"]
     for panel, share in zip(left, shares, strict=True):
         for method, rows in pooled.groupby("method", sort=False):
-            line_with_band(panel, rows, "grey_levels", f"{share}_%", LEGEND.get(method, method))
-        if share == "intended" and disagree.keys() >= {*names}:
-            height = np.mean([disagree[name] for name in names])
-            panel.axhline(height, color="black", linestyle=":", label="two doctors disagree")
-        panel.set(
-            title=f"{SHARES[share]} ({pooled_name(names)})",
-            xlabel=LEVELS,
-            ylabel="patients (%)",
-            ylim=(0, 103),
-            xscale="log",
-        )
+            line_with_band(panel, rows, "grey_levels", f"{share}_%", method)
+        if share == "intended" and {*names} <= {*disagree.index}:
+            panel.axhline(disagree[names].mean(), color="black", linestyle=":", label="two doctors disagree")
+        panel.set(title=f"{SHARES[share]} ({pooled_name(names)})", xlabel=LEVELS, xscale="log")
+        panel.set(ylabel="patients (%)", ylim=(0, 103))
         tick_values(panel, table["grey_levels"])
         panel.legend(fontsize=8)
-    chosen = min(table["epsilon"].unique(), key=lambda epsilon: abs(epsilon - 4))
+    chosen = min(table["epsilon"], key=lambda epsilon: abs(epsilon - 4))
     rows = table[(table["epsilon"] == chosen) & (table["measure"] != POOLED)].set_index("measure")
-    groups = {LEGEND.get(method, method): part for method, part in rows.groupby("method", sort=False)}
-    bars(right, groups, MEASURE_NAMES, "intended_%")
-    if disagree:
-        heights = [disagree.get(name, np.nan) for name in MEASURE_NAMES]
-        right.plot(range(len(MEASURE_NAMES)), heights, "k_", markersize=22, label="two doctors disagree")
+    bars(right, dict(tuple(rows.groupby("method", sort=False))), MEASURE_NAMES, "intended_%")
+    if len(disagree):
+        heights = disagree.reindex(MEASURE_NAMES)
+        right.plot(range(len(heights)), heights, "k_", markersize=22, label="two doctors disagree")
     right.set(title=f"{SHARES['intended']}, {grey(chosen)} grey levels", ylabel="patients (%)", ylim=(0, 118))
     right.legend(fontsize=8, loc="upper right", ncols=3)
     save(figure, path)
@@ -254,14 +210,11 @@ def find_patient(runs):
     candidates = [run for run in runs if run.result.labels["measure"] == measure]
     result, records, table, changed = min(candidates, key=lambda run: abs(run.result.labels["epsilon"] - 4))
     method = changed.groupby("method", sort=False)["only intended"].mean().idxmax()
-    image = changed.loc[method, "only intended"].idxmax()
-    chosen = records[(records["method"] == method) & (records["image"] == image)]
-    before, after = (rows.sort_values("landmark") for _, rows in chosen.groupby("iteration"))
-    values = table[(table["method"] == method) & (table["image"] == image) & (table["measure"] == measure)]
-    texts = [
-        f"{f'{measure} {value:.3g} {unit}'.strip()}, {text}"
-        for value, unit, text in values[["value", "unit", "meaning"]].values
-    ]
+    image = changed.loc[changed.query("method == @method")["only intended"].idxmax(), "image"]
+    chosen = records.query("method == @method and image == @image").sort_values("landmark")
+    before, after = (rows for _, rows in chosen.groupby("iteration"))
+    values = table.query("method == @method and image == @image and measure == @measure")[["value", "unit", "meaning"]]
+    texts = [f"{measure} {f'{value:.3g} {unit}'.strip()}, {meaning}" for value, unit, meaning in values.to_numpy()]
     title = f"image {image}, {method}, at most {grey(result.labels['epsilon'])} grey levels"
     return before, after, measure, title, texts
 
@@ -285,22 +238,22 @@ def plot_patient(before, after, measure, title, texts, path):
 
 
 def render(table, doctors, movements, patient):
-    *_, title, texts = patient
-
-    def order(value):
-        return [POOLED, *MEASURE_NAMES, value].index(value) if isinstance(value, str) else value
-
-    shown = table.sort_values(["measure", "epsilon"], key=lambda column: column.map(order), kind="stable")
-    shown = fold_intervals(shown).rename(columns={f"{share}_%": f"{share} (%)" for share in SHARES})
-    text = f"\n{markdown(shown)}\n![changed diagnoses against grey levels](diagnosis.png)\n"
+    *_, title, (before, after) = patient
+    places = {name: place for place, name in enumerate((POOLED, *MEASURE_NAMES))}  # others are the last
+    shown = table.sort_values("epsilon", kind="stable")
+    shown = shown.sort_values("measure", key=lambda names: names.map(places), kind="stable")
+    text = f"\n{markdown(with_headings(shown))}\n![changed diagnoses against grey levels](diagnosis.png)\n"
     if len(doctors):
         text += f"\nTwo doctors disagree about these patients (%):\n\n{markdown(doctors, '.1f')}"
-    text += (
-        "\nIntended changes against the movement that they take (the root of its sum of squares over landmarks):\n\n"
+    return (
+        f"{text}\nIntended changes against the movement that they take (the root of its sum of squares over landmarks):"
+        f"\n\n{markdown(with_headings(movements))}\nThe tracing of {title}: {before} before, {after} after.\n\n"
+        "![tracings](diagnosis_patient.png)\n"
     )
-    text += markdown(fold_intervals(movements).rename(columns={"intended_%": "intended (%)"}))
-    before, after = texts
-    return text + f"\nThe tracing of {title}: {before} before, {after} after.\n\n![tracings](diagnosis_patient.png)\n"
+
+
+def with_headings(table):
+    return fold_intervals(table).rename(columns={f"{share}_%": f"{share} (%)" for share in SHARES})
 
 
 # --- finished runs ---------------------------------------------------------------------------------------------------

@@ -67,13 +67,18 @@ def last(records):
     return records[records["iteration"] == records.groupby("method")["iteration"].transform("max")]
 
 
+def ends(records):
+    """The clean records, and those of each method's last iteration."""
+    return pd.concat([records[records["iteration"] == 0], last(records)])
+
+
 def of_role(records, role):
     return records[records["role"] == role]
 
 
-def rate(rows, success):
-    """(value, low, high): percentage of rows for which ``success`` (a bool each) holds, with its interval."""
-    return interval(by_image(rows, 100.0 * success), np.nanmean) if len(rows) else (np.nan,) * 3
+def rate(rows, success, columns="landmark"):
+    """(value, low, high): percentage of rows for which ``success`` (a bool each) holds, see ``by_image``."""
+    return interval(by_image(rows, 100.0 * success, columns), np.nanmean) if len(rows) else (np.nan,) * 3
 
 
 def outcome(records, labels):

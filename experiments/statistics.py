@@ -8,9 +8,9 @@ from eval import SUCCESS_MM, interval, named
 ENOUGH = 20  # images for a finding; bootstrap intervals of fewer are too narrow
 
 
-def by_image(rows, values):
-    """Numbers of ``rows`` of records as an array (images, landmarks), nan where there is no row."""
-    return rows.assign(value=values).pivot(index="image", columns="landmark", values="value").to_numpy(float)
+def by_image(rows, values, columns="landmark"):
+    """Numbers of ``rows`` as an array (images, values of the column ``columns``), nan where there is no row."""
+    return rows.assign(value=values).pivot(index="image", columns=columns, values="value").to_numpy(float)
 
 
 # --- paired differences ----------------------------------------------------------------------------------------------

@@ -82,15 +82,13 @@ def vgg19(layers):
     """
     (weight, bias), *rest = layers
     offset = 127.5 - torch.tensor(MEAN, dtype=weight.dtype)  # v - mean = 127.5 x + offset
-    bias = bias + (weight.sum((2, 3)) * offset).sum(1)
-    layers = [(weight.flip(1) * 127.5 / SCALE, bias), *rest]
+    first = weight.flip(1) * 127.5 / SCALE, bias + (weight.sum((2, 3)) * offset).sum(1)
     state = {}
-    for place, (weight, bias) in zip(PLACES, layers, strict=True):
+    for place, (weight, bias) in zip(PLACES, [first, *rest], strict=True):
         state |= {f"features.{place}.weight": weight, f"features.{place}.bias": bias / SCALE}
     for place, channels in IDENTITIES.items():
-        weight = torch.zeros(channels, channels, 3, 3, dtype=bias.dtype)
-        weight[:, :, 1, 1] = torch.eye(channels)
-        state |= {f"features.{place}.weight": weight, f"features.{place}.bias": torch.zeros_like(weight[:, 0, 0, 0])}
+        identity = torch.nn.init.dirac_(torch.empty(channels, channels, 3, 3))
+        state |= {f"features.{place}.weight": identity, f"features.{place}.bias": torch.zeros(channels)}
     return state
 
 

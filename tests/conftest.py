@@ -181,7 +181,7 @@ def images(ids, truth, mm_per_px0=0.1):
 
 
 def attack_record(ids, points, truth, targets, method, iteration, change=1.0):
-    """``eval.record_attack`` of points (N, K, 2) px0; targets likewise, nan for stationary landmarks, None: untargeted."""
+    """``eval.record_attack`` of points (N, K, 2) px0; targets likewise, nan where stationary, None if untargeted."""
     if targets is not None:
         places = torch.tensor(targets)
         targets = Targets(places, ~places.isnan().any(-1))

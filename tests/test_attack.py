@@ -1,39 +1,28 @@
 import itertools
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SIZE0, spread
+from conftest import ROOT, spread
 from torch import nn
 
 from attack import (
     ATTACKS,
-    BY_VOTES,
-    ONE_STEP,
+    Attack,
     adaptive_weights,
-    ati_fgsm,
-    choose_targets,
-    evasive_vote_pgd,
-    fgsm,
-    generator,
+    evasive_loss,
     goal_maps,
     grey_model,
-    i_fgsm,
     keep_best,
     landmarks_in_place,
+    last,
     log_vote_share,
-    make_goal,
-    random_start,
-    random_targets,
-    shift_targets,
-    untargeted_fgsm,
+    random_perturbations,
+    run,
     vote_goal,
     vote_loss,
-    vote_pgd,
 )
-from dataset import Cephalograms
-from defences import confidence
-from model import UNet, decode, encode, landmark_loss
+from model import UNet, confidence, decode, encode, landmark_loss
 
 K = 4
 
@@ -65,13 +54,20 @@ def small():
     return nn.Sequential(*layers).double().requires_grad_(False)
 
 
-def goal_of(model, image, part=slice(None), name="I-FGSM"):
-    """The goals of both images or a part: landmark 1 of the first, 1 and 3 of the second are targeted."""
-    if name == "untargeted-FGSM":  # these tests need a loss that is not at its minimum
-        name = "I-FGSM"
+ITERATED = [name for name, attack in ATTACKS.items() if attack.steps is None]
+SINGLY = [name for name, attack in ATTACKS.items() if not attack.universal]  # made for each image by itself
+
+
+def attacked(name, model, image, part=slice(None), **options):
+    """An attack on both images or a part; landmark 1 of the first, 1 and 3 of the second are targeted."""
+    attack = ATTACKS[name] if isinstance(name, str) else name
+    return run(attack, model, image[part], TARGETS[part], TARGETED[part], **options)
+
+
+def goal_of(model, image, part=slice(None)):
+    """The paper's goal maps of the same targets."""
     with torch.no_grad():
-        targets = TARGETS.masked_fill(~TARGETED[..., None], torch.nan)
-        return make_goal(name, model(image[part]), targets[part])
+        return goal_maps(model(image[part]), TARGETS[part], TARGETED[part])
 
 
 def test_adaptive_weights_by_hand():
@@ -99,21 +95,20 @@ def test_goal_has_the_targets_and_else_the_clean_maps(small, image):
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("epsilon", [2, 64])
 def test_noise_stays_in_the_ball_and_the_image_in_its_range(small, image, name, epsilon):
-    goal = goal_of(small, image, name=name)
-    options = {} if name in ONE_STEP else {"steps": 25}
-    for iteration, adversarial, _ in ATTACKS[name](small, image, goal, epsilon, **options):
+    for iteration, adversarial, maps in attacked(name, small, image, epsilon=epsilon, steps=25):
         assert (adversarial - image).abs().max() <= epsilon / 256 + 1e-6
         assert adversarial.abs().max() <= 1
         assert iteration > 0 or torch.equal(adversarial, image)
-    used = 0.2 if name in BY_VOTES else 0.99  # of the ball; the best iterate may be the first one
+        assert maps.shape == (2, 3, K, 40, 32)
+    used = 0.2 if ATTACKS[name].score else 0.99  # of the ball; the best iterate may be the first one
     assert (adversarial - image).abs().max() > used * epsilon / 256
-    assert iteration == (1 if name in ONE_STEP else 25)
+    assert iteration == (25 if name in ITERATED else 1)
 
 
-@pytest.mark.parametrize("attack", [i_fgsm, ati_fgsm])
-def test_attack_is_the_papers_loop(unet, image, attack):
+@pytest.mark.parametrize("name", ["I-FGSM", "ATI-FGSM"])
+def test_attack_is_the_papers_loop(unet, image, name):
     """Two iterations against the formulas written out for one image, landmark by landmark."""
-    *_, (_, adversarial, maps) = attack(unet, image, goal_of(unet, image), epsilon=8, steps=2)
+    _, adversarial, maps = last(attacked(name, unet, image, epsilon=8, steps=2))
     e = 8 / 256
     for b in range(2):
         x, p = image[b : b + 1], torch.zeros_like(image[b : b + 1])
@@ -123,7 +118,7 @@ def test_attack_is_the_papers_loop(unet, image, attack):
             current = current.detach().requires_grad_()
             losses = landmark_loss(unet(current), own)[0]
             mean = sum(loss.item() for loss in losses) / K
-            total = sum((loss.item() / mean if attack is ati_fgsm else 1) * loss for loss in losses)
+            total = sum((loss.item() / mean if name == "ATI-FGSM" else 1) * loss for loss in losses)
             total.backward()
             p = (p + 0.05 * e * current.grad.sign()).clamp(-e, e)
             current = (x - p).clamp(-1, 1)
@@ -134,53 +129,84 @@ def test_attack_is_the_papers_loop(unet, image, attack):
 
 def test_i_and_ati_fgsm_lower_what_they_minimise(small, image):
     goal = goal_of(small, image)
-    for attack, measure in [
-        (i_fgsm, lambda losses: losses.sum(-1)),
-        (ati_fgsm, lambda losses: losses.square().sum(-1)),
+    for name, figure in [
+        ("I-FGSM", lambda losses: losses.sum(-1)),
+        ("ATI-FGSM", lambda losses: losses.square().sum(-1)),
     ]:
-        course = [measure(landmark_loss(maps, goal)) for _, _, maps in attack(small, image, goal, 64, 40)]
+        course = [figure(landmark_loss(maps, goal)) for *_, maps in attacked(name, small, image, epsilon=64, steps=40)]
         assert (course[-1] < 0.95 * course[0]).all()
 
 
 def test_fgsm_steps_down_and_untargeted_fgsm_up(small, image):
-    goal = goal_of(small, image)
-    clean, down = (landmark_loss(maps, goal).sum(-1) for *_, maps in fgsm(small, image, goal, epsilon=1))
-    _, up = (landmark_loss(maps, goal).sum(-1) for *_, maps in untargeted_fgsm(small, image, goal, epsilon=1))
-    assert (down < clean).all() and (up > clean).all()
+    goal, away = goal_of(small, image), encode(decode(small(image)), (40, 32))
+    clean, down = (landmark_loss(maps, goal).sum(-1) for *_, maps in attacked("FGSM", small, image, epsilon=1))
+    assert (down < clean).all()
+    clean, up = (landmark_loss(maps, away).sum(-1) for *_, maps in attacked("untargeted-FGSM", small, image, epsilon=1))
+    assert (up > clean).all()
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", SINGLY)
 def test_a_batch_is_its_images_one_by_one(unet, image, name):
-    options = {} if name in ONE_STEP else {"steps": 2}
-    *_, (_, together, _) = ATTACKS[name](unet, image, goal_of(unet, image, name=name), 8, **options)
+    _, together, _ = last(attacked(name, unet, image, steps=2))
     for b in range(2):
-        own = goal_of(unet, image, slice(b, b + 1), name)
-        *_, (_, alone, _) = ATTACKS[name](unet, image[b : b + 1], own, 8, **options)
+        _, alone, _ = last(attacked(name, unet, image, slice(b, b + 1), steps=2))
         assert torch.allclose(alone[0], together[b])
 
 
-@pytest.mark.parametrize("name", [name for name in ATTACKS if name not in BY_VOTES])
+def test_a_universal_perturbation_is_one_for_all_images(small, image):
+    image = 0.9 * image  # no value is clipped
+    _, adversarial, _ = last(attacked("universal-Vote-PGD", small, image, steps=3))
+    delta = adversarial - image
+    assert torch.allclose(delta[0], delta[1]) and delta.abs().max() > 0.2 * 8 / 256
+    known = ATTACKS["universal-Vote-PGD"]._replace(delta=delta[:1])
+    (_, first, _), (iteration, again, maps) = attacked(known, small, image, steps=3)
+    assert torch.equal(first, image) and torch.allclose(again, adversarial) and iteration == 3
+    assert torch.allclose(maps, small(adversarial))
+
+
+@pytest.mark.parametrize("name", ["I-FGSM", "ATI-FGSM", "FGSM"])
 def test_grey_noise_follows_the_sum_of_the_channels_gradients(small, image, name):
     grey = image[:, :1]
     goal = goal_of(small, grey.expand(-1, 3, -1, -1))
-    (_, clean, _), (_, attacked, maps) = itertools.islice(ATTACKS[name](grey_model(small), grey, goal), 2)
-    assert attacked.shape == grey.shape and torch.equal(clean, grey)
-    assert torch.allclose(maps, small(attacked.expand(-1, 3, -1, -1)))
+    (_, clean, _), (_, found, maps) = itertools.islice(attacked(name, grey_model(small), grey), 2)
+    assert found.shape == grey.shape and torch.equal(clean, grey)
+    assert torch.allclose(maps, small(found.expand(-1, 3, -1, -1)))
     x = grey.expand(-1, 3, -1, -1).clone().requires_grad_()
     losses = landmark_loss(small(x), goal)
     weights = adaptive_weights(losses.detach()) if name == "ATI-FGSM" else torch.ones_like(losses)
     (gradient,) = torch.autograd.grad((weights * losses).sum(), x)
-    length = (0.05 if "I-FGSM" in name else 1) * 8 / 256 * (-1 if name.startswith("untargeted") else 1)
-    assert torch.allclose(attacked, (grey - length * gradient.sum(1, keepdim=True).sign()).clamp(-1, 1))
+    length = (0.05 if "I-FGSM" in name else 1) * 8 / 256
+    assert torch.allclose(found, (grey - length * gradient.sum(1, keepdim=True).sign()).clamp(-1, 1))
 
 
 def test_results_carry_no_gradient_and_the_callers_mode_does_not_matter(small, image):
-    goal = goal_of(small, image)
-    *_, (_, adversarial, maps) = i_fgsm(small, image, goal, steps=2)
-    assert not adversarial.requires_grad and not maps.requires_grad
-    with torch.no_grad():
-        *_, (_, again, _) = i_fgsm(small, image, goal, steps=2)
-    assert torch.equal(adversarial, again)
+    for name in ATTACKS:
+        _, adversarial, maps = last(attacked(name, small, image, steps=2))
+        assert not adversarial.requires_grad and not maps.requires_grad
+        with torch.no_grad():
+            _, again, _ = last(attacked(name, small, image, steps=2))
+        assert torch.equal(adversarial, again)
+
+
+@pytest.mark.parametrize(
+    "targets, targeted",
+    [
+        (TARGETS[:1], TARGETED),
+        (TARGETS, TARGETED[:, :2]),
+        (TARGETS[:, 0], TARGETED[:, 0]),
+        (TARGETS, TARGETED.float()),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(small, image, targets, targeted):
+    with pytest.raises(ValueError, match="targeted"):
+        run(ATTACKS["I-FGSM"], small, image, targets, targeted)
+
+
+def test_a_new_attack_is_a_row(small, image):
+    """The squared paper's loss: a loss and a row, for every image and by the same function."""
+    squared = Attack("squared", goal_maps, lambda maps, goal: landmark_loss(maps, goal).square().sum(-1))
+    ends = [last(attacked(row, small, image, steps=3))[1] for row in ("I-FGSM", squared, squared)]
+    assert torch.equal(ends[1], ends[2]) and not torch.equal(ends[0], ends[1])
 
 
 def test_an_attack_moves_a_landmark_of_a_detector_that_can_be_moved():
@@ -194,10 +220,10 @@ def test_an_attack_moves_a_landmark_of_a_detector_that_can_be_moved():
     image = torch.cat([there.heatmap * 2 - 1, spread(there)[0][:, :, 0]], dim=1)
     assert decode(detector(image)).tolist() == [[[8, 9]]]
     for name in ("I-FGSM", "ATI-FGSM", "Vote-PGD"):
-        goal = make_goal(name, detector(image), torch.tensor([[[30.0, 25.0]]]))
-        *_, (_, _, maps) = ATTACKS[name](detector, image, goal, epsilon=256, steps=50)
-        assert (decode(maps) - torch.tensor([30.0, 25.0])).norm() <= 1
-        *_, (_, _, maps) = ATTACKS[name](detector, image, goal, epsilon=4, steps=50)
+        targets, targeted = torch.tensor([[[30.0, 25.0]]]), torch.tensor([[True]])
+        _, _, maps = last(run(ATTACKS[name], detector, image, targets, targeted, epsilon=256, steps=50))
+        assert (decode(maps) - targets).norm() <= 1
+        _, _, maps = last(run(ATTACKS[name], detector, image, targets, targeted, epsilon=4, steps=50))
         assert decode(maps).tolist() == [[[8, 9]]]  # the budget is too small
 
 
@@ -236,7 +262,7 @@ def test_vote_weights_and_widths_follow_the_distance():
 
 def test_stationary_landmarks_keep_their_clean_predictions(small, image):
     clean = small(image)
-    goal = make_goal("Vote-PGD", clean, TARGETS.masked_fill(~TARGETED[..., None], torch.nan))
+    goal = vote_goal(clean, TARGETS, TARGETED)
     assert torch.equal(goal.places[TARGETED], TARGETS[TARGETED])
     assert torch.equal(goal.places[~TARGETED], decode(clean, subpixel=True)[~TARGETED])
 
@@ -249,98 +275,59 @@ def test_the_best_iterate_is_kept_by_what_the_decoder_finds():
     assert [maps[:, 0].flatten().tolist() for *_, maps in kept] == [[0, 0], [1, 0], [2, 0], [2, 3]]
 
 
-def test_restarts_are_never_worse(small, image):
-    goal = goal_of(small, image, name="Vote-PGD")
-    runs = [list(vote_pgd(small, image, goal, 16, steps=5, restarts=n)) for n in (1, 3)]
-    assert [iteration for iteration, *_ in runs[1]] == list(range(16))
-    for one, three in zip(runs[0], runs[1], strict=False):
-        assert torch.equal(one[1], three[1])  # the first restart is the run without
-    scores = [landmarks_in_place(maps, goal) for _, _, maps in runs[1]]
+def test_the_kept_iterate_is_never_worse_than_the_one_before(small, image):
+    goal = vote_goal(small(image), TARGETS, TARGETED)
+    scores = [landmarks_in_place(maps, goal) for *_, maps in attacked("Vote-PGD", small, image, epsilon=16, steps=10)]
     assert all((later >= earlier).all() for earlier, later in itertools.pairwise(scores))
 
 
-def test_the_evasive_attack_leaves_more_confident_maps(small, image, monkeypatch):
-    monkeypatch.setattr("attack.landmarks_in_place", lambda maps, goal: torch.zeros(len(maps)))  # the last iterate
-    goal = goal_of(small, image, name="Vote-PGD")
+def test_the_evasive_attack_leaves_more_confident_maps(small, image):
+    goal = vote_goal(small(image), TARGETS, TARGETED)
     nearest, scores = torch.full((2, K), 0.1).double(), []
-    for attack in (vote_pgd, evasive_vote_pgd):
-        *_, (_, _, maps) = attack(small, image, goal, 16, steps=20)
+    for loss in (vote_loss, evasive_loss):
+        attack = ATTACKS["Vote-PGD"]._replace(loss=loss, score=None)  # the last iterate
+        _, _, maps = last(attacked(attack, small, image, epsilon=16, steps=20))
         peak, _ = confidence(maps, decode(maps))
         scores.append([peak.log().mean(), log_vote_share(maps, goal, nearest).mean()])
     assert (torch.tensor(scores[1]) > torch.tensor(scores[0])).all()
 
 
-def test_a_restart_that_ends_as_well_is_not_taken(small, image, monkeypatch):
-    monkeypatch.setattr("attack.landmarks_in_place", lambda maps, goal: torch.zeros(len(maps)))
-    goal = goal_of(small, image, name="Vote-PGD")
-    one, two = (list(vote_pgd(small, image, goal, 16, steps=2, restarts=n))[-1][1] for n in (1, 2))
-    assert torch.equal(one, two) and not torch.equal(one, image)
+def test_the_parts_of_vote_pgd_are_options(small, image):
+    """Each changes the attack: weights, widths, momentum, steps, what is kept."""
+    attack, ends = ATTACKS["Vote-PGD"], []
+    for changes in (
+        {},
+        {"loss": partial(vote_loss, targeted_weight=(1, 1, 0), stationary_weight=(0.3, 0.3, 0))},
+        {"loss": partial(vote_loss, width=(0.33, 0.33))},
+        {"options": attack.options | {"momentum": 0.0}},
+        {"options": attack.options | {"step_size": 0.05}},
+        {"score": None},
+    ):
+        row = attack._replace(**({"score": lambda maps, goal: -vote_loss(maps, goal)} | changes))
+        ends.append(last(attacked(row, small, image, epsilon=32, steps=4))[1])
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(ends[:-1], 2))
 
 
-def test_random_starts_do_not_depend_on_the_batch():
+def test_random_perturbations_do_not_depend_on_the_batch():
     image = torch.zeros(3, 1, 8, 8)
-    starts = [random_start(batch, 8, torch.Generator().manual_seed(1)) for batch in (image, image[:1])]
-    assert torch.equal(starts[0][2:], starts[1]) and 0.8 * 8 / 256 < starts[0].abs().max() <= 8 / 256
+    (_, three), (_, one) = (
+        [adversarial for _, adversarial, _ in random_perturbations(lambda image: image, batch, 8, 1, seed=1)]
+        for batch in (image, image[:1])
+    )
+    assert torch.equal(three[2:], one) and 0.8 * 8 / 256 < one.abs().max() <= 8 / 256
 
 
 def test_a_detector_without_offsets_is_attacked_by_its_own_loss_and_decoder():
     """The example of docs/attacks.md, as it stands there: plain heatmaps, decoded by their maximum."""
     example = (ROOT / "docs" / "attacks.md").read_text().split("```python\n")[1].split("```")[0]
-    assert len([line for line in example.splitlines() if line.strip()]) <= 20
+    assert len([line for line in example.splitlines() if line.strip()]) <= 20  # no more to write
     torch.manual_seed(0)
     layers = nn.Conv2d(1, 8, 7, padding=3), nn.ReLU(), nn.Conv2d(8, 2, 7, padding=3)
     model = nn.Sequential(*layers).requires_grad_(False)
     image, targets = torch.rand(1, 1, 32, 40) * 2 - 1, torch.tensor([[[5, 20], [33, 8]]])
-    names = {"model": model, "image": image, "targets": targets}
+    names = {"model": model, "image": image, "targets": targets, "targeted": torch.ones(1, 2, dtype=torch.bool)}
     exec(example, names)
     found = names["decode_argmax"]
     assert torch.equal(found(names["heatmaps"]), targets) and not torch.equal(found(model(image)), targets)
     assert torch.equal(model(names["adversarial"]), names["heatmaps"])
     assert (names["adversarial"] - image).abs().max() <= 64 / 256 + 1e-6
-
-
-# --- targets
-
-
-def test_random_targets_follow_the_papers_protocol():
-    counts, places = [], []
-    for seed in range(2000):
-        targets = random_targets(np.random.default_rng(seed), 19, (800, 640))
-        chosen = ~np.isnan(targets).any(1)
-        counts.append(chosen.sum())
-        places.append(targets[chosen])
-    places = np.concatenate(places)
-    assert set(counts) == set(range(1, 18))  # |T| in 1 .. K - 2
-    assert np.mean(counts) == pytest.approx(9, abs=0.4)
-    assert places[:, 0].min() == pytest.approx(100, abs=0.3) and places[:, 0].max() == pytest.approx(600, abs=0.3)
-    assert places[:, 1].min() == pytest.approx(250, abs=0.3) and places[:, 1].max() == pytest.approx(750, abs=0.3)
-
-
-def test_shifts_are_as_long_as_asked_and_inside():
-    landmarks = np.array([[0.0, 0.0], [239.0, 299.0], [120.0, 150.0]])
-    for seed in range(50):
-        targets = shift_targets(np.random.default_rng(seed), landmarks, SIZE0, count=2, displacement=80)
-        chosen = ~np.isnan(targets).any(1)
-        assert chosen.sum() == 2
-        assert np.linalg.norm(targets[chosen] - landmarks[chosen], axis=1) == pytest.approx([80, 80])
-        assert (targets[chosen] >= 0).all() and (targets[chosen] <= (239, 299)).all()
-
-
-def test_targets_depend_on_seed_and_image_alone(official):
-    few = Cephalograms(official, "test1", (50, 40), limit=2)
-    many = Cephalograms(official, "test", (100, 80))
-    for kind in ("random", "shift"):
-        one = choose_targets(kind, few, 3, 5, 4.0)
-        assert torch.equal(one.nan_to_num(-1), choose_targets(kind, many, 3, 5, 4.0)[:2].nan_to_num(-1))
-        assert not torch.equal(one.nan_to_num(-1), choose_targets(kind, few, 4, 5, 4.0).nan_to_num(-1))
-        assert not torch.equal(one[0].nan_to_num(-1), one[1].nan_to_num(-1))
-    assert generator(0, "151").random() != generator(0, "152").random()
-
-
-def test_targets_from_a_file(official, tmp_path):
-    (tmp_path / "targets.csv").write_text("landmark,x,y\n19,10,20.5\n2,0,299\n")
-    data = Cephalograms(official, "test1", (50, 40))
-    targets = choose_targets(tmp_path / "targets.csv", data, 0, 5, 8.0)
-    assert targets.shape == (3, 19, 2)
-    assert targets[2, 18].tolist() == [10, 20.5] and targets[0, 1].tolist() == [0, 299]
-    assert targets.isnan().any(-1).sum(-1).tolist() == [17] * 3

@@ -1,17 +1,15 @@
-"""Tables of finished attacks, and the ablation of Vote-PGD."""
+"""Tables of finished runs."""
+
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import K
-
-import attack
-from eval import record_attack
-from experiments import ablation, compare
-from support.errors import InputError
+from conftest import ROOT, K, assert_refused, attack_record
 
 
-def test_runs_are_compared_with_the_first(tmp_path, capsys):
+def test_runs_are_compared_with_the_first(tmp_path, run):
     """Two runs on 20 images: landmark 1 is targeted 10 mm away; the second run reaches it, and loses landmark 2."""
     truth = np.full((20, K, 2), 1000.0)
     targets = np.full((20, K, 2), np.nan)
@@ -27,14 +25,14 @@ def test_runs_are_compared_with_the_first(tmp_path, capsys):
         ]
         (tmp_path / name).mkdir()
         pd.concat(tables).to_csv(tmp_path / name / "predictions.csv", index=False)
-    compare.main([str(tmp_path / "one"), str(tmp_path / "two")])
-    printed = capsys.readouterr().out
+    status, printed, err = run("scripts/tables.py", "attack", tmp_path / "one", tmp_path / "two")
+    assert status == 0, err
     assert "| one | ATI-FGSM | 20 |" in printed and "| two | Vote-PGD | 20 |" in printed
     assert "two Vote-PGD minus one ATI-FGSM | targeted | 20 | +100.0 [+100.0, +100.0] (higher) | -8.0" in printed
     assert "two Vote-PGD minus one ATI-FGSM | stationary | 20 | -5.6 [-5.6, -5.6] (lower)" in printed
 
 
-def test_other_targets_are_refused(tmp_path):
+def test_other_targets_are_refused(tmp_path, run):
     truth, targets = np.full((1, K, 2), 1000.0), np.full((1, K, 2), np.nan)
     for name, landmark in (("one", 0), ("two", 5)):
         aims = targets.copy()
@@ -42,31 +40,25 @@ def test_other_targets_are_refused(tmp_path):
         (tmp_path / name).mkdir()
         table = attack_record(["151"], truth, truth, aims, "I-FGSM", 9)
         pd.concat([table.assign(iteration=0), table]).to_csv(tmp_path / name / "predictions.csv", index=False)
-    with pytest.raises(InputError, match="two: other targets than in one"):
-        compare.main([str(tmp_path / "one"), str(tmp_path / "two")])
+    result = run("scripts/tables.py", "attack", tmp_path / "one", tmp_path / "two")
+    assert_refused(result, "two: other targets than in one")
 
 
-@pytest.mark.slow
-def test_every_variant_runs_and_leaves_the_attack_as_it_was(trained, official, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
-    before = dict(vars(attack)), dict(attack.ATTACKS)
-    options = ["--tag", "small", "--data", str(official), "--limit", "1", "--steps", "3", "--epsilon", "128"]
-    options += ["--targets", "shift", "--shift-count", "19"]  # nothing to keep in place: the last iterate is as good
-    ablation.main(["--out", "ablation", "--", *options])
-    assert (dict(vars(attack)), attack.ATTACKS) == before
-    printed = capsys.readouterr().out
-    found = {name: pd.read_csv(f"ablation/{name}/predictions.csv") for name in ablation.VARIANTS}
-    for name in ("constant_step", "paper_loss"):
-        assert not found[name].equals(found["Vote-PGD"])
-    assert "paper_loss Vote-PGD minus Vote-PGD Vote-PGD" in printed
-
-    options += ["--restarts", "2"]
-    ablation.main(["--out", "restarted", "--only", "paper_loss", "Vote-PGD", "--", *options])
-    assert "paper_loss Vote-PGD minus Vote-PGD Vote-PGD" in capsys.readouterr().out  # not in the order of --only
-    ends = [pd.read_csv(f"restarted/{name}/predictions.csv")["iteration"].max() for name in ("paper_loss", "Vote-PGD")]
-    assert ends == [6, 6]
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["attack", "nothing"], "nothing/predictions.csv: no such file; finish the run of test.py"),
+        (["diagnosis", "nothing", "--out", "out"], "nothing/config.json: not a readable configuration"),
+        (["defence", "nothing"], "--out: needed for diagnosis and defence"),
+        (["attack", "nothing", "--out", "out"], "--out: needed for diagnosis and defence"),
+    ],
+)
+def test_what_is_refused(words, message, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(run("scripts/tables.py", *words), message, tmp_path / "out")
 
 
-def test_an_unfinished_run_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"nothing/predictions\.csv: no such file; finish the run of test.py"):
-        compare.main([str(tmp_path / "nothing")])
+def test_run_by_its_path_from_anywhere(tmp_path):
+    command = [sys.executable, ROOT / "scripts" / "tables.py", "attack", "nothing"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("tables.py: error: nothing/predictions.csv"), done.stderr

@@ -6,7 +6,9 @@ import torch
 from conftest import REAL, SIZE0, write_official
 from PIL import Image
 
-from dataset import Cephalograms, available_splits, index, read_doctors, rescale, to_input
+from dataset import Cephalograms, rescale, to_input
+from readers.layouts import available_splits, index
+from readers.points import read_doctors
 from support.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*mm per pixel is assumed")  # the drawn images are small

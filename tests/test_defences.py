@@ -7,19 +7,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TRAIN, assert_refused
+from conftest import TRAIN, assert_refused, attack_record
 from torch import nn
 
 import train
-from attack import random_start, start_generator
-from dataset import to_input
-from defences import (
+from attack import random_perturbations
+from beyond.defences import (
     DEFENCES,
     DRAWS,
     SHAPE,
     bits,
     blur,
-    confidence,
     defend,
     jpeg,
     median,
@@ -28,10 +26,10 @@ from defences import (
     shape_distance,
     shape_model,
 )
-from eval import record_attack
-from experiments.defences import auc, check, compute_diagnoses, compute_masking, two_columns
-from experiments.measures import Result
-from model import UNet, decode, encode, landmark_loss, place
+from dataset import to_input
+from experiments.defence import auc, check, compute_diagnoses, compute_masking, two_columns
+from experiments.results import Result
+from model import UNet, confidence, decode, encode, landmark_loss, place
 from support.errors import InputError
 
 EXAMPLES = [example for *_, example in DEFENCES.values()]
@@ -89,8 +87,8 @@ def test_noise_has_its_standard_deviation_and_is_drawn_anew():
 def test_noise_is_independent_of_the_random_starts_of_the_same_seed(image):
     seen = []
     defend(lambda image: seen.append(image) or image.flatten(2)[:, :, None, None], "noise:4", seed=5)(image)
-    start = random_start(image, 8, start_generator(5))
-    pair = torch.stack([(seen[0] - image).flatten(), start.flatten()])
+    _, (_, drawn, _) = random_perturbations(lambda image: image, image, 8, 1, seed=5)
+    pair = torch.stack([(seen[0] - image).flatten(), (drawn - image).flatten()])
     assert pair.corrcoef()[0, 1].abs() < 0.05  # 0.34 where both come from one stream
 
 

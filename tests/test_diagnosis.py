@@ -7,12 +7,26 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import REAL, K
+from conftest import REAL, K, attack_record, images
 
-from dataset import Cephalograms, index, read_doctors
-from diagnosis import MEASURES, NAMES, challenge_score, classes, least_movement, measures, reachable_classes
-from eval import changed_diagnoses, diagnose, record, record_attack, summarize_changes, summarize_diagnoses
+from beyond.diagnosis import (
+    MEASURE_NAMES,
+    MEASURES,
+    challenge_score,
+    changed_diagnoses,
+    classes,
+    diagnose,
+    least_movement,
+    measures,
+    reachable_classes,
+    summarize_changes,
+    summarize_diagnoses,
+)
+from dataset import Cephalograms
+from eval import record
 from phantom import SHAPE
+from readers.layouts import index
+from readers.points import read_doctors
 
 
 def patient(**landmarks):
@@ -73,7 +87,7 @@ NASION = (1000, 500)
     ],
 )
 def test_measures_by_hand(name, landmarks, value):
-    found = measures(patient(**landmarks), 0.1)[0, NAMES.index(name)]
+    found = measures(patient(**landmarks), 0.1)[0, MEASURE_NAMES.index(name)]
     assert found.item() == pytest.approx(value, abs=1e-9)
 
 
@@ -85,8 +99,8 @@ def test_classes_at_the_thresholds():
         assert classes(values)[:, j].tolist() == [measure.below, 1, 1, measure.above], measure.name
         assert set(measure.words) >= {1, measure.below, measure.above}
     overjet = torch.zeros(4, 8, dtype=torch.float64)
-    overjet[:, NAMES.index("MW")] = torch.tensor([-0.1, 0, 0.1, 1.9])
-    assert classes(overjet)[:, NAMES.index("MW")].tolist() == [3, 2, 3, 3]  # as the official code has it
+    overjet[:, MEASURE_NAMES.index("MW")] = torch.tensor([-0.1, 0, 0.1, 1.9])
+    assert classes(overjet)[:, MEASURE_NAMES.index("MW")].tolist() == [3, 2, 3, 3]  # as the official code has it
 
 
 def test_invariance():
@@ -94,7 +108,7 @@ def test_invariance():
     values = measures(points, 0.1)
     assert torch.allclose(measures(points + torch.tensor([30.0, -70.0]), 0.1), values)
     scaled = measures(points * 1.5, 0.1)
-    others = torch.tensor([name != "MW" for name in NAMES])
+    others = torch.tensor([name != "MW" for name in MEASURE_NAMES])
     assert torch.allclose(scaled[:, others], values[:, others])
     assert torch.allclose(scaled[:, ~others], 1.5 * values[:, ~others])
     turn = torch.tensor([[math.cos(0.3), math.sin(0.3)], [-math.sin(0.3), math.cos(0.3)]], dtype=torch.float64)
@@ -129,8 +143,8 @@ def test_the_least_movement_of_the_overjet_by_hand():
     """Both incisors move by the same amount along their line: each by half of 1.5 mm and of the margin, sqrt(2) mm."""
     points = plausible()
     points[0, 10], points[0, 11] = torch.tensor([1000.0, 1500.0]), torch.tensor([1018.0, 1524.0])  # 3 mm
-    found = least_movement(points, torch.tensor([0.1]), NAMES.index("MW"), to=4)
-    assert found.isnan().all(-1)[0].nonzero().flatten().tolist() == [k for k in range(K) if k not in (10, 11)]
+    found, moved = least_movement(points, torch.tensor([0.1]), MEASURE_NAMES.index("MW"), to=4)
+    assert moved.nonzero().tolist() == [[0, 10], [0, 11]]
     step = 10 * (1.5 + math.sqrt(2)) / 2 * torch.tensor([0.6, 0.8])
     assert torch.allclose(found[0, [10, 11]] - points[0, [10, 11]], torch.stack([-step, step]).double(), atol=0.05)
 
@@ -139,10 +153,9 @@ def test_the_least_movement_of_the_overjet_by_hand():
 def test_the_least_movement_changes_one_class_and_is_least(measure):
     points, mm = plausible(12), torch.full((12,), 0.1)
     before = classes(measures(points, 0.1))
-    found = least_movement(points, mm, measure)
-    possible = ~found.isnan().all((1, 2))
-    assert possible.sum() >= 6
-    places = found.where(~found.isnan(), points)
+    places, moved = least_movement(points, mm, measure)
+    possible = moved.any(1)
+    assert possible.sum() >= 6 and torch.equal(places[~possible], points[~possible])
     after = classes(measures(places, 0.1))
     others = torch.arange(len(MEASURES)) != measure
     assert (after[possible, measure] != before[possible, measure]).all()
@@ -158,16 +171,16 @@ def test_the_least_movement_changes_one_class_and_is_least(measure):
 def test_no_movement_where_none_is_needed_or_possible():
     points, mm = plausible(12), torch.full((12,), 0.1)
     before = classes(measures(points, 0.1))[:, 0]
-    found = least_movement(points, mm, 0, to=1)
-    assert found[before == 1].isnan().all() and (before == 1).any()
+    _, moved = least_movement(points, mm, 0, to=1)
+    assert not moved[before == 1].any() and (before == 1).any()
     points[0, 10] = points[0, 11]  # the angle and the distance of coinciding landmarks have no gradient
     points[1, :] = 500
-    found = least_movement(points, mm, NAMES.index("MW"))
-    assert found[:2].isnan().all() and not found[2:].isnan().all((1, 2)).any()
+    _, moved = least_movement(points, mm, MEASURE_NAMES.index("MW"))
+    assert not moved[:2].any() and moved[2:].any(1).all()
     # retrognathic maxilla, prognathic mandible: ANB is below 0.7 degrees whatever moves
     contradiction = patient(L1=(500, 500), L2=NASION, L5=polar(105, 600, NASION), L6=polar(99, 900, NASION))
     assert classes(measures(contradiction, 0.1))[0, :3].tolist() == [3, 3, 3]
-    assert least_movement(contradiction, mm[:1], 0).isnan().all()
+    assert not least_movement(contradiction, mm[:1], 0).targeted.any()
 
 
 def test_classes_to_aim_at():
@@ -187,7 +200,7 @@ def overjets(*values):
 
 def test_how_far_measures_are_from_the_truth():
     truth, found = overjets(1, 3, 3, 6), overjets(3, 3, 4, 7)
-    table = diagnose(record(["1", "2", "3", "4"], found, truth))
+    table = diagnose(record(images(["1", "2", "3", "4"], truth), found))
     assert table[table["measure"] == "MW"]["meaning"].tolist() == ["normal", "normal", "normal", "overjet"]
     doctors = torch.tensor(np.stack([truth, overjets(1, 3, 1, 3)], axis=1))
     summary = summarize_diagnoses(table, doctors, torch.full((4,), 0.1)).set_index("measure")

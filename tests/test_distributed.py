@@ -112,9 +112,9 @@ def main():
         Path("written by 1").touch()
     distributed.barrier()
     assert Path("written by 1").exists()
-    with distributed.guard() as same:
-        same["number"] = 1
-    with distributed.guard() as same:
+    assert distributed.on_main(lambda: 5) == 5
+    distributed.require_equal(number=1)
+    with distributed.guard():
         {fault}
     print("never here")
 
@@ -127,7 +127,7 @@ command.run(main)
     [
         ("if rank() == 1: raise InputError('only the second finds out')", "error: only the second finds out"),
         (
-            "same['number'] = rank()",
+            "distributed.require_equal(number=rank())",
             "error: process 1 of 2 has another number than process 0: 1 instead of 0",
         ),
     ],

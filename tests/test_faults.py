@@ -14,10 +14,10 @@ import torch
 from conftest import TRAIN, Code, K, assert_refused, damage, write_kaggle
 from PIL import Image
 
-import eval
 import model
-from dataset import FOLDERS
 from model import UNet
+from readers.layouts import FOLDERS
+from support import figures
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +77,7 @@ def test_sigterm_ends_an_attack_in_a_line(trained, official, monkeypatch, run):
 
     monkeypatch.chdir(trained)
     with monkeypatch.context() as context:
-        context.setattr(eval, "draw", terminate)
+        context.setattr(figures, "draw", terminate)
         arguments = [
             "test.py",
             "--tag",

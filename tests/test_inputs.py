@@ -11,9 +11,11 @@ import torch
 from conftest import IDS, REAL, ROOT, K, draw_image, write_kaggle, write_official
 from PIL import Image, TiffImagePlugin
 
-from dataset import LANDMARKS, Cephalograms, check_disjoint, index, read_doctors, read_image, read_targets
+from dataset import Cephalograms, check_disjoint
 from readers import plausibility
-from readers.layouts import Entry
+from readers.images import read_image
+from readers.layouts import Entry, index
+from readers.points import LANDMARKS, read_doctors, read_targets
 from support.errors import InputError
 
 SIZE0 = (240, 194)  # H0, W0: a tenth of the real images
@@ -849,12 +851,9 @@ TARGETS = {
 def test_targets(case, tmp_path):
     text, expected = TARGETS[case]
     (tmp_path / "targets.csv").write_bytes(text.encode())
-    targets = read_targets(tmp_path / "targets.csv", ["151", "NA"], K, LANDMARKS)
-    wanted = np.full((2, K, 2), np.nan)
-    for i, rows in enumerate(expected.values()):
-        for landmark, x, y in rows:
-            wanted[i, landmark - 1] = x, y
-    np.testing.assert_array_equal(targets, wanted)
+    places, targeted = read_targets(tmp_path / "targets.csv", ["151", "NA"], K, LANDMARKS)
+    wanted = {(i, k): [x, y] for i, rows in enumerate(expected.values()) for k, x, y in rows}
+    assert {(i, k + 1): places[i, k].tolist() for i, k in np.argwhere(targeted)} == wanted
 
 
 BAD_TARGETS = {

@@ -41,10 +41,10 @@ def folder(tmp_path):
     return write_attack(tmp_path / "shift", truth, steps)
 
 
-def test_measures_by_hand(folder):
+def test_outcomes_by_hand(folder):
     records = Result({}, folder).attacked()
     assert last(records).query("method == 'ATI-FGSM' and landmark == 1")["flown_mm"].tolist() == [7, 7, 7]
-    i, ati = measure(records, {"size": "small"}).to_dict("records")
+    i, ati = outcome(records, {"size": "small"}).to_dict("records")
     assert list(i)[:2] == ["size", "method"]
     assert (i["method"], i["images"], i["targeted"], i["start_mm"]) == ("I-FGSM", 3, 6, 15)
     assert i["targeted_mre_mm"] == pytest.approx((3 + 10 + 10 + 20 * 3) / 6)
@@ -67,12 +67,12 @@ def test_millimetres_follow_the_spacing_of_each_image(folder, spacing):
 def test_an_attack_without_stationary_landmarks(tmp_path):
     truth = np.random.default_rng(0).uniform(500, 1500, (2, K, 2))
     steps = [(truth + (10 * i, 0), truth + (80, 0), "ATI-FGSM", i) for i in (0, 5)]
-    (row,) = measure_each([Result({"|T|": 19}, write_attack(tmp_path, truth, steps))]).to_dict("records")
+    (row,) = outcomes([Result({"|T|": 19}, write_attack(tmp_path, truth, steps))]).to_dict("records")
     assert row["targeted"] == 2 * K and row["within_4mm_%"] == 100 and np.isnan(row["stationary_within_4mm_%"])
 
 
 def test_the_comparison_of_the_methods(folder, tmp_path):
-    text = comparison.publish([Result({"description": "Displacements"}, folder)], None, tmp_path)
+    text = attack.publish([Result({"description": "Displacements"}, folder)], None, tmp_path)
     table = pd.read_csv(tmp_path / "attack_shift.csv")
     row = table.query("role == 'targeted' and method == 'ATI-FGSM' and iteration == 20").iloc[0]
     assert row["mre_mm"] == pytest.approx(11.5) and row["within_4mm_%_low"] == 50
@@ -124,7 +124,7 @@ def test_random_targets_are_grouped_by_their_number(tmp_path):
     for image, number in enumerate((1, 4, 5, 17)):
         targets[image, :number] = truth[image, :number] + (0, 100)
     steps = [(truth, targets, "ATI-FGSM", iteration) for iteration in (0, 5)]
-    table = count.compute_random(Result({}, write_attack(tmp_path, truth, steps)))
+    table = sweeps.by_count(Result({}, write_attack(tmp_path, truth, steps)).attacked())
     assert table["|T|"].tolist() == ["1 to 4", "5 to 8", "13 to 17"]
     assert table["images"].tolist() == [2, 1, 1] and table["targeted"].tolist() == [5, 5, 17]
 
@@ -152,12 +152,11 @@ def test_detection_beside_the_doctors(official, drawn, tmp_path):
     """Errors of 1 mm by voting and 0.5 mm subpixel, on drawn data with two doctors."""
     results = []
     for split in ("test1", "test2"):
-        images = drawn[split]
-        truth = np.stack([(senior + junior) / 2 for _, senior, junior in images.values()])
+        truth = np.stack([(senior + junior) / 2 for _, senior, junior in drawn[split].values()])
         for decoding, px0 in (("voting", 10), ("subpixel", 5)):
             folder = tmp_path / f"{split}_{decoding}"
             folder.mkdir()
-            table = record(list(images), truth + (px0, 0), truth)
+            table = record(images(list(drawn[split]), truth), truth + (px0, 0))
             if split == "test1":  # test2 as in records of an older version
                 table["heatmap_peak"] = np.arange(len(table)) % 4 / 3  # 0, 1/3, 2/3, 1, 0, ...
             table.to_csv(folder / "predictions.csv", index=False)
@@ -182,7 +181,7 @@ def test_shares_of_diagnoses_by_hand():
     shares = {"intended": [True, True, False], "only intended": [True, False, False], "any": [True, True, True]}
     anb = pd.DataFrame(shares, index=["1", "2", "3"]).assign(iterations=10)
     changed = {(4.0, "Vote-PGD", "ANB"): anb, (4.0, "Vote-PGD", "MW"): anb[:2]}
-    table = diagnoses.compute(changed).set_index("measure")
+    table = diagnosis.compute(changed).set_index("measure")
     both = "ANB, MW"
     assert table["patients"].to_dict() == {both: 3, "ANB": 3, "MW": 2} and table.loc[both, "attacks"] == 5
     assert table.loc[both, "intended_%"] == 80 and table.loc["MW", "intended_%"] == 100
@@ -192,5 +191,5 @@ def test_shares_of_diagnoses_by_hand():
     ]
     assert table.loc["ANB", "grey_levels"] == 2
     changed[2.0, "Vote-PGD", "ANB"] = anb
-    assert diagnoses.compared(changed) == ["ANB"]  # curves against epsilon need the same measures everywhere
-    assert set(diagnoses.compute(changed).query("epsilon == 2")["measure"]) == {"ANB"}
+    assert diagnosis.compared(changed) == ["ANB"]  # curves against epsilon need the same measures everywhere
+    assert set(diagnosis.compute(changed).query("epsilon == 2")["measure"]) == {"ANB"}

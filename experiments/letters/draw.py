@@ -6,11 +6,11 @@ Points are spread evenly over a letter's strokes. Landmarks are assigned to them
 shape are small, since the attack is hard enough.
 """
 
-import csv
 import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 FOLDER = Path(__file__).parent
 SHAPE = FOLDER.parent.parent / "assets" / "shape_model.json"
@@ -26,31 +26,29 @@ STROKES = {  # polylines of (x, y), both from 0 to 1, y downwards
 
 def spread(strokes, count):
     """``count`` points (count, 2) on the strokes, evenly spaced on each."""
-    strokes = [np.array(stroke, float) for stroke in strokes]
-    lengths = [np.r_[0, np.linalg.norm(np.diff(stroke, axis=0), axis=1).cumsum()] for stroke in strokes]
-    exact = np.array([along[-1] for along in lengths])
+    lengths = [np.linalg.norm(np.diff(stroke, axis=0), axis=1) for stroke in strokes]
+    exact = np.array([length.sum() for length in lengths])
     exact *= count / exact.sum()
     counts = exact.astype(int)
     counts[np.argsort(counts - exact)[: count - counts.sum()]] += 1  # the largest remainders
     points = []
-    for stroke, along, n in zip(strokes, lengths, counts, strict=True):
-        places = (np.arange(n) + 0.5) / n * along[-1]
-        points.append(np.stack([np.interp(places, along, axis) for axis in stroke.T], axis=-1))
+    for stroke, length, n in zip(strokes, lengths, counts, strict=True):
+        places = (np.arange(n) + 0.5) / n * length.sum()
+        along = np.r_[0, length.cumsum()]
+        points.append(np.stack([np.interp(places, along, axis) for axis in np.transpose(stroke)], axis=-1))
     return np.concatenate(points)
 
 
 def assign(points, landmarks):
     """The points in the order of their landmarks: pairs are swapped while that reduces the squared distances."""
-    order = np.arange(len(points))
     cost = np.square(landmarks[:, None] - points).sum(-1)
-    better = True
-    while better:
-        better = False
-        for i in range(len(order)):
-            for j in range(i):
-                if cost[i, order[j]] + cost[j, order[i]] < cost[i, order[i]] + cost[j, order[j]] - 1e-9:
-                    order[[i, j]] = order[[j, i]]
-                    better = True
+    order, before = np.arange(len(points)), None
+    while not np.array_equal(order, before):
+        before = order.copy()
+        for pair in np.argwhere(np.tri(len(points), k=-1)):
+            swapped = order[pair[::-1]]
+            if cost[pair, swapped].sum() < cost[pair, order[pair]].sum() - 1e-9:
+                order[pair] = swapped
     return points[order]
 
 
@@ -58,10 +56,8 @@ def main():
     mean = np.array(json.loads(SHAPE.read_text())["mean"])
     for letter, strokes in STROKES.items():
         points = assign(spread(strokes, len(mean)) * (WIDTH, HEIGHT) + (LEFT, TOP), mean)
-        with open(FOLDER / f"{letter}.csv", "w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["landmark", "x", "y"])
-            writer.writerows([k + 1, *point] for k, point in enumerate(points.round().astype(int).tolist()))
+        table = pd.DataFrame(points.round().astype(int), range(1, len(mean) + 1), ["x", "y"])
+        table.to_csv(FOLDER / f"{letter}.csv", index_label="landmark", lineterminator="\n")
 
 
 if __name__ == "__main__":
