@@ -5,8 +5,10 @@
     python benchmark.py --only training attack --batch-size 1 8 16 --precision fp32 bf16 --compile
 
 The first part of a group is the limit of the others: the same network, prepared in the same way, at the same size,
-batch and precision, with nothing around it: forward, backward from the maps' sum and, in training, the optimizer's step;
-no loading of images, goal maps, loss, attack step or voting. A part and its limit take turns, after an untimed call of each.
+batch and precision, with nothing around it: forward, backward from the maps' sum and, in training, the optimizer's
+step; no loading of images, goal maps, loss, attack step or voting. A part and its limit take turns, after an untimed
+call of each.
+
 Images are copies of a phantom; weights are random without --weights.
 
 Writes into --out: table.csv, table.md, config.json.
@@ -14,7 +16,6 @@ Writes into --out: table.csv, table.md, config.json.
 
 import copy
 import itertools
-import re
 import shutil
 import tempfile
 import time
@@ -35,11 +36,10 @@ from experiments.markdown import markdown
 from model import MIN_SIZE, UNet, compile_network, decode, encode, freeze, load_weights, place
 from phantom import draw_patient
 from readers.images import cores
-from readers.layouts import FOLDERS
 from readers.points import LANDMARKS
 from support import command
 from support.command import positive_int, progress
-from support.files import atomic, make_folder, save_config, write_text
+from support.files import make_folder, save_config, write_text
 from train import image_order, train_step
 
 PARTS = ("loading", "training", "attack", "test")
@@ -82,14 +82,17 @@ def main(argv=None):
         draw_images(Path(folder), args.images)
         data = Cephalograms(folder, "train", args.size)
         for table in time_all(args, model, data, device, Path(folder)):
+            table.insert(0, "size", "{} x {}".format(*args.size))
             tables.append(table)
-            save_table(pd.concat(tables), args.size, out)  # after each group, since a benchmark may be stopped
+            table = pd.concat(tables)  # written after each group, since a benchmark may be stopped
+            write_text(out / "table.csv", table.to_csv(index=False, float_format="%.4g"))
+            write_text(out / "table.md", markdown(table, ".4g"))
     print(f"written to {out}/")
 
 
 def draw_images(root, count):
     """The official layout with ``count`` JPEG images for training, copies of one phantom."""
-    drawn = root / "RawImage" / FOLDERS["train"] / "001.bmp"
+    drawn = root / "RawImage" / "TrainingData" / "001.bmp"
     draw_patient(0, drawn)
     Image.open(drawn).save(drawn.with_suffix(".jpg"), quality=95)
     drawn.unlink()
@@ -100,8 +103,7 @@ def draw_images(root, count):
 def time_all(args, model, data, device, root):
     """Yield the table of each group of parts, see ``report``."""
     if "loading" in args.only:
-        repeats = max(3, args.repeats // 5)
-        yield report(first_pass(root, args.size), args.images, torch.device("cpu"), repeats)
+        yield report(first_pass(root, args.size), args.images, torch.device("cpu"), max(3, args.repeats // 5))
     for precision, batch_size in itertools.product(args.precision, args.batch_size):
         label, peak = f"{precision}, {batch_size}", matrix_peak(device, precision)
         image = to_input(data.images[:batch_size], device)
@@ -109,13 +111,6 @@ def time_all(args, model, data, device, root):
             if part in args.only:
                 network = prepared(model, image, precision, args.compile, training=part == "training")
                 yield report(make_group(network, data, image), batch_size, device, args.repeats, label, peak)
-
-
-def save_table(table, size, out):
-    table.insert(0, "size", "{} x {}".format(*size))
-    with atomic(out / "table.csv") as temporary:
-        table.to_csv(temporary, index=False, float_format="%.4g")
-    write_text(out / "table.md", markdown(table, ".4g"))
 
 
 # --- timing ----------------------------------------------------------------------------------------------------------
@@ -201,7 +196,7 @@ def peak_memory(device):
         Path("/proc/self/clear_refs").write_text("5")  # reset
     except OSError:
         return float("nan")
-    return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) / 2**10
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 
 
 def matrix_peak(device, precision):
@@ -249,7 +244,6 @@ def training_step(network, data, image):
     device, size = image.device, image.shape[-2:]
     batch = image_order(0, 0, len(data))[: len(image)]
     images, landmarks = data.images[batch], data.landmarks[batch]
-    points = landmarks.to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.0, fused=True)  # the weights do not change
 
     def bare():
@@ -264,7 +258,7 @@ def training_step(network, data, image):
     return [
         Timed("bare training step", bare),
         Timed("training step", step),
-        Timed("encoding", partial(encode, points, size)),
+        Timed("encoding", partial(encode, landmarks.to(device), size)),
         Timed("loading, cached", lambda: to_input(data.images[batch], device)),
     ]
 
@@ -323,11 +317,10 @@ def one_step_attack(network, data, image):
 
 def test_batch(network, data, image):
     """A batch of test.py, and its decoding; limit: forward."""
-    images = data.images[: len(image)]
     clean, *_ = neighbours(network, image)
 
     def whole():
-        return decode(network(to_input(images, image.device)))
+        return decode(network(to_input(data.images[: len(image)], image.device)))
 
     return [
         Timed("bare forward", torch.inference_mode()(partial(network, image))),

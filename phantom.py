@@ -79,10 +79,9 @@ def spline(places, moved, stiffness=400.0):
         return np.c_[squared * np.log(squared + 1e-9) / 2, np.ones(len(points)), points]
 
     n = len(places)
-    system = np.vstack([basis(places), np.zeros((3, n + 3))])
-    system[n:, :n] = system[:n, n:].T
-    system[:n, :n] += stiffness * np.eye(n)
-    weights = np.linalg.solve(system, np.concatenate([moved, np.zeros((3, 2))]))
+    equations = basis(places) + stiffness * np.eye(n, n + 3)
+    conditions = np.c_[equations[:, n:].T, np.zeros((3, 3))]  # the kernels' weights have no affine part
+    weights = np.linalg.solve(np.r_[equations, conditions], np.r_[moved, np.zeros((3, 2))])
     return lambda points: basis(np.asarray(points, dtype=float)) @ weights
 
 
@@ -174,8 +173,7 @@ def draw_parts(film, rng, left, right, parts):
         for warp in (left, right) if paired else (left,):
             factor = 0.5 * vary(rng, 0.4) if paired else 1
             width = part.get("width", 0) * vary(rng, 0.2)
-            blur = part["blur"] * vary(rng, 0.3)
-            add(film, warp(line), factor * amount, blur, width, body=part["kind"] == "body")
+            add(film, warp(line), factor * amount, part["blur"] * vary(rng, 0.3), width, body=part["kind"] == "body")
 
 
 def draw_texture(film, rng, warp):
@@ -242,8 +240,7 @@ def draw_teeth(film, rng, left, right, incisors):
     if rng.random() < 0.1:  # brackets
         for x in range(400, 570, 26):
             for side in (-1, 1):
-                spot = (x, 677 - rise * (567 - x) + 16 * side)
-                add(film, left(ellipse(spot, (5, 5))), 1.5, 0.8)
+                add(film, left(ellipse((x, 677 - rise * (567 - x) + 16 * side), (5, 5))), 1.5, 0.8)
 
 
 def draw_tooth(film, rng, warp, tip, apex, width, amount, filled):
@@ -374,8 +371,7 @@ def scan(rng, grey):
     image = np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 3.0))), np.float32)
     coarse = rng.standard_normal((HEIGHT // 2, WIDTH // 2 + 1), dtype=np.float32).repeat(2, 0).repeat(2, 1)
     image = image + rng.uniform(0.5, 3.0) * coarse[:, :WIDTH]
-    image += rng.uniform(0.5, 2.0) * rng.standard_normal(image.shape, dtype=np.float32)
-    return image
+    return image + rng.uniform(0.5, 2.0) * rng.standard_normal(image.shape, dtype=np.float32)
 
 
 def mark_edges(image, rng):
@@ -442,7 +438,13 @@ def main(argv=None):
 
     folders = {split: root / "RawImage" / FOLDERS[split] for split in IDS}
     files = [folders[split] / f"{id:03d}.bmp" for split in IDS for id in IDS[split][: config[split]]]
-    draw_all(root, [file for file in files if not file.exists()], args.seed)  # a repeated command continues
+    files = [file for file in files if not file.exists()]  # a repeated command continues
+    try:
+        with ProcessPoolExecutor(min(cores(), len(files) or 1)) as pool:
+            drawn = pool.map(partial(draw_patient, args.seed), files)
+            list(progress(drawn, "drawing", len(files), unit="image", disable=not files))
+    except BrokenExecutor:
+        raise InputError(f"--out {root}: a process that draws was killed; repeat the command to continue") from None
     print(f"written to {root}/")
 
 
@@ -459,18 +461,6 @@ def prepare_folder(root, config, defaults):
         raise InputError(f"--out {root}: exists already and was not made by phantom.py; choose another folder")
     make_folder(root)
     write_json(file, config)
-
-
-def draw_all(root, files, seed):
-    """Draw patients on all cores, see ``draw_patient``."""
-    if not files:
-        return
-    try:
-        with ProcessPoolExecutor(min(cores(), len(files))) as pool:
-            drawn = pool.map(partial(draw_patient, seed), files)
-            list(progress(drawn, "drawing", len(files), unit="image"))
-    except BrokenExecutor:
-        raise InputError(f"--out {root}: a process that draws was killed; repeat the command to continue") from None
 
 
 if __name__ == "__main__":

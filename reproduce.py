@@ -25,7 +25,7 @@ import test
 import train
 from experiments import fancy, report
 from experiments.results import Result
-from experiments.scales import SCALES, Checkpoint, Scale, Tag, arguments
+from experiments.scales import SCALES, Scale, arguments
 from readers.images import read_image
 from readers.layouts import available_splits, index
 from support import command, distributed
@@ -97,9 +97,8 @@ def main():
             PROGRAMS[program].main(argv)
         shown = [f"python {shlex.join(line)}" for line in commands]
         distributed.on_main(report.publish, name, plan.results(name), plan.data, shown, plan.out)
-        distributed.on_main(
-            report.assemble, args.scale, plan.scale.experiments, plan.folder(plan.scale.victim), plan.out
-        )
+        victim = plan.folder(plan.scale.victim)
+        distributed.on_main(report.assemble, args.scale, plan.scale.experiments, victim, plan.out)
         say(f"{name}: {(time.perf_counter() - start) / 60:.1f} minutes")
     if args.scale == "demo" and "attack" in plan.chosen:
         show_demo(plan)
@@ -137,16 +136,17 @@ class Plan(NamedTuple):
         return self.folder(run.detector, run.scale) / run.experiment / run.name
 
     def commands(self, experiment):
-        """The command lines [program, argument, ...] of an experiment, each once; not those of other experiments."""
-        made = [run for run in self.scale.experiments[experiment] if makes(run, experiment)]
-        commands = []
-        for line in map(self.command, made):
-            if line not in commands:
-                commands.append(line)
-        return commands
+        """The command lines (program, argument, ...) of an experiment, each once; not those of other experiments."""
+        runs = self.scale.experiments[experiment]
+        made = [run for run in runs if run.scale is None and run.experiment in ("", experiment)]
+        return list(dict.fromkeys(map(self.command, made)))
 
     def command(self, run):
-        options = {name: self.value(value) for name, value in run.options.items()}
+        options = dict(run.options)
+        if "init" in options:
+            options["init"] = self.weights(options["init"])
+        if "transfer" in options:
+            options["transfer"] = self.folder(options["transfer"]).name
         common = {"tag": self.folder(run.detector).name, "data": self.data, **self.options}
         if run.program == "phantom.py":
             options = {"out": self.data, **options}
@@ -155,22 +155,15 @@ class Plan(NamedTuple):
             options = {**common, **start, **options, "resume": True}
         else:
             options = {**common, **options, "rand": self.result(run)}
-        return [run.program, *arguments(options)]
+        return run.program, *arguments(options)
 
-    def value(self, value):
-        """An option's value with the names of this plan's runs."""
-        if isinstance(value, Checkpoint):
-            return checkpoint_path(self.folder(value.detector, value.scale), value.epoch)
-        return self.folder(value.detector).name if isinstance(value, Tag) else value
+    def weights(self, checkpoint):
+        """The file of a Checkpoint."""
+        return checkpoint_path(self.folder(checkpoint.detector, checkpoint.scale), checkpoint.epoch)
 
     def results(self, experiment):
         """What an experiment reports on, as results.Result."""
         return [Result(run.labels, self.result(run)) for run in self.scale.experiments[experiment] if run.name]
-
-
-def makes(run, experiment):
-    """Whether an experiment makes a run that it lists: no other experiment and no other scale does."""
-    return run.scale is None and run.experiment in (None, experiment)
 
 
 def make_plan(args):
@@ -190,10 +183,8 @@ def make_plan(args):
     for name in chosen:
         if name not in scale.experiments:
             raise InputError(f"--only {name}: not part of --scale {args.scale}; {', '.join(scale.experiments)} are")
-    options = {"precision": args.precision}
-    options |= {"device": args.device} if args.device != "auto" else {}
-    options |= {"mm_per_px": args.mm_per_px} if args.mm_per_px else {}
-    options |= {"unusual": True} if args.unusual else {}
+    options = {name: getattr(args, name) for name in ("precision", "device", "mm_per_px", "unusual")}
+    options = {name: value for name, value in options.items() if value not in ("auto", None, False)}
     plan = Plan(scale, chosen, args.name, args.data, args.encoder_weights, options)
     check_order(plan)
     if "fancy" in chosen:
@@ -208,12 +199,10 @@ def check_order(plan):
         needed = [] if trained or name == "detection" else ["detection"]
         for run in plan.scale.experiments[name]:
             init = run.options.get("init")
-            elsewhere = [plan.value(init)] if init and init.scale else []
-            elsewhere += [plan.result(run) / "predictions.csv"] if run.scale else []
-            for file in elsewhere:
-                if not file.exists():
-                    raise InputError(f"--only {name}: {file} of another scale is missing; run that scale first")
-            if run.name and not (plan.result(run) / "predictions.csv").exists():
+            file = plan.weights(init) if init else plan.result(run) / "predictions.csv"
+            if (init or run).scale and not file.exists():
+                raise InputError(f"--only {name}: {file} of another scale is missing; run that scale first")
+            if run.name and not file.exists():
                 needed.append(run.experiment)
             elif run.name and (run.scale or run.experiment not in plan.chosen):
                 check_precision(plan, name, plan.result(run))
@@ -255,28 +244,17 @@ def check_sizes(plan):
 
 
 def show_demo(plan):
-    """Print the two tables, what is different in the paper, and where the pictures are."""
-    tested, attacked = (result for name in ("detection", "attack") for result in plan.results(name)[:1])
-    detection = pd.read_csv(tested.folder / "summary.csv").iloc[-1:, 1:]
-    attack = pd.read_csv(attacked.folder / "summary.csv")
-    clean = (attack["iteration"] == 0) & (attack["method"] == attack["method"].iloc[0])
-    attack = attack[clean | (attack["iteration"] == attack["iteration"].max())]
-    attack = attack.assign(method=attack["method"].where(attack["iteration"] > 0, "no attack"))
-    print("\nDetection on 20 phantoms that were not used in training\n")
-    print(detection.to_string(index=False, float_format="%.2f"))
-    print("\nTargeted attack on 6 of them; errors are distances from the target or from the truth\n")
+    """Print the tables of the detection and of the attack, and where the pictures are."""
+    tested, attacked = (plan.results(name)[0].folder for name in ("detection", "attack"))
+    detection = pd.read_csv(tested / "summary.csv").iloc[-1:, 1:]
+    attack = pd.read_csv(attacked / "summary.csv")
+    attack.loc[attack["iteration"] == 0, "method"] = "no attack"
+    attack = attack[attack["iteration"].isin([0, attack["iteration"].max()])].drop_duplicates(["role", "method"])
+    print(f"\nDetection\n\n{detection.to_string(index=False, float_format='%.2f')}")
+    print("\nTargeted attack; errors are distances from the target or from the truth\n")
     print(attack.to_string(index=False, float_format="%.2f"))
-    print(
-        "\nIn the paper: 150 radiographs to train on and 250 to attack, 800 x 640 px, 230 epochs from ImageNet "
-        "weights, 1 to 17 random targets about 70 mm away, epsilon 8, 300 iterations"
-    )
-    if plan.encoder_weights == "none":
-        print(
-            "\nThis detector's encoder started from random weights, which makes it harder to attack; "
-            "--encoder-weights starts it from a pretrained VGG19"
-        )
     print("\nPictures: clean prediction, attacked prediction with targets, perturbation\n")
-    print(*sorted((attacked.folder / "pictures").glob("*.png")), sep="\n")
+    print(*sorted((attacked / "pictures").glob("*.png")), sep="\n")
 
 
 if __name__ == "__main__":

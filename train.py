@@ -6,9 +6,9 @@
     python train.py --tag robust --adversarial --init runs/baseline/model_epoch_229.pth --lr 3e-4 --epochs 10
     torchrun --nproc-per-node 4 train.py --tag baseline         # on four GPUs, the same training
 
-A training can be resumed after any stop. Its random choices, the initial weights, the order of the images in each
-epoch and the starts of attacks on them, follow from --seed. On SIGTERM it finishes its step, saves, and exits with
-status 143.
+A training can be resumed after any stop; what is lost is less than a minute, since the whole state is written that
+often, with each checkpoint and on SIGTERM. Its random choices, the initial weights, the order of the
+images in each epoch and the starts of attacks on them, follow from --seed. On SIGTERM it exits with status 143.
 
 Writes into runs/<tag>/: config.json, model_epoch_<e>.pth (weights), resume.pth, train_log.csv, train_log.png.
 """
@@ -55,43 +55,26 @@ WARMUP = 0.05  # fraction of a cosine schedule in which the learning rate rises
 
 def make_parser():
     parser = command.Parser("Train the landmark detector.")
-    parser.add_argument(
-        "--tag", type=command.tag, help="name of the run, whose files go to runs/TAG/ (default: the time)"
-    )
+    add = parser.add_argument
+    add("--tag", type=command.tag, help="name of the run, whose files go to runs/TAG/ (default: the time)")
     command.add_data_arguments(parser)
-    parser.add_argument(
-        "--size", type=positive_int, nargs=2, metavar=("H", "W"), default=[800, 640], help="network input in px"
-    )
-    parser.add_argument(
-        "--epochs", type=positive_int, default=230, may_change=True, help="passes over the training images"
-    )
-    parser.add_argument("--batch-size", type=positive_int, default=8, help="images per step, of all processes together")
-    parser.add_argument("--lr", type=positive_float, default=1e-3, help="learning rate of Adam")
-    parser.add_argument(
-        "--schedule", choices=["step", "cosine"], default="step", help="step: lr x 0.1 every 150 epochs, as the paper"
-    )
-    parser.add_argument(
-        "--encoder-weights",
-        default="imagenet",
-        metavar="SOURCE",
-        help="imagenet, none, or a file with the state dict of torchvision's vgg19",
-    )
-    parser.add_argument("--encoder-batch-norm", action="store_true", help="VGG19-BN as encoder; the paper's is VGG19")
-    parser.add_argument("--init", metavar="FILE", help="start from this checkpoint, of any --size, instead")
-    parser.add_argument(
-        "--adversarial",
-        nargs="?",
-        choices=["untargeted", "targeted"],
-        const="untargeted",
-        help="train on attacked images: untargeted, as without a value, or with random targets of the paper's protocol",
-    )
-    parser.add_argument("--epsilon", type=half_grey_levels, default=8.0, help="bound of these attacks, see test.py")
-    parser.add_argument("--attack-steps", type=positive_int, default=1, help="their iterations, from a random start")
-    parser.add_argument("--clean-share", type=share, default=0.0, help="probability that an image is not attacked")
-    parser.add_argument(
-        "--checkpoint-every", type=positive_int, default=5, metavar="EPOCHS", help="epochs between checkpoints"
-    )
-    parser.add_argument("--resume", action="store_true", help="continue from runs/TAG/resume.pth, if it exists")
+    add("--size", type=positive_int, nargs=2, metavar=("H", "W"), default=[800, 640], help="network input in px")
+    add("--epochs", type=positive_int, default=230, may_change=True, help="passes over the training images")
+    add("--batch-size", type=positive_int, default=8, help="images per step, of all processes together")
+    add("--lr", type=positive_float, default=1e-3, help="learning rate of Adam")
+    step = "step: lr x 0.1 every 150 epochs, as the paper"
+    add("--schedule", choices=["step", "cosine"], default="step", help=step)
+    weights = "imagenet, none, or a file with the state dict of torchvision's vgg19"
+    add("--encoder-weights", default="imagenet", metavar="SOURCE", help=weights)
+    add("--encoder-batch-norm", action="store_true", help="VGG19-BN as encoder; the paper's is VGG19")
+    add("--init", metavar="FILE", help="start from this checkpoint, of any --size, instead")
+    text = "train on attacked images: untargeted, as without a value, or with random targets of the paper's protocol"
+    add("--adversarial", nargs="?", choices=["untargeted", "targeted"], const="untargeted", help=text)
+    add("--epsilon", type=half_grey_levels, default=8.0, help="bound of these attacks, see test.py")
+    add("--attack-steps", type=positive_int, default=1, help="their iterations, from a random start")
+    add("--clean-share", type=share, default=0.0, help="probability that an image is not attacked")
+    add("--checkpoint-every", type=positive_int, default=5, metavar="EPOCHS", help="epochs between checkpoints")
+    add("--resume", action="store_true", help="continue from runs/TAG/resume.pth, if it exists")
     command.add_compute_arguments(parser)
     return parser
 
@@ -163,8 +146,7 @@ def main(argv=None):
         network = compile_network(state.model, to_input(data.images[: args.batch_size], device))
     with command.sigterm_event() as stop:
         train(network, state, data, monitor, args, device, folder, stop)
-    if is_main():
-        print(f"written to {folder}/")
+    distributed.on_main(print, f"written to {folder}/")
 
 
 def train(network, state, data, monitor, args, device, folder, stop):
@@ -181,11 +163,12 @@ def train(network, state, data, monitor, args, device, folder, stop):
             if finished:
                 end_epoch(state, evaluate(state, monitor, args, device), len(data))
                 bar.set_postfix(epoch=state.epoch - 1, loss=f"{state.rows[-1]['loss']:.3f}")
-            if not finished or is_checkpoint(state.epoch - 1, args):
+            stopping = distributed.any_process(stop.is_set())
+            if stopping or not finished or is_checkpoint(state.epoch - 1, args):
                 with distributed.guard():
                     save(state, folder, args)
                 saved = time.monotonic()
-            if distributed.any_process(stop.is_set()):
+            if stopping:
                 raise Stopped(f"stopped by SIGTERM in epoch {state.epoch}, step {state.step}; continue with --resume")
 
 
@@ -300,7 +283,7 @@ def evaluate(state, monitor, args, device):
     return {"monitored_split": monitor.split} | metrics(radial_errors(points, monitor).numpy()).loc["all"].to_dict()
 
 
-def end_epoch(state, metrics, images):
+def end_epoch(state, monitored, images):
     """Append the epoch's row to the log and advance the state to the next epoch."""
     cross_entropy, l1_x, l1_y = (state.terms / images).tolist()
     row = {
@@ -312,7 +295,7 @@ def end_epoch(state, metrics, images):
         "lr": state.optimizer.param_groups[0]["lr"],
         "seconds": round(state.seconds, 2),
     }
-    state.rows.append(row | metrics)
+    state.rows.append(row | monitored)
     state.epoch, state.step, state.seconds = state.epoch + 1, 0, 0.0
     state.terms.zero_()
 

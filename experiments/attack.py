@@ -88,16 +88,13 @@ def print_tables(results):
 
 def check_targets(attacks):
     """Refuse targeted attacks with other targets than the first has for the same images."""
-    first = None
+    targets = []
     for labels, records in attacks.values():
         found = last(records).set_index(["image", "landmark"])
-        if (found["role"] == "untargeted").all():
-            continue
-        targets = found[["target_x_px0", "target_y_px0"]]
-        if first is None:
-            first = labels["run"], targets
-        common = targets.index.intersection(first[1].index)
-        if not targets.loc[common].equals(first[1].loc[common]):
-            raise InputError(
-                f"{labels['run']}: other targets than in {first[0]}; give runs with the same --targets, --seed"
-            )
+        if (found["role"] != "untargeted").any():
+            targets.append((labels["run"], found[["target_x_px0", "target_y_px0"]]))
+    for run, found in targets[1:]:
+        first, wanted = targets[0]
+        common = found.index.intersection(wanted.index)
+        if not found.loc[common].equals(wanted.loc[common]):
+            raise InputError(f"{run}: other targets than in {first}; give runs with the same --targets, --seed")

@@ -33,13 +33,10 @@ def collect(results):
     for result in results:
         records.setdefault(result.labels["question"], {})[result.labels["answer"]] = result.attacked()
     for answers in records.values():
-        shared = {
-            column: set.intersection(*(set(rows[column]) for rows in answers.values()))
-            for column in ("image", "method", "iteration")
-        }
-        for answer, rows in answers.items():
-            kept = rows["image"].isin(shared["image"]) & rows["method"].isin(shared["method"])
-            answers[answer] = rows[kept & (rows["iteration"] <= max(shared["iteration"]))]
+        for column in ("image", "method", "iteration"):
+            shared = set.intersection(*(set(rows[column]) for rows in answers.values()))
+            for answer, rows in answers.items():
+                answers[answer] = rows[rows[column].isin(shared)]
     return records
 
 
@@ -57,10 +54,10 @@ def compute_differences(records):
     pairs = []
     for question, answers in records.items():
         first, *_, second = answers
-        rows = {answer: of_role(last(answers[answer]), "targeted") for answer in (first, second)}
-        for method in rows[first]["method"].unique():
+        rows, others = (of_role(last(answers[answer]), "targeted") for answer in (first, second))
+        for method, found in rows.groupby("method", sort=False):
             labels = {"question": question, "answer": second, "minus": first, "method": method}
-            pairs.append((labels, *(rows[answer][rows[answer]["method"] == method] for answer in (second, first))))
+            pairs.append((labels, others[others["method"] == method], found))
     return differences(pairs)
 
 

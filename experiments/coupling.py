@@ -2,13 +2,12 @@
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from experiments.markdown import markdown, with_interval
 from experiments.results import last, of_role
 from experiments.statistics import correlation, correlation_interval, permutation_p
 from readers.points import LANDMARKS
-from support.figures import save
+from support.figures import grid, save
 from support.files import write_table
 
 TITLE = "Coupling"
@@ -47,13 +46,11 @@ def neighbour_distances(points):
 
 def targeted(records):
     """The targeted landmarks at the last iteration, with the distances of their true places from neighbours."""
-    records = last(records)
-    keys = ["image", "landmark"]
-    truth = records[[*keys, "true_x_px0", "true_y_px0", "mm_per_px0"]].drop_duplicates(keys).sort_values(keys)
-    points = truth[["true_x_px0", "true_y_px0"]].to_numpy().reshape(-1, len(LANDMARKS), 2)
-    distances = neighbour_distances(points).reshape(-1, len(NEIGHBOURS)) * truth[["mm_per_px0"]].to_numpy()
-    truth = truth.assign(**dict(zip(NEIGHBOURS, distances.T, strict=True)))
-    return of_role(records, "targeted").merge(truth[[*keys, *NEIGHBOURS]], on=keys, validate="many_to_one")
+    records = last(records).reset_index(drop=True).sort_values(["method", "image", "landmark"])
+    points = records[["true_x_px0", "true_y_px0"]].to_numpy().reshape(-1, len(LANDMARKS), 2)
+    distances = neighbour_distances(points).reshape(-1, len(NEIGHBOURS))
+    records[[*NEIGHBOURS]] = distances * records[["mm_per_px0"]].to_numpy()
+    return of_role(records.sort_index(), "targeted")
 
 
 def compute_landmarks(targets):
@@ -72,10 +69,10 @@ def compute(targets, landmarks):
         for column, words in distances.items():
             x, y = points[column].to_numpy(), points["radial_error_mm"].to_numpy()
             p = permutation_p(x, y)
-            r = correlation_interval(each, column, "radial_error_mm")
             row = {"method": method, "error against distance from": words}
             row |= {"r over landmarks": correlation(x, y), "n": len(x)}
             row |= {"p": "" if np.isnan(p) else f"{p:.4f}" if p >= 0.001 else "< 0.001"}
+            r = correlation_interval(each, column, "radial_error_mm")
             row |= {"r over single targets": with_interval(*r, "+.2f"), EQUAL: ""}
             if column != "start_mm":
                 partial = correlation_interval(each, column, "radial_error_mm", "start_mm")
@@ -86,22 +83,18 @@ def compute(targets, landmarks):
 
 def plot(landmarks, path):
     """Mean error of each landmark against its distance from neighbours."""
-    methods = list(landmarks["method"].unique())
-    figure = Figure(figsize=(13, 5 * len(methods)), layout="constrained")
-    grid = figure.subplots(len(methods), len(NEIGHBOURS), squeeze=False)
-    for line, method in zip(grid, methods, strict=True):
+    methods = landmarks["method"].unique()
+    figure, axes = grid(len(methods), len(NEIGHBOURS), width=6.5, height=5)
+    for line, method in zip(axes, methods, strict=True):
         points = landmarks[landmarks["method"] == method].sort_values("radial_error_mm")
         for panel, (column, (_, words)) in zip(line, NEIGHBOURS.items(), strict=True):
             panel.scatter(points[column], points["radial_error_mm"], s=12)
-            for i, (name, x, y) in enumerate(
-                zip(points["name"], points[column], points["radial_error_mm"], strict=True)
-            ):
+            for i, (name, x, y) in enumerate(points[["name", column, "radial_error_mm"]].to_numpy()):
                 offset, side = ((4, -2), "left") if i % 2 else ((-4, -2), "right")  # labels alternate, to stay legible
                 panel.annotate(name, (x, y), offset, textcoords="offset points", ha=side, fontsize=6)
-            panel.set(title=method, xlabel=f"mean distance from {words} (mm)")
-            panel.set(ylabel="mean distance from target after the attack (mm)")
             panel.margins(x=0.2)
-            panel.set_ylim(bottom=0)
+            panel.set(title=method, xlabel=f"mean distance from {words} (mm)", ylim=(0, None))
+            panel.set(ylabel="mean distance from target after the attack (mm)")
             panel.grid(alpha=0.3)
     save(figure, path)
 

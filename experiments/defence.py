@@ -14,7 +14,7 @@ from beyond.defences import shape_distance
 from beyond.diagnosis import changed_diagnoses, diagnose
 from eval import SUCCESS_MM, interval, named, read_records
 from experiments.markdown import fold_intervals, markdown
-from experiments.results import ends, join_clean, of_role, outcome, rate
+from experiments.results import clean_and_last, join_clean, of_role, outcome, rate
 from support.errors import InputError
 from support.figures import bars, panels, save
 from support.files import read_config, write_table
@@ -34,7 +34,7 @@ HEADINGS = {
     "intended_%": "intended diagnosis changed (%)",
 }
 HEADINGS |= {f"{score}_auc_%": label for score, label in SCORES.items()}
-RUN = ["detector", "epsilon", "steps"]
+RUN = ["detector", "epsilon", "steps"]  # labels of a run
 CONDITION = ["defence", "attacker"]
 ATTACK = [*RUN, "method"]
 INTRODUCTIONS = {  # of each table in the report
@@ -49,14 +49,16 @@ ITERATED = [name for name, attack in ATTACKS.items() if attack.steps is None and
 
 def publish(results, data, out):
     """Write tables and charts to ``out``; return the section of the report."""
-    runs = [(describe(result), result) for result in results]
-    kinds = {kind: [run for run in runs if run[0]["kind"] == kind] for kind in ("accuracy", "attack", "diagnosis")}
-    attacks = kinds["attack"]
+    runs = {"accuracy": [], "attack": [], "diagnosis": []}
+    for result in results:
+        kind, labels = describe(result)
+        runs[kind].append((labels, result))
+    attacks = runs["attack"]
     tables = {
-        "accuracy": concatenate(compute_accuracy, kinds["accuracy"]),
+        "accuracy": concatenate(compute_accuracy, runs["accuracy"]),
         "attacks": concatenate(compute_attack, attacks),
         "transfer": concatenate(compute_transfer, attacks),
-        "diagnoses": concatenate(compute_diagnoses, kinds["diagnosis"]),
+        "diagnoses": concatenate(compute_diagnoses, runs["diagnosis"]),
     }
     if attacks:
         tables["masking"] = compute_masking(tables["attacks"], tables["transfer"])
@@ -72,7 +74,7 @@ def publish(results, data, out):
 
 
 def describe(result):
-    """The kind of a run, its detector, and the attack's epsilon and steps.
+    """The kind of a run, and a dict of its ``RUN``.
 
     Raises:
         InputError: not a run of test.py.
@@ -81,7 +83,7 @@ def describe(result):
     if "attack" not in config:
         raise InputError(f"{result.folder}: not results of test.py")
     kind = "accuracy" if not config["attack"] else "diagnosis" if config.get("measure") else "attack"
-    return {"kind": kind, "detector": config["tag"], "epsilon": config["epsilon"], "steps": config["steps"]}
+    return kind, {"detector": config["tag"], "epsilon": config["epsilon"], "steps": config["steps"]}
 
 
 def concatenate(compute, runs):
@@ -111,7 +113,7 @@ def conditions(labels, result):
         read_records([file]) if file.exists() else result.predictions().assign(defence="none", attacker="adaptive")
     )
     for condition, rows in records.groupby(CONDITION, sort=False):
-        yield {name: labels[name] for name in RUN} | dict(zip(CONDITION, condition, strict=True)), join_clean(rows)
+        yield labels | dict(zip(CONDITION, condition, strict=True)), join_clean(rows)
 
 
 def compute_attack(labels, result):
@@ -146,7 +148,7 @@ def compute_diagnoses(labels, result):
     config = read_config(result.folder / "config.json")
     rows, before = [], None
     for condition, records in conditions(labels, result):
-        table = diagnose(ends(records))
+        table = diagnose(clean_and_last(records))
         clean = table[(table["iteration"] == 0) & (table["measure"] == config["measure"])]
         clean = clean.drop_duplicates("image").set_index("image")["class"]
         before = clean if before is None else before
@@ -205,7 +207,7 @@ def checks(attacks, transfer):
 def compute_scores(labels, result):
     """Scores of each image, clean and attacked; a higher one is more suspicious."""
     keys = ["method", "iteration", "image"]
-    records = ends(result.predictions()).sort_values([*keys, "landmark"], kind="stable")
+    records = clean_and_last(result.predictions()).sort_values([*keys, "landmark"], kind="stable")
     if "vote_share" not in records or records["vote_share"].isna().any():  # of an older version
         return pd.DataFrame()
     table = records.drop_duplicates(keys)[[*keys, "mm_per_px0"]].reset_index(drop=True)
@@ -216,7 +218,7 @@ def compute_scores(labels, result):
     table["attacked"] = table["iteration"] > 0
     clean = table[~table["attacked"]].drop_duplicates("image")
     table["sum"] = sum((table[name] - clean[name].mean()) / clean[name].std() for name in ("votes", "peak", "shape"))
-    return table.assign(**{name: labels[name] for name in RUN})
+    return table.assign(**labels)
 
 
 def auc(pairs):
@@ -251,10 +253,10 @@ def plot(table, path):
     counts = table.groupby(RUN, sort=False)["defence"].nunique()
     chosen = table.set_index(RUN).loc[[counts.idxmax()]]
     chosen = chosen[chosen.groupby("method")["defence"].transform("nunique") == counts.max()]
-    methods, defences = chosen["method"].unique(), list(chosen["defence"].unique())
+    methods, defences = list(chosen.groupby("method", sort=False)), chosen["defence"].unique()
     figure, axes = panels(len(methods), width=6.5)
-    for panel, method in zip(axes, methods, strict=True):
-        rows = chosen[chosen["method"] == method].set_index("defence")
+    for panel, (method, rows) in zip(axes, methods, strict=True):
+        rows = rows.set_index("defence")
         attackers = {attacker: rows[rows["attacker"] == attacker] for attacker in ("oblivious", "adaptive")}
         bars(panel, attackers, defences, "within_4mm_%")
         panel.set(title=method, ylabel=f"targeted, within {SUCCESS_MM} mm of target (%)")
@@ -309,13 +311,13 @@ def check(results):
     """The runs, unless they do not compare: two of one kind, or attacks on other images or with other targets."""
     seen, targets = {}, {}
     for result in results:
-        labels, config = describe(result), read_config(result.folder / "config.json")
+        (kind, labels), config = describe(result), read_config(result.folder / "config.json")
         for method in config["attack"] or ["none"]:
-            key = (*labels.values(), method, config.get("measure"))
+            key = (kind, *labels.values(), method, config.get("measure"))
             if key in seen:
                 raise InputError(f"{result.folder}: the same kind of run as {seen[key]}; give one of them")
             seen[key] = result.folder
-        if labels["kind"] == "attack":
+        if kind == "attack":
             targets.setdefault(config["targets_sha256"], result.folder)
     if len(targets) > 1:
         first, other, *_ = targets.values()

@@ -62,13 +62,13 @@ def inter_observer(data, split, predictions):
 
     ``predictions`` on the split have the spacing of its images.
     """
-    rows = predictions[["image", "landmark", "mm_per_px0"]]
-    marks = read_marks(data, split, set(rows["image"]))
-    if marks.keys() != set(rows["image"]):
+    mm_per_px0 = predictions.groupby("image")["mm_per_px0"].first()
+    marks = read_marks(data, split, mm_per_px0.index)
+    if len(marks) < len(mm_per_px0):
         return {}
-    apart = {id: np.linalg.norm(senior - junior, axis=-1) for id, (senior, junior) in marks.items()}
-    px0 = [apart[id][landmark - 1] for id, landmark in zip(rows["image"], rows["landmark"], strict=True)]
-    return {INTER_OBSERVER: rows.assign(radial_error_mm=px0 * rows["mm_per_px0"])}
+    apart = {id: np.linalg.norm(senior - junior, axis=-1) * mm_per_px0[id] for id, (senior, junior) in marks.items()}
+    table = pd.DataFrame(apart).rename_axis("landmark").reset_index()
+    return {INTER_OBSERVER: table.melt("landmark", var_name="image", value_name="radial_error_mm")}
 
 
 def compute(records, errors):

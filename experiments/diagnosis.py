@@ -1,7 +1,5 @@
 """Experiment 9: diagnoses that an attack changes, by clinical measure, epsilon and method, against uniform noise."""
 
-from typing import NamedTuple
-
 import numpy as np
 import pandas as pd
 import torch
@@ -9,7 +7,7 @@ import torch
 from beyond.diagnosis import MEASURE_NAMES, changed_diagnoses, classes, diagnose, measures
 from eval import named
 from experiments.markdown import fold_intervals, markdown
-from experiments.results import Result, ends, last, of_role, rate, read_marks
+from experiments.results import Result, clean_and_last, last, of_role, rate, read_marks
 from readers.points import LANDMARKS
 from support.errors import InputError
 from support.figures import bars, line_with_band, panels, save, tick_values
@@ -45,54 +43,42 @@ LINES = {  # of each measure
 
 def publish(results, data, out):
     """Write tables and charts to ``out``; return the section of the report."""
-    runs = [read_attacked(result) for result in results]
-    changed = collect(runs)
-    table, doctors = compute(changed), compute_doctors(runs, changed, data)
+    runs = collect(results)
+    records, changed = (pd.concat(tables) for tables in zip(*runs, strict=True))
+    table, doctors = compute(changed), compute_doctors(records, changed, data)
     movements, patient = compute_movements(changed), find_patient(runs)
     write_table(out / "diagnosis.csv", table)
     write_table(out / "diagnosis_doctors.csv", doctors)
     write_table(out / "diagnosis_movements.csv", movements)
-    write_table(out / "diagnosis_landmarks.csv", compute_landmarks(runs))
+    write_table(out / "diagnosis_landmarks.csv", compute_landmarks(records))
     plot(table, compared(changed), doctors, out / "diagnosis.png")
     plot_patient(*patient, out / "diagnosis_patient.png")
     return render(table, doctors, movements, patient)
 
 
-class Attacked(NamedTuple):
-    """A run of test.py, read once."""
+def collect(results):
+    """Of each run two tables, both with its epsilon and measure.
 
-    result: Result
-    records: pd.DataFrame  # see ``results.ends``
-    table: pd.DataFrame  # ``beyond.diagnosis.diagnose`` of them
-    changed: pd.DataFrame  # ``beyond.diagnosis.changed_diagnoses`` at the last iteration, with epsilon and measure
-
-
-def read_attacked(result):
-    """The result as ``Attacked``; movement_mm of ``changed`` is the root of the sum of squares over landmarks."""
-    epsilon, measure, records = result.labels["epsilon"], result.labels["measure"], ends(result.attacked())
-    table = diagnose(records)
-    changed = changed_diagnoses(table, measure, result.labels.get("to")).query("iteration > 0").reset_index()
-    movement = of_role(last(records), "targeted").groupby(["method", "image"])["start_mm"].agg(np.linalg.norm)
-    changed = changed.join(movement.rename("movement_mm"), on=["method", "image"])
-    return Attacked(result, records, table, changed.assign(epsilon=epsilon, measure=measure))
-
-
-def collect(runs):
-    """The changes of all runs: a row for each epsilon, method, measure and image, with a bool for each of ``SHARES``.
+    Returns:
+        list of (records, see ``results.clean_and_last``; ``beyond.diagnosis.changed_diagnoses`` at the last iteration,
+        with movement_mm, the root of the way's sum of squares over landmarks).
 
     Raises:
         InputError: two runs have the same epsilon, method and measure.
     """
-    seen = set()
-    for run in runs:
-        for key in run.changed.groupby(["epsilon", "method", "measure"]).groups:
-            if key in seen:
-                epsilon, method, measure = key
-                raise InputError(
-                    f"{run.result.folder}: a second run of epsilon {epsilon:g}, {method}, {measure}; omit one"
-                )
-            seen.add(key)
-    return pd.concat(run.changed for run in runs)
+    runs, seen = [], set()
+    for result in results:
+        epsilon, measure, records = result.labels["epsilon"], result.labels["measure"], result.attacked()
+        records = clean_and_last(records).assign(epsilon=epsilon)
+        changed = changed_diagnoses(diagnose(records), measure, result.labels.get("to"))
+        changed = changed.query("iteration > 0").reset_index().assign(epsilon=epsilon, measure=measure)
+        movement = of_role(last(records), "targeted").groupby(["method", "image"])["start_mm"].agg(np.linalg.norm)
+        runs.append((records, changed.join(movement.rename("movement_mm"), on=["method", "image"])))
+        for method in changed["method"].unique():
+            if (epsilon, method, measure) in seen:
+                raise InputError(f"{result.folder}: a second run of epsilon {epsilon:g}, {method}, {measure}; omit one")
+            seen.add((epsilon, method, measure))
+    return runs
 
 
 def compared(changed):
@@ -138,22 +124,21 @@ def compute_movements(changed):
     return pd.DataFrame(rows)
 
 
-def compute_landmarks(runs):
+def compute_landmarks(records):
     """Of each landmark with at least ``FAR_MM`` to go, the median share of the way that it has gone, in %."""
-    ways = pd.concat(last(run.records).assign(epsilon=run.result.labels["epsilon"]) for run in runs)
-    far = of_role(ways[ways["start_mm"] >= FAR_MM], "targeted")
+    far = records.query("role == 'targeted' and iteration > 0 and start_mm >= @FAR_MM")
     far = far.assign(share=100 * (1 - far["radial_error_mm"] / far["start_mm"]))
     groups = far.groupby(["epsilon", "method", "landmark", "name"])
     columns = {"attacks": ("share", "size"), "way_mm": ("start_mm", "median"), "gone_%": ("share", "median")}
     return groups.agg(**columns).reset_index()
 
 
-def compute_doctors(runs, changed, data):
+def compute_doctors(records, changed, data):
     """How often two doctors' classes differ for the attacked patients, in %: a row for each measure, and their mean.
 
     No row where not every patient was marked by two doctors.
     """
-    spacing = pd.concat(run.records for run in runs).groupby("image")["mm_per_px0"].first()
+    spacing = records.groupby("image")["mm_per_px0"].first()
     marks = read_marks(data, "test", spacing.index)
     points = torch.tensor(np.reshape([*marks.values()], (-1, 2, len(LANDMARKS), 2)))
     mm_per_px0 = torch.tensor(spacing[[*marks]].to_numpy())
@@ -206,16 +191,16 @@ def find_patient(runs):
 
     Of the first measure, at the epsilon nearest to 4, by the method that changes most diagnoses.
     """
-    measure = runs[0].result.labels["measure"]
-    candidates = [run for run in runs if run.result.labels["measure"] == measure]
-    result, records, table, changed = min(candidates, key=lambda run: abs(run.result.labels["epsilon"] - 4))
+    measure = runs[0][1]["measure"].iloc[0]
+    candidates = [run for run in runs if run[1]["measure"].iloc[0] == measure]
+    records, changed = min(candidates, key=lambda run: abs(run[1]["epsilon"].iloc[0] - 4))
     method = changed.groupby("method", sort=False)["only intended"].mean().idxmax()
     image = changed.loc[changed.query("method == @method")["only intended"].idxmax(), "image"]
     chosen = records.query("method == @method and image == @image").sort_values("landmark")
     before, after = (rows for _, rows in chosen.groupby("iteration"))
-    values = table.query("method == @method and image == @image and measure == @measure")[["value", "unit", "meaning"]]
+    values = diagnose(chosen).query("measure == @measure")[["value", "unit", "meaning"]]
     texts = [f"{measure} {f'{value:.3g} {unit}'.strip()}, {meaning}" for value, unit, meaning in values.to_numpy()]
-    title = f"image {image}, {method}, at most {grey(result.labels['epsilon'])} grey levels"
+    title = f"image {image}, {method}, at most {grey(chosen['epsilon'].iloc[0])} grey levels"
     return before, after, measure, title, texts
 
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from beyond.stored import stored_file
 from eval import SUCCESS_MM
@@ -10,7 +9,7 @@ from experiments.markdown import markdown
 from experiments.results import last
 from readers.images import read_image
 from readers.layouts import SIZE0, index  # letters are drawn for images of this size
-from support.figures import save
+from support.figures import grid, save
 from support.files import write_table
 
 TITLE = "The fancy attack"
@@ -20,24 +19,22 @@ TEXT = "All 19 landmarks targeted on the strokes of a letter; each letter of the
 def publish(results, data, out):
     """Write tables and charts to ``out``; return the section of the report."""
     records = [last(result.attacked()) for result in results]
-    table = compute(results, records)
+    methods = {
+        method: [(result, rows[rows["method"] == method]) for result, rows in zip(results, records, strict=True)]
+        for method in records[0]["method"].unique()
+    }
+    table = compute(methods)
     write_table(out / "fancy.csv", table)
     write_table(out / "fancy_predictions.csv", pd.concat(records))
-    plot(results, records, out / "fancy.png")
-    plot_images(results, records, data, out / "contact_sheet.png")
+    plot(methods, out / "fancy.png")
+    plot_images(methods, data, out / "contact_sheet.png")
     return render(table)
 
 
-def by_method(results, records):
-    """{method: [(result, its records by the method), ...]}."""
-    methods = records[0]["method"].unique()
-    return {
-        method: [(result, rows[rows["method"] == method]) for result, rows in zip(results, records, strict=True)]
-        for method in methods
-    }
+# ``methods`` below: {method: a list of (result, its records) of the letters}
 
 
-def compute(results, records):
+def compute(methods):
     """A row for each method and letter; column names are those of the published tables."""
     return pd.DataFrame(
         {
@@ -49,16 +46,14 @@ def compute(results, records):
             "within 4 mm (%)": 100 * (found["radial_error_mm"] <= SUCCESS_MM).mean(),
             "largest change (of 255)": found["largest_change"].max(),
         }
-        for method, letters in by_method(results, records).items()
+        for method, letters in methods.items()
         for result, found in letters
     )
 
 
-def plot(results, records, path):
+def plot(methods, path):
     """Truth, targets and predictions of each letter, a row of panels for each method."""
-    methods = by_method(results, records)
-    figure = Figure(figsize=(2.4 * len(results), 3.4 * len(methods)), layout="constrained")
-    axes = figure.subplots(len(methods), len(results), sharey=True, squeeze=False)
+    figure, axes = grid(len(methods), len(next(iter(methods.values()))), 2.4, 3.4, sharey=True)
     height, width = SIZE0
     for row, (method, letters) in zip(axes, methods.items(), strict=True):
         for panel, (result, found) in zip(row, letters, strict=True):
@@ -77,12 +72,10 @@ def plot(results, records, path):
     save(figure, path)
 
 
-def plot_images(results, records, data, path):
+def plot_images(methods, data, path):
     """The attacked images with predictions, above their perturbations, for each method."""
     files = {entry.id: entry.image for entry in index(data, "test")}
-    methods = by_method(results, records)
-    figure = Figure(figsize=(2.4 * len(results), 6.4 * len(methods)), layout="constrained")
-    axes = figure.subplots(2 * len(methods), len(results), squeeze=False)
+    figure, axes = grid(2 * len(methods), len(next(iter(methods.values()))), 2.4, 3.2)
     for row, (method, letters) in enumerate(methods.items()):
         for (above, below), (result, found) in zip(axes[2 * row : 2 * row + 2].T, letters, strict=True):
             draw_pair(above, below, result, found, method, files)

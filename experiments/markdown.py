@@ -21,7 +21,7 @@ def with_interval(value, low, high, number=".1f"):
 
 
 def fold_intervals(table, number=".1f"):
-    """A table in which each measure with columns <measure>_low and <measure>_high is one column of text."""
+    """A table in which each column <name> with others, <name>_low and <name>_high, is one of text."""
     names = [name for name in table if f"{name}_low" in table]
     folded = {
         name: [with_interval(*row, number) for row in table[[name, f"{name}_low", f"{name}_high"]].to_numpy()]

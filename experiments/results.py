@@ -67,7 +67,7 @@ def last(records):
     return records[records["iteration"] == records.groupby("method")["iteration"].transform("max")]
 
 
-def ends(records):
+def clean_and_last(records):
     """The clean records, and those of each method's last iteration."""
     return pd.concat([records[records["iteration"] == 0], last(records)])
 

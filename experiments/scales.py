@@ -32,12 +32,6 @@ class Checkpoint(NamedTuple):
     scale: str | None = None  # that trains it; None: this one
 
 
-class Tag(NamedTuple):
-    """The run of a detector, as a value of --transfer."""
-
-    detector: str
-
-
 class Run(NamedTuple):
     """One command."""
 
@@ -45,8 +39,8 @@ class Run(NamedTuple):
     detector: str = ""  # which is trained, tested or attacked
     options: dict = {}  # noqa: RUF012 never changed; arguments of the program by name, True stands for a flag
     labels: dict = {}  # noqa: RUF012 never changed; columns of the experiment's table
-    experiment: str | None = None  # that makes it; None: the one that lists it
-    name: str | None = None  # of its results: <experiment>/<name> below the detector's folder
+    experiment: str = ""  # that makes it; "": the one that lists it
+    name: str = ""  # of its results: <experiment>/<name> below the detector's folder
     scale: str | None = None  # that makes it; None: this one
 
 
@@ -87,11 +81,10 @@ def test(detector, experiment, name, labels, **options):
 
 def detection(detector, splits):
     """Tests of both decodings on each split."""
-    decodings = {"voting": {}, "subpixel": {"subpixel": True}}
     return [
         test(detector, "detection", f"{split}_{by}", {"images": split, "landmarks by": by}, split=split, **options)
         for split in splits
-        for by, options in decodings.items()
+        for by, options in (("voting", {}), ("subpixel", {"subpixel": True}))
     ]
 
 
@@ -100,17 +93,20 @@ def compare(run, name, description, **options):
     return run("attack", name, {"description": description}, **options)
 
 
+def shift_and_random(attack):
+    """An attack on near and on far targets."""
+    shift = compare(attack, "shift", "Displacements of 8 mm, epsilon 8", **NEAR, epsilon=8)
+    return shift, compare(attack, "random", "Random targets, epsilon 8", **FAR, epsilon=8)
+
+
 def sweep_epsilon(attack, epsilons):
     """An attack at several epsilons; ``epsilons``: {name of targets: values}."""
-    return [
-        attack(
-            *("epsilon", f"{targets.replace(' ', '_')}_{value:g}", {"targets": targets, "epsilon": value}),
-            **TARGETS[targets],
-            epsilon=value,
-        )
-        for targets, values in epsilons.items()
-        for value in values
-    ]
+    runs = []
+    for targets, values in epsilons.items():
+        for value in values:
+            name, labels = f"{targets.replace(' ', '_')}_{value:g}", {"targets": targets, "epsilon": value}
+            runs.append(attack("epsilon", name, labels, **TARGETS[targets], epsilon=value))
+    return runs
 
 
 def sweep_count(attack, counts):
@@ -126,16 +122,12 @@ def sweep_one_step(attack, epsilons):
 
 def sweep_diagnosis(attack, epsilons, measures=MEASURE_NAMES, suffix=""):
     """Attacks on the diagnosis by each clinical measure at several epsilons."""
-    attack = partial(attack, targets="diagnosis")
-    return [
-        attack(
-            *("diagnosis", f"{measure}_{value:g}{suffix}", {"measure": measure, "epsilon": value}),
-            measure=measure,
-            epsilon=value,
-        )
-        for value in epsilons
-        for measure in measures
-    ]
+    runs = []
+    for value in epsilons:
+        for measure in measures:
+            labels = {"measure": measure, "epsilon": value}
+            runs.append(attack("diagnosis", f"{measure}_{value:g}{suffix}", labels, targets="diagnosis", **labels))
+    return runs
 
 
 def sweep_defence(plain, few, training, split, epsilons, more_steps, measure="ANB", inputs=INPUT_DEFENCES):
@@ -148,22 +140,22 @@ def sweep_defence(plain, few, training, split, epsilons, more_steps, measure="AN
         more_steps: of an attack.
     """
     robust = f"{plain}-adversarial"
-    attack = partial(test, plain, "defence", labels={}, **few, **NEAR, subpixel=True, epsilon=8)
-    harden = partial(test, robust, "defence", labels={}, **few, **NEAR, subpixel=True)
-    diagnose = {"targets": "diagnosis", "measure": measure, "epsilon": 4, "subpixel": True}
-    diagnose |= {"attack": "Vote-PGD", "steps": 10, "limit": 30}
-    accuracy = {"split": split, "subpixel": True}
+    run = partial(test, experiment="defence", labels={}, subpixel=True)
+    accuracy = partial(run, name="accuracy", split=split)
+    attack = partial(run, **few, **NEAR)
+    diagnose = partial(run, name="diagnosis", targets="diagnosis", measure=measure, epsilon=4)
+    diagnose = partial(diagnose, attack="Vote-PGD", steps=10, limit=30)
     return [
         train(robust, adversarial=True, **training),
-        test(plain, "defence", "accuracy", {}, **accuracy, defence=inputs),
-        test(robust, "defence", "accuracy", {}, **accuracy),
-        attack("input", attack=ADAPTIVE, defence=inputs, save_adversarial=True, transfer=Tag(robust)),
-        attack("evasive", attack="evasive-Vote-PGD"),
-        *(harden(f"{epsilon:g}", attack=ADAPTIVE, epsilon=epsilon) for epsilon in epsilons),
-        harden("more_steps", attack=ADAPTIVE, epsilon=8, steps=more_steps),
-        harden("random_search", attack="random-search", epsilon=8),
-        test(plain, "defence", "diagnosis", {}, **diagnose, defence=inputs),
-        test(robust, "defence", "diagnosis", {}, **diagnose),
+        accuracy(plain, defence=inputs),
+        accuracy(robust),
+        attack(plain, name="input", attack=ADAPTIVE, epsilon=8, defence=inputs, save_adversarial=True, transfer=robust),
+        attack(plain, name="evasive", attack="evasive-Vote-PGD", epsilon=8),
+        *(attack(robust, name=f"{epsilon:g}", attack=ADAPTIVE, epsilon=epsilon) for epsilon in epsilons),
+        attack(robust, name="more_steps", attack=ADAPTIVE, epsilon=8, steps=more_steps),
+        attack(robust, name="random_search", attack="random-search", epsilon=8),
+        diagnose(plain, defence=inputs),
+        diagnose(robust),
     ]
 
 
@@ -205,15 +197,13 @@ def paper(splits, ids):
     """As published, for GPUs."""
     victim, few = "800x640", {"limit": 50}
     attack = partial(test, victim, steps=300)
-    random = compare(attack, "random", "Random targets, epsilon 8", attack=BEST, **FAR, epsilon=8)
-    shift = compare(attack, "shift", "Displacements of 8 mm, epsilon 8", attack=BEST, **NEAR, epsilon=8)
-    counted = partial(attack, attack=PAPER, epsilon=8, **few)
-    robust = {"init": Checkpoint(victim, 229), "lr": 3e-4, "schedule": "cosine", "epochs": 30}
+    shift, random = shift_and_random(partial(attack, attack=BEST))
+    robust = {"init": Checkpoint(victim, 229), "lr": 3e-4, "schedule": "cosine", "epochs": 30, "size": (800, 640)}
     experiments = {
         "detection": [train(victim, size=(800, 640)), *detection(victim, splits)],
         "attack": [random, shift],
         "epsilon": sweep_epsilon(partial(attack, attack=BEST, **few), dict.fromkeys(TARGETS, EPSILONS)),
-        "count": [*sweep_count(counted, (1, 2, 4, 8, 12, 16, 19)), random],
+        "count": [*sweep_count(partial(attack, attack=PAPER, epsilon=8, **few), (1, 2, 4, 8, 12, 16, 19)), random],
         "coupling": [random, shift],
         "fancy": spell(partial(attack, attack=ADAPTIVE, epsilon=8), ids),
         "baselines": sweep_one_step(partial(test, victim), EPSILONS),
@@ -225,9 +215,7 @@ def paper(splits, ids):
             *causes({"attack": BEST, **NEAR, "epsilon": 8, "steps": 300, **few}, shift, PAPER_CAUSES),
         ],
         "diagnosis": sweep_diagnosis(partial(test, victim, attack=ALL, steps=50, subpixel=True, **few), EPSILONS),
-        "defence": sweep_defence(
-            *(victim, {"steps": 100, **few}, {"size": (800, 640), **robust}, splits[0], (*EPSILONS, 16, 32), 300)
-        ),
+        "defence": sweep_defence(victim, {"steps": 100, **few}, robust, splits[0], (*EPSILONS, 16, 32), 300),
     }
     return Scale(victim, experiments)
 
@@ -245,28 +233,25 @@ PAPER_CAUSES = {
 def cpu(splits, ids):
     """The paper's schedule at a quarter of its input size: two cores, a night."""
     victim, few = "200x160", {"limit": 20, "steps": 30}
-    measured = partial(test, victim, subpixel=True)
-    best = partial(compare, partial(measured, epsilon=8, attack=BEST))
-    most, longer = {"steps": 100, "limit": 50}, {"steps": 300, "limit": 10}  # another schedule, not a continuation
-    shift = best("shift", "Displacements of 8 mm, epsilon 8", **NEAR, **most)
-    random = best("random", "Random targets, epsilon 8", **FAR, **most)
-    diagnose = partial(measured, limit=30)
+    attack = partial(test, victim, subpixel=True)
+    best = partial(attack, attack=BEST, epsilon=8)
+    shift, random = shift_and_random(partial(best, steps=100, limit=50))
+    longer = partial(compare, partial(best, steps=300, limit=10))  # another schedule, not a continuation
+    diagnose = partial(attack, limit=30)
     robust = {"size": (200, 160), "init": Checkpoint(victim, 229), **SMALL, "lr": 3e-4, "epochs": 10}
     experiments = {
         "detection": [train(victim, size=(200, 160), checkpoint_every=10), *detection(victim, splits)],
         "attack": [
             shift,
             random,
-            best("shift_300", "Displacements of 8 mm, 300 iterations", **NEAR, **longer),
-            best("random_300", "Random targets, 300 iterations", **FAR, **longer),
+            longer("shift_300", "Displacements of 8 mm, 300 iterations", **NEAR),
+            longer("random_300", "Random targets, 300 iterations", **FAR),
         ],
-        "epsilon": sweep_epsilon(
-            partial(measured, attack=ADAPTIVE, **few), dict.fromkeys(("random", "8 mm"), EPSILONS)
-        ),
-        "count": [*sweep_count(partial(measured, epsilon=8, attack="ATI-FGSM", **few), (1, 2, 5, 10, 19)), random],
+        "epsilon": sweep_epsilon(partial(attack, attack=ADAPTIVE, **few), {"random": EPSILONS, "8 mm": EPSILONS}),
+        "count": [*sweep_count(partial(attack, epsilon=8, attack="ATI-FGSM", **few), (1, 2, 5, 10, 19)), random],
         "coupling": [shift, random],
-        "fancy": spell(partial(measured, epsilon=8, attack=ADAPTIVE, steps=100), ids),
-        "baselines": sweep_one_step(partial(measured, limit=20), (*EPSILONS, 16, 32, 64, 128)),
+        "fancy": spell(partial(attack, epsilon=8, attack=ADAPTIVE, steps=100), ids),
+        "baselines": sweep_one_step(partial(attack, limit=20), (*EPSILONS, 16, 32, 64, 128)),
         "causes": [
             train("random-encoder", size=(200, 160), encoder_weights="none", epochs=60, checkpoint_every=10),
             *causes({"attack": PAPER, **NEAR, "epsilon": 8, **few, "subpixel": True}, shift, CPU_CAUSES),
@@ -292,9 +277,7 @@ CPU_CAUSES = {
 def cpu_full(splits, ids):
     """800 x 640 px, coarse to fine from the detector of the scale cpu: two cores, another night."""
     victim, attacks = "800x640", {"attack": BEST, "epsilon": 8, "steps": 100, "subpixel": True}
-    attack = partial(compare, partial(test, victim, **attacks, limit=10, batch_size=1))
-    shift = attack("shift", "Displacements of 8 mm, epsilon 8", **NEAR)
-    random = attack("random", "Random targets, epsilon 8", **FAR)
+    shift, random = shift_and_random(partial(test, victim, **attacks, limit=10, batch_size=1))
     smaller = test("200x160", "attack", "shift", {"question": "input size (px)", "answer": "200 x 160"})
     sizes = {"input size (px)": {"400 x 320": ("400x320", {}), "800 x 640": None}}
     experiments = {
@@ -316,9 +299,7 @@ def quick(splits, ids):
     victim = "100x80"
     attack = partial(test, victim, subpixel=True)
     ati = partial(attack, attack="ATI-FGSM", steps=20, limit=3)
-    best = partial(compare, partial(attack, attack=BEST, epsilon=8, steps=30, limit=4))
-    shift = best("shift", "Displacements of 8 mm, epsilon 8", **NEAR)
-    random = best("random", "Random targets, epsilon 8", **FAR)
+    shift, random = shift_and_random(partial(attack, attack=BEST, steps=30, limit=4))
     start = {**SMALL, "epochs": 16, "checkpoint_every": 16}
     vary = {"attack": PAPER, **NEAR, "epsilon": 8, "steps": 30, "limit": 4, "subpixel": True}
     robust = {"size": (100, 80), "init": Checkpoint(victim, 15), **SMALL, "lr": 3e-4, "epochs": 3}
@@ -346,15 +327,13 @@ def quick(splits, ids):
     return Scale(victim, experiments)
 
 
+SMALLEST = "50x40", {}
 QUICK_CAUSES = {
-    "encoder's initial weights": {"random": ("random-encoder", {}), "as given": ("50x40", {})},
+    "encoder's initial weights": {"random": ("random-encoder", {}), "as given": SMALLEST},
     "batch norm in the encoder, from random weights": {"no": ("random-encoder", {}), "yes": ("batch-norm", {})},
-    "statistics of batch norm": {
-        "of the training": ("50x40", {}),
-        "of the image": ("50x40", {"batch_statistics": True}),
-    },
-    "channels of the perturbation": {"one": ("50x40", {"grey": True}), "three": ("50x40", {})},
-    "input size (px)": {"50 x 40": ("50x40", {}), "100 x 80": None},
+    "statistics of batch norm": {"of the training": SMALLEST, "of the image": ("50x40", {"batch_statistics": True})},
+    "channels of the perturbation": {"one": ("50x40", {"grey": True}), "three": SMALLEST},
+    "input size (px)": {"50 x 40": SMALLEST, "100 x 80": None},
 }
 
 

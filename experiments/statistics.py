@@ -23,16 +23,15 @@ def paired_difference(a, b):
         dict: images, and within_4mm_points (percentage points) and mre_mm with their intervals, see ``named``.
     """
     common = sorted(set(a["image"]) & set(b["image"]))
-    a, b = (rows[rows["image"].isin(common)] for rows in (a, b))
-    columns = {
-        "within_4mm_points": lambda rows: 100.0 * (rows["radial_error_mm"] <= SUCCESS_MM),
-        "mre_mm": lambda rows: rows["radial_error_mm"],
-    }
-    row = {"images": len(common)}
-    for name, values in columns.items():
-        pairs = np.stack([by_image(rows, values(rows)) for rows in (a, b)], axis=1)  # (images, 2, landmarks)
-        row |= named(name, *interval(pairs, lambda pairs: np.nanmean(pairs[:, 0]) - np.nanmean(pairs[:, 1])))
-    return row
+    both = [rows[rows["image"].isin(common)] for rows in (a, b)]
+    errors = np.stack([by_image(rows, rows["radial_error_mm"]) for rows in both], axis=1)  # (images, 2, landmarks)
+    success = np.where(np.isnan(errors), np.nan, 100 * (errors <= SUCCESS_MM))
+
+    def difference(pairs):
+        return np.nanmean(pairs[:, 0]) - np.nanmean(pairs[:, 1])
+
+    row = {"images": len(common)} | named("within_4mm_points", *interval(success, difference))
+    return row | named("mre_mm", *interval(errors, difference))
 
 
 def differences(pairs):

@@ -62,8 +62,8 @@ def read_convolutions(source):
         with h5py.File(io.BytesIO(content)) as file:
             layers = []
             for block, count in enumerate(BLOCKS, 1):
-                for i in range(count):
-                    variables = file[f"block{block}/layers/conv2d{f'_{i}' if i else ''}/vars"]
+                for suffix in ("", "_1", "_2")[:count]:
+                    variables = file[f"block{block}/layers/conv2d{suffix}/vars"]
                     weight, bias = (torch.from_numpy(variables[name][()]).double() for name in "01")
                     layers.append((weight.permute(3, 2, 0, 1), bias))
     except (OSError, KeyError, zipfile.BadZipFile) as error:

@@ -38,7 +38,7 @@ def main(argv=None):
         attack.print_tables(results)
         return
     experiment, out = EXPERIMENTS[args.experiment], Path(args.out)
-    results = experiment.check([Result({}, result.folder) for result in results])
+    results = experiment.check(results)
     make_folder(out)
     write_text(out / f"{args.experiment}.md", experiment.publish(results, args.data, out))
     print(f"written to {out}/")

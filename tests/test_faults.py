@@ -14,7 +14,9 @@ import torch
 from conftest import TRAIN, Code, K, assert_refused, damage, write_kaggle
 from PIL import Image
 
+import eval
 import model
+import train
 from model import UNet
 from readers.layouts import FOLDERS
 from support import figures
@@ -113,6 +115,40 @@ def test_a_stopped_test_goes_on_and_ends_the_same(trained, official, monkeypatch
     assert kept.stat().st_mtime_ns == stamp
 
 
+@pytest.mark.parametrize("step", [2, 4])  # of two an epoch: in the middle of one, and of one after a checkpoint
+def test_a_kill_loses_what_came_after_the_last_minute(step, trained, official, tmp_path, monkeypatch):
+    """As if a minute passed with every step: the state of the step before the kill is there."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments):
+        steps.append(1)
+        if len(steps) == step:
+            raise Killed
+        return original(*arguments)
+
+    steps, original = [], train.train_step
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
+    arguments = [str(word) for word in (*TRAIN[1:], "--data", official, *EPOCHS)]
+    with monkeypatch.context() as context, pytest.raises(Killed):
+        context.setattr(train, "train_step", killed)
+        train.main(arguments)
+    state = torch.load("runs/small/resume.pth", weights_only=True)
+    assert (state["epoch"], state["step"]) == divmod(step - 1, 2)
+    train.main([*arguments, "--resume"])
+    assert_same_training(tmp_path / "runs" / "small", trained / "runs" / "small")
+
+
+def test_between_checkpoints_nothing_is_written_within_a_minute(official, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "save", lambda state, *_: saved.append((state.epoch, state.step)))
+    train.main([str(word) for word in (*TRAIN[1:], "--data", official, "--epochs", 5, "--checkpoint-every", 2)])
+    assert saved == [(2, 0), (4, 0), (5, 0)]
+
+
 # --- the disk, the data, the numbers
 
 
@@ -161,24 +197,17 @@ def test_a_full_disk_in_an_attack(trained, official, monkeypatch, run):
 
 
 def test_originals_lost_during_an_attack(data, trained, monkeypatch, run):
-    class Bar:
-        def __init__(self, *_, **__):
-            shutil.rmtree(data / "RawImage")  # after loading, before the first step
+    def attack_batch(*arguments, **options):
+        shutil.rmtree(data / "RawImage", ignore_errors=True)  # after loading
+        return original(*arguments, **options)
 
-        def __getattr__(self, _):
-            return lambda *_, **__: None
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
+    original = eval.attack_batch
     monkeypatch.chdir(trained)
-    monkeypatch.setattr("support.command.progress", lambda *a, **o: Bar() if o.get("unit") == "step" else a[0])
+    monkeypatch.setattr(eval, "attack_batch", attack_batch)
     arguments = ["--attack", 0, "--steps", 2, "--rand", "lost", "--split", "test1", "--save-adversarial"]
-    result = run("test.py", "--tag", "small", "--data", data, *arguments)
-    assert_refused(result, "151.bmp: no such file", trained / "lost" / "records")
+    status, _, err = run("test.py", "--tag", "small", "--data", data, *arguments, "--pictures", 0)
+    assert status == 2 and "151.bmp: no such file" in err.splitlines()[-1] and "Traceback" not in err
+    assert not (trained / "lost" / "records").exists()
 
 
 def test_a_loss_that_is_no_number_spoils_nothing(official, tmp_path, monkeypatch, run):

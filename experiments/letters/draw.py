@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 
 FOLDER = Path(__file__).parent
-SHAPE = FOLDER.parent.parent / "assets" / "shape_model.json"
 LEFT, TOP, WIDTH, HEIGHT = 600, 1000, 900, 1040  # px0: where landmarks usually are
 
 STROKES = {  # polylines of (x, y), both from 0 to 1, y downwards
@@ -27,12 +26,10 @@ STROKES = {  # polylines of (x, y), both from 0 to 1, y downwards
 def spread(strokes, count):
     """``count`` points (count, 2) on the strokes, evenly spaced on each."""
     lengths = [np.linalg.norm(np.diff(stroke, axis=0), axis=1) for stroke in strokes]
-    exact = np.array([length.sum() for length in lengths])
-    exact *= count / exact.sum()
-    counts = exact.astype(int)
-    counts[np.argsort(counts - exact)[: count - counts.sum()]] += 1  # the largest remainders
+    total = sum(length.sum() for length in lengths)
     points = []
-    for stroke, length, n in zip(strokes, lengths, counts, strict=True):
+    for stroke, length in zip(strokes, lengths, strict=True):
+        n = round(count * length.sum() / total)
         places = (np.arange(n) + 0.5) / n * length.sum()
         along = np.r_[0, length.cumsum()]
         points.append(np.stack([np.interp(places, along, axis) for axis in np.transpose(stroke)], axis=-1))
@@ -53,7 +50,7 @@ def assign(points, landmarks):
 
 
 def main():
-    mean = np.array(json.loads(SHAPE.read_text())["mean"])
+    mean = np.array(json.loads((FOLDER.parents[1] / "assets" / "shape_model.json").read_text())["mean"])
     for letter, strokes in STROKES.items():
         points = assign(spread(strokes, len(mean)) * (WIDTH, HEIGHT) + (LEFT, TOP), mean)
         table = pd.DataFrame(points.round().astype(int), range(1, len(mean) + 1), ["x", "y"])
