@@ -7,7 +7,7 @@ import pandas as pd
 from eval import SUCCESS_MM, summarize
 from experiments.markdown import fold_intervals, markdown
 from experiments.results import last, of_role, outcome, render_differences, render_outcomes
-from experiments.statistics import differences
+from experiments.statistics import paired_difference
 from support.errors import InputError
 from support.figures import plot_attack
 from support.files import write_table
@@ -43,13 +43,12 @@ def publish(results, data, out):
 
 def compare(pairs, label):
     """Differences in each role, the second of each pair of (name, records) minus the first, paired by image."""
-    return differences(
-        [
-            ({label: f"{b} minus {a}", "landmarks": role}, of_role(others, role), of_role(rows, role))
-            for (a, rows), (b, others) in pairs
-            for role in ("targeted", "stationary")
-        ]
-    )
+    rows = []
+    for (a, first), (b, second) in pairs:
+        for role in ("targeted", "stationary"):
+            labels = {label: f"{b} minus {a}", "landmarks": role}
+            rows.append(labels | paired_difference(of_role(second, role), of_role(first, role)))
+    return pd.DataFrame(rows)
 
 
 def render(table, paired, charts):

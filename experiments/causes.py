@@ -4,7 +4,7 @@ import pandas as pd
 
 from eval import SUCCESS_MM
 from experiments.results import last, of_role, outcome, render_differences, render_outcomes
-from experiments.statistics import differences
+from experiments.statistics import paired_difference
 from support.figures import bars, panels, save
 from support.files import write_table
 
@@ -51,14 +51,14 @@ def compute(records):
 
 def compute_differences(records):
     """Targeted landmarks: the last answer minus the first, for each question and method, paired by image."""
-    pairs = []
+    table = []
     for question, answers in records.items():
         first, *_, second = answers
         rows, others = (of_role(last(answers[answer]), "targeted") for answer in (first, second))
         for method, found in rows.groupby("method", sort=False):
             labels = {"question": question, "answer": second, "minus": first, "method": method}
-            pairs.append((labels, others[others["method"] == method], found))
-    return differences(pairs)
+            table.append(labels | paired_difference(others[others["method"] == method], found))
+    return pd.DataFrame(table)
 
 
 def plot(table, path):

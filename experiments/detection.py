@@ -48,12 +48,10 @@ def collect(results, data):
     for split, sources in splits.items():
         sources |= inter_observer(data, split, next(iter(sources.values())))
     if len(splits) > 1:
-        shared = set.intersection(*(set(sources) for sources in splits.values()))
-        splits[" + ".join(splits)] = {
-            source: pd.concat(sources[source] for sources in splits.values())
-            for source in next(iter(splits.values()))
-            if source in shared
-        }
+        first, *others = splits.values()
+        shared = [source for source in first if all(source in sources for sources in others)]
+        together = {source: pd.concat(sources[source] for sources in splits.values()) for source in shared}
+        splits[" + ".join(splits)] = together
     return {(images, source): rows for images, sources in splits.items() for source, rows in sources.items()}
 
 

@@ -26,7 +26,6 @@ SHARES = {"intended": "intended diagnosis changed", "only intended": "... and no
 POOLED = "all"
 MOVEMENTS = {"0 to 1.5": 0, "1.5 to 3": 1.5, "3 to 5": 3, "over 5": 5}  # in mm: name -> from
 FAR_MM = 2
-LEVELS = "perturbation (grey levels of 255)"
 # polylines of landmarks, counted from 1
 TRACING = (1, 2), (4, 3), (17, 18, 5, 12), (11, 6, 7, 9, 8, 10, 19), (15, 13, 14, 16)
 LINES = {  # of each measure
@@ -150,10 +149,10 @@ def compute_doctors(records, changed, data):
         if len(images) and marks.keys() >= {*images}:
             share = 100 * differ.loc[images, measure].mean()
             rows.append({"measure": measure, "patients": len(images), "disagree_%": share})
+    table = pd.DataFrame(rows, columns=["measure", "patients", "disagree_%"])
     if rows:
-        mean = {"measure": POOLED, "patients": len(spacing), "disagree_%": np.mean([row["disagree_%"] for row in rows])}
-        rows.append(mean)
-    return pd.DataFrame(rows, columns=["measure", "patients", "disagree_%"])
+        table.loc[len(rows)] = [POOLED, len(spacing), table["disagree_%"].mean()]
+    return table
 
 
 def plot(table, names, doctors, path):
@@ -168,8 +167,8 @@ def plot(table, names, doctors, path):
             line_with_band(panel, rows, "grey_levels", f"{share}_%", method)
         if share == "intended" and {*names} <= {*disagree.index}:
             panel.axhline(disagree[names].mean(), color="black", linestyle=":", label="two doctors disagree")
-        panel.set(title=f"{SHARES[share]} ({pooled_name(names)})", xlabel=LEVELS, xscale="log")
-        panel.set(ylabel="patients (%)", ylim=(0, 103))
+        panel.set(title=f"{SHARES[share]} ({pooled_name(names)})", xlabel="perturbation (grey levels of 255)")
+        panel.set(ylabel="patients (%)", ylim=(0, 103), xscale="log")
         tick_values(panel, table["grey_levels"])
         panel.legend(fontsize=8)
     chosen = min(table["epsilon"], key=lambda epsilon: abs(epsilon - 4))

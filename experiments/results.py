@@ -93,22 +93,13 @@ def outcome(records, labels):
     for method, found in last(records).groupby("method", sort=False):
         targeted, stationary = of_role(found, "targeted"), of_role(found, "stationary")
         error = targeted["radial_error_mm"]
-        rows.append(
-            {
-                **labels,
-                "method": method,
-                "images": found["image"].nunique(),
-                "clean_mre_mm": clean_mre[method],
-                "targeted": len(targeted),
-                "start_mm": targeted["start_mm"].mean(),
-                "targeted_mre_mm": error.mean(),
-                "targeted_median_mm": error.median(),
-                "stationary_mre_mm": stationary["radial_error_mm"].mean(),
-                **named("within_4mm_%", *rate(targeted, error <= SUCCESS_MM)),
-                **named("half_way_%", *rate(targeted, error < targeted["start_mm"] / 2)),
-                **named("stationary_within_4mm_%", *rate(stationary, stationary["radial_error_mm"] <= SUCCESS_MM)),
-            }
-        )
+        row = {**labels, "method": method, "images": found["image"].nunique(), "clean_mre_mm": clean_mre[method]}
+        row |= {"targeted": len(targeted), "start_mm": targeted["start_mm"].mean(), "targeted_mre_mm": error.mean()}
+        row |= {"targeted_median_mm": error.median(), "stationary_mre_mm": stationary["radial_error_mm"].mean()}
+        row |= named("within_4mm_%", *rate(targeted, error <= SUCCESS_MM))
+        row |= named("half_way_%", *rate(targeted, error < targeted["start_mm"] / 2))
+        row |= named("stationary_within_4mm_%", *rate(stationary, stationary["radial_error_mm"] <= SUCCESS_MM))
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -136,7 +127,7 @@ def render_outcomes(table):
 
 
 def render_differences(table):
-    """``statistics.differences`` as Markdown: each difference with its interval and what it supports."""
+    """A table of ``statistics.paired_difference`` as Markdown: each difference with its interval and what it supports."""
     shown = fold_intervals(table, "+.1f")
     for name in ("within_4mm_points", "mre_mm"):
         ends = zip(table[f"{name}_low"], table[f"{name}_high"], table["images"], strict=True)

@@ -236,16 +236,15 @@ def cpu(splits, ids):
     attack = partial(test, victim, subpixel=True)
     best = partial(attack, attack=BEST, epsilon=8)
     shift, random = shift_and_random(partial(best, steps=100, limit=50))
-    longer = partial(compare, partial(best, steps=300, limit=10))  # another schedule, not a continuation
-    diagnose = partial(attack, limit=30)
+    longer = partial(best, steps=300, limit=10)  # another schedule, not a continuation
     robust = {"size": (200, 160), "init": Checkpoint(victim, 229), **SMALL, "lr": 3e-4, "epochs": 10}
     experiments = {
         "detection": [train(victim, size=(200, 160), checkpoint_every=10), *detection(victim, splits)],
         "attack": [
             shift,
             random,
-            longer("shift_300", "Displacements of 8 mm, 300 iterations", **NEAR),
-            longer("random_300", "Random targets, 300 iterations", **FAR),
+            compare(longer, "shift_300", "Displacements of 8 mm, 300 iterations", **NEAR),
+            compare(longer, "random_300", "Random targets, 300 iterations", **FAR),
         ],
         "epsilon": sweep_epsilon(partial(attack, attack=ADAPTIVE, **few), {"random": EPSILONS, "8 mm": EPSILONS}),
         "count": [*sweep_count(partial(attack, epsilon=8, attack="ATI-FGSM", **few), (1, 2, 5, 10, 19)), random],
@@ -257,9 +256,9 @@ def cpu(splits, ids):
             *causes({"attack": PAPER, **NEAR, "epsilon": 8, **few, "subpixel": True}, shift, CPU_CAUSES),
         ],
         "diagnosis": [
-            *sweep_diagnosis(partial(diagnose, attack=("Vote-PGD", "noise"), steps=10), EPSILONS),
+            *sweep_diagnosis(partial(attack, attack=("Vote-PGD", "noise"), steps=10, limit=30), EPSILONS),
             # steps of 0.05 epsilon take 20 iterations to the bound
-            *sweep_diagnosis(partial(diagnose, attack=PAPER, steps=20), (4,), suffix="_paper"),
+            *sweep_diagnosis(partial(attack, attack=PAPER, steps=20, limit=30), (4,), suffix="_paper"),
         ],
         "defence": sweep_defence(victim, few, robust, splits[0], (2, 4, 8, 16, 32), 100),
     }

@@ -1,7 +1,6 @@
 """Statistics of records: paired differences and correlations, with intervals by ``eval.interval``."""
 
 import numpy as np
-import pandas as pd
 
 from eval import SUCCESS_MM, interval, named
 
@@ -32,15 +31,6 @@ def paired_difference(a, b):
 
     row = {"images": len(common)} | named("within_4mm_points", *interval(success, difference))
     return row | named("mre_mm", *interval(errors, difference))
-
-
-def differences(pairs):
-    """A table with a row for each pair: its labels and ``paired_difference``.
-
-    Args:
-        pairs: list of (labels, rows a, rows b).
-    """
-    return pd.DataFrame([labels | paired_difference(a, b) for labels, a, b in pairs])
 
 
 def verdict(low, high, images):
