@@ -146,8 +146,9 @@ def report(group, images, device, repeats, label="", peak=None):
     table["images/s"], table["peak MiB"] = 1e3 * images / table["ms"], memory
     table["ratio"] = seconds[others].div(seconds[limit], axis=0).median()
     if peak:
+        arguments = group[0].prepare()
         with FlopCounterMode(display=False) as counter:
-            group[0].call(*group[0].prepare())
+            group[0].call(*arguments)
         table.loc[limit, "TFLOP/s"] = counter.get_total_flops() / seconds[limit].median() / 1e12
         table["% of matrix peak"] = 100 * 1e12 * table["TFLOP/s"] / peak
     table["the paper's, extrapolated (h)"] = pd.Series(PAPER) / table["images/s"] / 3600

@@ -56,11 +56,11 @@ def publish(results, data, out):
 
 
 def collect(results):
-    """Of each run two tables, both with its epsilon and measure.
+    """The records of each run, with its epsilon, and whose diagnoses have changed, with its epsilon and measure too.
 
     Returns:
         list of (records, see ``results.clean_and_last``; ``beyond.diagnosis.changed_diagnoses`` at the last iteration,
-        with movement_mm, the root of the way's sum of squares over landmarks).
+        with movement_mm, the root of the sum of squares of the way over landmarks).
 
     Raises:
         InputError: two runs have the same epsilon, method and measure.

@@ -127,7 +127,7 @@ def render_outcomes(table):
 
 
 def render_differences(table):
-    """A table of ``statistics.paired_difference`` as Markdown: each difference with its interval and what it supports."""
+    """``statistics.paired_difference`` of each row as Markdown: differences with intervals, and what they support."""
     shown = fold_intervals(table, "+.1f")
     for name in ("within_4mm_points", "mre_mm"):
         ends = zip(table[f"{name}_low"], table[f"{name}_high"], table["images"], strict=True)

@@ -182,31 +182,19 @@ def tag(text):
 
 def add_data_arguments(parser):
     """--data, --mm-per-px and --unusual."""
-    parser.add_argument(
-        "--data", default="dataset", may_change=True, help="folder of the ISBI 2015 data, see docs/data.md"
-    )
-    parser.add_argument(
-        "--mm-per-px",
-        type=positive_float,
-        metavar="MM",
-        help="pixel spacing of the original images (default: the data's spacing file, else 0.1)",
-    )
-    parser.add_argument(
-        "--unusual", action="store_true", may_change=True, help="skip the checks for implausible annotations"
-    )
+    add = parser.add_argument
+    add("--data", default="dataset", may_change=True, help="folder of the ISBI 2015 data, see docs/data.md")
+    spacing = "pixel spacing of the original images (default: the data's spacing file, else 0.1)"
+    add("--mm-per-px", type=positive_float, metavar="MM", help=spacing)
+    add("--unusual", action="store_true", may_change=True, help="skip the checks for implausible annotations")
 
 
 def add_device_arguments(parser):
     """--device and --compile."""
-    parser.add_argument(
-        "--device", default="auto", may_change=True, help="auto (cuda if available), cpu, cuda, cuda:1, ..."
-    )
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        may_change=True,
-        help="torch.compile the network, with CUDA graphs on a GPU",
-    )
+    devices = "auto (cuda if available), cpu, cuda, cuda:1, ..."
+    parser.add_argument("--device", default="auto", may_change=True, help=devices)
+    text = "torch.compile the network, with CUDA graphs on a GPU"
+    parser.add_argument("--compile", action="store_true", may_change=True, help=text)
 
 
 def add_compute_arguments(parser):
