@@ -83,7 +83,7 @@ def run(attack, detector, image, targets, targeted, epsilon=8, steps=300, seed=0
         raise ValueError(f"targeted is {targeted.dtype}: bool is needed")
     goal, steps = None, attack.steps or steps
     if attack.delta is not None:
-        return shown(detector, image, (image + attack.delta).clamp(-1, 1), steps)
+        return replay(detector, image, (image + attack.delta).clamp(-1, 1), steps)
     if attack.goal:
         with torch.no_grad():
             goal = attack.goal(detector(image), targets.masked_fill(~targeted[..., None], 0), targeted)
@@ -123,24 +123,19 @@ def pgd(model, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentum=
         yield iteration, adversarial.detach(), maps.detach()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(loss(maps).sum(), adversarial)
-        velocity = accumulate(velocity, gradient, momentum)
-        delta = (delta - size_of(step_size, iteration, steps) * bound * velocity.sign()).clamp(-bound, bound)
+        delta, velocity = descend(delta, velocity, gradient, bound, iteration / steps, step_size, momentum)
     adversarial = (image + delta).clamp(-1, 1)
     with torch.no_grad():
         yield steps, adversarial, model(adversarial) if last_maps else None
 
 
-def accumulate(velocity, gradient, momentum):
-    """The direction of a step, (B, C, H, W): the gradient, or with momentum a sum of normalised ones."""
-    if not momentum:
-        return gradient
-    magnitude = gradient.abs().mean((1, 2, 3), keepdim=True)
-    return momentum * velocity + gradient / magnitude.clamp(min=torch.finfo(magnitude.dtype).tiny)
-
-
-def size_of(step_size, iteration, steps):
-    """The size of a step in units of epsilon, see ``pgd``."""
-    return step_size(iteration / steps) if callable(step_size) else step_size
+def descend(delta, velocity, gradient, bound, progress, step_size=STEP_SIZE, momentum=0.0):
+    """A step of ``pgd``: the next perturbation, and the direction that led to it."""
+    if momentum:
+        magnitude = gradient.abs().mean((1, 2, 3), keepdim=True)
+        gradient = momentum * velocity + gradient / magnitude.clamp(min=torch.finfo(magnitude.dtype).tiny)
+    size = step_size(progress) if callable(step_size) else step_size
+    return (delta - size * bound * gradient.sign()).clamp(-bound, bound), gradient
 
 
 def falling(progress):
@@ -169,9 +164,7 @@ def universal_perturbation(attack, model, batches, epsilon=8, steps=300):
         with torch.enable_grad():
             loss = attack.loss(model((image + common).clamp(-1, 1)), goal).sum()
         (gradient,) = torch.autograd.grad(loss, common)
-        velocity = accumulate(velocity, gradient, attack.options["momentum"])
-        size = size_of(attack.options["step_size"], iteration, steps)
-        delta = (delta - size * bound * velocity.sign()).clamp(-bound, bound)
+        delta, velocity = descend(delta, velocity, gradient, bound, iteration / steps, **attack.options)
         image, goal = next(batches)
     yield steps, delta
 
@@ -191,7 +184,7 @@ def random_perturbations(model, image, epsilon, steps, seed):
         yield iteration, *perturbed(model, image, delta)
 
 
-def shown(model, image, adversarial, steps):
+def replay(model, image, adversarial, steps):
     """What an attack would yield whose result is known: the clean image, and the attacked one as the last."""
     yield 0, *perturbed(model, image, 0)
     yield steps, *perturbed(model, adversarial, 0)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from attack import grey_model, last, run, shown
+from attack import grey_model, last, replay, run
 from dataset import in_batches, rescale, to_input
 from model import confidence, decode
 from readers.points import LANDMARKS
@@ -190,7 +190,7 @@ def attack_batch(
     for name, judge, attacked in defended:
         images = {"oblivious": adversarial} | ({} if attack.blind else {"adaptive": last(craft(wrap(attacked)))[1]})
         for attacker, seen in images.items():
-            iterates = shown(wrap(judge), image, seen, steps)
+            iterates = replay(wrap(judge), image, seen, steps)
             found, _ = observe(iterates, attack, data, targets, image, steps, subpixel)
             tables[name] = pd.concat([tables.get(name), found.assign(defence=name, attacker=attacker)])
     return tables, adversarial

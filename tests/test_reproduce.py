@@ -325,27 +325,6 @@ def test_the_real_scales_fit_together(name):
     assert results == set(folders)  # each is reported
 
 
-def test_scales_use_the_folders_that_they_always_have():
-    """Finished runs stay finished."""
-    plan = make_plan("cpu")
-    folders = [str(result.folder) for experiment in plan.chosen for result in plan.results(experiment)]
-    for folder in (
-        "runs/cpu-200x160/detection/test1_voting",
-        "runs/cpu-200x160/attack/shift",
-        "runs/cpu-200x160/attack/random_300",
-        "runs/cpu-200x160/epsilon/random_0.5",
-        "runs/cpu-200x160/epsilon/8_mm_8",
-        "runs/cpu-200x160/count/19",
-        "runs/cpu-200x160/fancy/6_I",
-        "runs/cpu-200x160/baselines/64",
-        "runs/cpu-random-encoder/causes/plain",
-        "runs/cpu-200x160/causes/grey",
-        "runs/cpu-200x160/causes/iteration_59",
-    ):
-        assert folder in folders, folder
-    assert "runs/paper-800x640/causes/iteration_9" in {str(r.folder) for r in make_plan("paper").results("causes")}
-
-
 def test_letters_are_as_drawn_and_legible(monkeypatch):
     monkeypatch.syspath_prepend(scales.LETTERS)
     import draw
