@@ -140,17 +140,17 @@ def sweep_defence(plain, few, training, split, epsilons, more_steps, measure="AN
         more_steps: of an attack.
     """
     robust = f"{plain}-adversarial"
-    run = partial(test, experiment="defence", labels={}, subpixel=True)
-    accuracy = partial(run, name="accuracy", split=split)
-    attack = partial(run, **few, **NEAR)
-    diagnose = partial(run, name="diagnosis", targets="diagnosis", measure=measure, epsilon=4)
+    run = partial(test, experiment="defence", labels={})
+    accuracy = partial(run, name="accuracy", split=split, subpixel=True)
+    attack = partial(run, **few, **NEAR, subpixel=True)
+    diagnose = partial(run, name="diagnosis", targets="diagnosis", measure=measure, epsilon=4, subpixel=True)
     diagnose = partial(diagnose, attack="Vote-PGD", steps=10, limit=30)
     return [
         train(robust, adversarial=True, **training),
         accuracy(plain, defence=inputs),
         accuracy(robust),
-        attack(plain, name="input", attack=ADAPTIVE, epsilon=8, defence=inputs, save_adversarial=True, transfer=robust),
-        attack(plain, name="evasive", attack="evasive-Vote-PGD", epsilon=8),
+        attack(plain, name="input", epsilon=8, attack=ADAPTIVE, defence=inputs, save_adversarial=True, transfer=robust),
+        attack(plain, name="evasive", epsilon=8, attack="evasive-Vote-PGD"),
         *(attack(robust, name=f"{epsilon:g}", attack=ADAPTIVE, epsilon=epsilon) for epsilon in epsilons),
         attack(robust, name="more_steps", attack=ADAPTIVE, epsilon=8, steps=more_steps),
         attack(robust, name="random_search", attack="random-search", epsilon=8),
