@@ -247,7 +247,7 @@ def show_demo(plan):
     """Print the tables of the detection and of the attack, and where the pictures are."""
     tested, attacked = (plan.results(name)[0].folder for name in ("detection", "attack"))
     detection = pd.read_csv(tested / "summary.csv").iloc[-1:, 1:]
-    attack = pd.read_csv(attacked / "summary.csv")
+    attack = pd.read_csv(attacked / "summary.csv").loc[:, :"largest_change"]  # without the intervals
     attack.loc[attack["iteration"] == 0, "method"] = "no attack"
     attack = attack[attack["iteration"].isin([0, attack["iteration"].max()])].drop_duplicates(["role", "method"])
     print(f"\nDetection\n\n{detection.to_string(index=False, float_format='%.2f')}")

@@ -198,7 +198,7 @@ def paper(splits, ids):
     victim, few = "800x640", {"limit": 50}
     attack = partial(test, victim, steps=300)
     shift, random = shift_and_random(partial(attack, attack=BEST))
-    robust = {"init": Checkpoint(victim, 229), "lr": 3e-4, "schedule": "cosine", "epochs": 30, "size": (800, 640)}
+    robust = {"size": (800, 640), "init": Checkpoint(victim, 229), "lr": 3e-4, "schedule": "cosine", "epochs": 30}
     experiments = {
         "detection": [train(victim, size=(800, 640)), *detection(victim, splits)],
         "attack": [random, shift],
@@ -256,9 +256,9 @@ def cpu(splits, ids):
             *causes({"attack": PAPER, **NEAR, "epsilon": 8, **few, "subpixel": True}, shift, CPU_CAUSES),
         ],
         "diagnosis": [
-            *sweep_diagnosis(partial(attack, attack=("Vote-PGD", "noise"), steps=10, limit=30), EPSILONS),
+            *sweep_diagnosis(partial(attack, limit=30, attack=("Vote-PGD", "noise"), steps=10), EPSILONS),
             # steps of 0.05 epsilon take 20 iterations to the bound
-            *sweep_diagnosis(partial(attack, attack=PAPER, steps=20, limit=30), (4,), suffix="_paper"),
+            *sweep_diagnosis(partial(attack, limit=30, attack=PAPER, steps=20), (4,), suffix="_paper"),
         ],
         "defence": sweep_defence(victim, few, robust, splits[0], (2, 4, 8, 16, 32), 100),
     }

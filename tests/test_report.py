@@ -178,10 +178,14 @@ def test_detection_beside_the_doctors(official, drawn, tmp_path):
 
 def test_shares_of_diagnoses_by_hand():
     """Two measures: image 3 cannot be attacked for MW. The pool is over attacks, its interval over images."""
+
+    def table_of(changed):
+        return pd.concat(changed, names=["epsilon", "method", "measure", "image"]).reset_index()
+
     shares = {"intended": [True, True, False], "only intended": [True, False, False], "any": [True, True, True]}
-    anb = pd.DataFrame(shares, index=["1", "2", "3"]).assign(iterations=10)
+    anb = pd.DataFrame(shares, index=["1", "2", "3"]).assign(iteration=10)
     changed = {(4.0, "Vote-PGD", "ANB"): anb, (4.0, "Vote-PGD", "MW"): anb[:2]}
-    table = diagnosis.compute(changed).set_index("measure")
+    table = diagnosis.compute(table_of(changed)).set_index("measure")
     both = "ANB, MW"
     assert table["patients"].to_dict() == {both: 3, "ANB": 3, "MW": 2} and table.loc[both, "attacks"] == 5
     assert table.loc[both, "intended_%"] == 80 and table.loc["MW", "intended_%"] == 100
@@ -191,5 +195,5 @@ def test_shares_of_diagnoses_by_hand():
     ]
     assert table.loc["ANB", "grey_levels"] == 2
     changed[2.0, "Vote-PGD", "ANB"] = anb
-    assert diagnosis.compared(changed) == ["ANB"]  # curves against epsilon need the same measures everywhere
-    assert set(diagnosis.compute(changed).query("epsilon == 2")["measure"]) == {"ANB"}
+    assert diagnosis.compared(table_of(changed)) == ["ANB"]  # curves against epsilon need the same measures everywhere
+    assert set(diagnosis.compute(table_of(changed)).query("epsilon == 2")["measure"]) == {"ANB"}
