@@ -13,6 +13,7 @@ A new attack is a row of ATTACKS, with its loss: the command line, tables, chart
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -220,9 +221,7 @@ def keep_best(iterates, score):
 
 def last(iterates):
     """The last (iteration, adversarial, maps) of an attack; none of the others is kept in memory."""
-    for found in iterates:  # noqa: B007
-        pass
-    return found
+    return deque(iterates, maxlen=1).pop()
 
 
 def grey_model(model):

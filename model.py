@@ -224,16 +224,12 @@ def load_encoder(encoder, source, imagenet):
             ) from None
     else:
         state = load_tensors(source)
-    prefix = "features."
-    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    expected = {key: value.shape for key, value in encoder.state_dict().items()}
-    for key in expected:
-        if key.endswith("num_batches_tracked"):  # torchvision's files predate this counter
-            state.setdefault(key, torch.tensor(0))
-    if expected != {key: value.shape for key, value in state.items()}:
+    state = {name.removeprefix("features."): value for name, value in state.items() if name.startswith("features.")}
+    try:
+        encoder.load_state_dict(state)
+    except RuntimeError:
         name = imagenet.__name__.removesuffix("_Weights").lower()
-        raise InputError(f"--encoder-weights {source}: not the state dict of torchvision's {name}")
-    encoder.load_state_dict(state)
+        raise InputError(f"--encoder-weights {source}: not the state dict of torchvision's {name}") from None
 
 
 def load_weights(model, path):

@@ -40,33 +40,19 @@ PROGRAMS = {"phantom.py": phantom, "train.py": train, "test.py": test}
 
 def parse_arguments():
     parser = command.Parser("Run the paper's experiments and write a report of them.")
-    parser.add_argument(
-        "--scale",
-        choices=SCALES,
-        required=True,
-        help="paper: as published; cpu: a quarter of its size; cpu-full: from there to its size, few images; "
-        "quick: to see that everything works; demo: detection and attack on phantoms, needs no data",
-    )
+    add = parser.add_argument
+    scales = "paper: as published; cpu: a quarter of its size; cpu-full: from there to its size, few images; quick: to "
+    scales += "see that everything works; demo: detection and attack on phantoms, needs no data"
+    add("--scale", choices=SCALES, required=True, help=scales)
     command.add_data_arguments(parser)
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=report.EXPERIMENTS,
-        metavar="EXPERIMENT",
-        help=f"some of {', '.join(report.EXPERIMENTS)} (default: all of the scale)",
-    )
-    parser.add_argument(
-        "--encoder-weights",
-        metavar="SOURCE",
-        help="imagenet, none, or a file, see train.py; not for cpu-full (default: imagenet; quick, demo: none)",
-    )
-    parser.add_argument("--name", type=command.tag, help="of results/NAME/ and runs/NAME-... (default: the scale)")
-    parser.add_argument("--device", default="auto", help="auto (cuda if available), cpu, cuda, cuda:1, ...")
-    parser.add_argument(
-        "--precision",
-        choices=["fp32", "bf16"],
-        help="of the network (default: fp32 for the scale paper, else the faster one on this machine)",
-    )
+    some = f"some of {', '.join(report.EXPERIMENTS)} (default: all of the scale)"
+    add("--only", nargs="+", choices=report.EXPERIMENTS, metavar="EXPERIMENT", help=some)
+    weights = "imagenet, none, or a file, see train.py; not for cpu-full (default: imagenet; quick, demo: none)"
+    add("--encoder-weights", metavar="SOURCE", help=weights)
+    add("--name", type=command.tag, help="of results/NAME/ and runs/NAME-... (default: the scale)")
+    add("--device", default="auto", help="auto (cuda if available), cpu, cuda, cuda:1, ...")
+    precision = "of the network (default: fp32 for the scale paper, else the faster one on this machine)"
+    add("--precision", choices=["fp32", "bf16"], help=precision)
     args = parser.parse_args()
     args.name = args.name or args.scale
     if args.scale == "cpu-full" and args.encoder_weights:

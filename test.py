@@ -25,7 +25,7 @@ from attack import ATTACKS, goal_maps
 from beyond import defences, diagnosis, stored, universal
 from dataset import Cephalograms, in_batches, to_input
 from eval import (
-    SUCCESS_MM,
+    STATISTICS,
     attack_batch,
     metrics,
     predict,
@@ -41,13 +41,10 @@ from readers.layouts import SPLITS
 from readers.points import LANDMARKS
 from support import command, distributed, figures
 from support.checkpoints import find_checkpoint, sha256
+from support.command import natural_int, positive_int
 from support.errors import InputError
 from support.files import check_same_config, make_folder, run_folder, save_config, write_table
 from targets import DRAWN, choose_targets, read_stored_targets, write_targets
-
-SOURCES = (*DRAWN, "diagnosis")
-CHARTS = {"mre_mm": "MRE (mm)", "median_mm": "median radial error (mm)", "within_4mm_%": f"within {SUCCESS_MM} mm (%)"}
-
 
 # --- arguments -------------------------------------------------------------------------------------------------------
 
@@ -72,32 +69,29 @@ def defence(text):
 
 def class_or_any(text):
     """A value of --to."""
-    return None if text == "any" else command.natural_int(text)
+    return None if text == "any" else natural_int(text)
 
 
 def make_parser():
     parser = command.Parser("Test a trained detector, or attack it.", retired={"restarts": 1})
     add = parser.add_argument
     add("--tag", type=command.tag, required=True, help="the run: runs/TAG/, as trained by train.py")
-    add("--iteration", type=command.natural_int, metavar="EPOCH", help="checkpoint, from 0 (default: the newest)")
+    add("--iteration", type=natural_int, metavar="EPOCH", help="checkpoint, from 0 (default: the newest)")
     command.add_data_arguments(parser)
     add("--split", choices=SPLITS, default="test", help="images; test: test1 and test2, as far as present")
-    add("--limit", type=command.positive_int, metavar="N", help="only the first N images (default: all)")
+    add("--limit", type=positive_int, metavar="N", help="only the first N images (default: all)")
     add("--images", nargs="+", metavar="ID", help="only these images (default: all)")
-    image = "own images without annotation, instead of --data"
-    add("--image", nargs="+", metavar="FILE", may_change=True, help=image)
+    add("--image", nargs="+", metavar="FILE", may_change=True, help="own images without annotation, not --data")
     rand = "output folder (default: below runs/TAG/, named test, attack or read_back)"
     add("--rand", metavar="DIR", may_change=True, help=rand)
     add_attack_arguments(parser)
-    stored_images = "test the images that --save-adversarial stored"
-    add("--adversarial", metavar="DIR", may_change=True, help=stored_images)
+    add("--adversarial", metavar="DIR", may_change=True, help="test the images that --save-adversarial stored")
     add("--subpixel", action="store_true", help="subpixel decoding: the mean of the votes near the winner")
     statistics = "batch norms use the statistics of each image, as in the 2020 code, instead of those of the training"
     add("--batch-statistics", action="store_true", help=statistics)
-    batch = "images per batch, in each process"
-    add("--batch-size", type=command.positive_int, default=4, may_change=True, help=batch)
+    add("--batch-size", type=positive_int, default=4, may_change=True, help="images per batch, in each process")
     pictures = "draw the first N images (default: 4, or every --image)"
-    add("--pictures", type=command.natural_int, metavar="N", may_change=True, help=pictures)
+    add("--pictures", type=natural_int, metavar="N", may_change=True, help=pictures)
     command.add_compute_arguments(parser)
     return parser
 
@@ -114,13 +108,11 @@ def add_attack_arguments(parser):
     add("--targets", default="random", metavar="SOURCE", help=targets)
     add("--measure", choices=diagnosis.MEASURE_NAMES, help="whose class is to change, see docs/diagnoses.md")
     add("--to", type=class_or_any, metavar="CLASS", help="the class that it should become (default: any other)")
-    count = "landmarks that shift and common target"
-    add("--shift-count", type=command.positive_int, default=5, metavar="N", help=count)
+    add("--shift-count", type=positive_int, default=5, metavar="N", help="landmarks that shift and common target")
     add("--shift-mm", type=command.positive_float, default=8.0, metavar="MM", help="their displacement")
     epsilon = "L-infinity bound in half grey levels (8: 4 of 255)"
     add("--epsilon", type=command.half_grey_levels, default=8.0, help=epsilon)
-    steps = "iterations of iterative attacks, draws of random-search"
-    add("--steps", type=command.positive_int, default=300, help=steps)
+    add("--steps", type=positive_int, default=300, help="iterations of iterative attacks, draws of random-search")
     add("--grey", action="store_true", help="the same perturbation in all three channels")
     save = "store attacked images as PNG and JPEG, and test them again"
     add("--save-adversarial", action="store_true", may_change=True, help=save)
@@ -268,21 +260,17 @@ def default_name(args, epoch):
 
 def fingerprints(args, checkpoint, data, targets, training):
     """SHA-256 of what the results depend on besides the arguments."""
-    found = {"checkpoint_sha256": sha256(checkpoint), "data_sha256": data.sha256}
-    if targets is not None:
-        found["targets_sha256"] = targets.sha256()
-    if training is not None:
-        found["training_data_sha256"] = training.sha256
-    if args.adversarial:
-        found["adversarial_sha256"] = sha256(stored.find_in_memory(Path(args.adversarial)))
-    return found
+    found = {"checkpoint": sha256(checkpoint), "data": data.sha256, "targets": targets and targets.sha256()}
+    found["training_data"] = training and training.sha256
+    found["adversarial"] = args.adversarial and sha256(stored.find_in_memory(Path(args.adversarial)))
+    return {f"{name}_sha256": value for name, value in found.items() if value}
 
 
 def check_output(out, config, parser):
     """Raise InputError where the output folder holds anything but earlier results of the same configuration."""
     if (out / "config.json").exists():
         # of a file of targets, targets_sha256 is a hash of the content
-        may_change = parser.may_change | ({"targets"} if config["targets"] not in SOURCES else set())
+        may_change = parser.may_change | ({"targets"} if config["targets"] not in (*DRAWN, "diagnosis") else set())
         check_same_config(out / "config.json", config, parser.defaults(), may_change, "--rand")
     elif out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out}: holds other files than results of test.py; choose another --rand")
@@ -431,7 +419,7 @@ def report_attack(args, data, attacks, out):
     summary = summarize(table)
     write_table(out / "predictions.csv", table)
     write_table(out / "summary.csv", summary)
-    for column, label in CHARTS.items():
+    for column, label in STATISTICS.items():
         name = column.removesuffix("_%").removesuffix("_mm")
         figures.plot_attack(summary, column, label, out / f"{name}.png")
     print(
@@ -446,7 +434,7 @@ def report_attack(args, data, attacks, out):
         files = [record_file(out, id, m, name) for name in args.defence for m in attacks for id in data.ids]
         defences.report_attacks(read_records(files), table[final | (table["iteration"] == 0)], out)
     if args.save_adversarial:
-        write_table(stored.in_memory_file(out / "adversarial"), table[final].assign(detector=args.tag))
+        write_table(out / "adversarial" / stored.IN_MEMORY, table[final].assign(detector=args.tag))
 
 
 def warn_of_weak_goals(table):

@@ -13,7 +13,6 @@ images in each epoch and the starts of attacks on them, follow from --seed. On S
 Writes into runs/<tag>/: config.json, model_epoch_<e>.pth (weights), resume.pth, train_log.csv, train_log.png.
 """
 
-import argparse
 import copy
 import math
 import time
@@ -28,17 +27,7 @@ import torch
 from attack import last, paper_loss, pgd, untargeted_loss
 from dataset import Cephalograms, check_disjoint, in_batches, to_input
 from eval import metrics, predict, radial_errors
-from model import (
-    LAMBDA,
-    MIN_SIZE,
-    UNet,
-    compile_network,
-    encode,
-    freeze,
-    load_weights,
-    loss_terms,
-    place,
-)
+from model import LAMBDA, MIN_SIZE, UNet, compile_network, encode, freeze, load_weights, loss_terms, place
 from readers.layouts import available_splits
 from readers.points import LANDMARKS
 from support import command, distributed, figures
@@ -72,19 +61,12 @@ def make_parser():
     add("--adversarial", nargs="?", choices=["untargeted", "targeted"], const="untargeted", help=text)
     add("--epsilon", type=half_grey_levels, default=8.0, help="bound of these attacks, see test.py")
     add("--attack-steps", type=positive_int, default=1, help="their iterations, from a random start")
+    share = command.bounded(float, lambda value: 0 <= value < 1, "a fraction below 1")
     add("--clean-share", type=share, default=0.0, help="probability that an image is not attacked")
     add("--checkpoint-every", type=positive_int, default=5, metavar="EPOCHS", help="epochs between checkpoints")
     add("--resume", action="store_true", help="continue from runs/TAG/resume.pth, if it exists")
     command.add_compute_arguments(parser)
     return parser
-
-
-def share(text):
-    """A value of --clean-share."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a fraction below 1")
-    return value
 
 
 def parse_arguments(parser, argv):
@@ -138,8 +120,7 @@ def main(argv=None):
         config = {name: value for name, value in vars(args).items() if name != "resume"} | {"data_sha256": data.sha256}
         check_config(folder, config, parser)
     # nothing is written before all processes have the same
-    distributed.require_equal(data=[split and split.sha256 for split in (data, monitor)])
-    distributed.require_equal(**{"resume.pth": (state.epoch, state.step)})
+    distributed.require_equal(data=[data.sha256, monitor and monitor.sha256], resumed=(state.epoch, state.step))
     distributed.on_main(prepare_folder, folder, config, device, state)
     network = distributed.data_parallel(state.model, device)
     if args.compile:

@@ -22,6 +22,7 @@ from support.errors import InputError
 from support.files import atomic, write_table
 from targets import Targets
 
+IN_MEMORY = "in_memory.csv"
 SIZES = ("input", "original")
 FORMATS = {".png": ("8-bit", {"compress_level": 1}), ".jpg": ("JPEG", {"quality": 95, "subsampling": 0})}
 
@@ -68,17 +69,13 @@ def save_adversarial(folder, method, data, adversarial):
 # --- reading back ----------------------------------------------------------------------------------------------------
 
 
-def in_memory_file(folder):
-    return folder / "in_memory.csv"
-
-
 def find_in_memory(folder):
-    """``in_memory_file`` of an existing folder of attacked images.
+    """The record of an existing folder of attacked images.
 
     Raises:
         InputError: it does not exist.
     """
-    file = in_memory_file(folder)
+    file = folder / IN_MEMORY
     if not file.is_file():
         raise InputError(f"{file}: no such file; --adversarial takes the folder adversarial/ of --save-adversarial")
     return file
@@ -133,12 +130,10 @@ def predict_stored(detectors, folder, batch_size, device, subpixel=False):
             for name, model, data in detectors:
                 files = [stored_file(folder, method, size, id, suffix) for id in ids]
                 with distributed.guard():
-                    fits = size == "original" or is_input_of(files[0], data)
-                    if fits:
-                        part = data.select(ids)
-                        images, norms = load_stored(files, part, size)
-                if not fits:
-                    continue
+                    if size == "input" and read_size(files[0]) != tuple(data.images.shape[-2:]):
+                        continue
+                    part = data.select(ids)
+                    images, norms = load_stored(files, part, size)
                 points = to_px0(predict(model, images, batch_size, device, subpixel), part)
                 columns = {"method": method, "iteration": rows["iteration"].iloc[0], "largest_change": norms[:, None]}
                 columns |= {"detector": name, "stored": f"{FORMATS[suffix][0]} {size}"}
@@ -154,11 +149,6 @@ def report_stored(table, out):
     summary = summarize(table, by=["detector", "stored"])
     write_table(out / "read_back_summary.csv", summary)
     print(summary.to_string(index=False, float_format="%.2f"))
-
-
-def is_input_of(file, data):
-    """Whether a stored input is of the size of the images of ``data``; also if missing, which is reported later."""
-    return not file.exists() or read_size(file) == tuple(data.images.shape[-2:])
 
 
 def stored_forms(folder, method, ids):

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from attack import grey_model, universal_perturbation, vote_goal_at
+from attack import grey_model, last, universal_perturbation, vote_goal_at
 from dataset import in_batches, rescale, to_input
 from eval import predict_batches
 from support import distributed
@@ -27,8 +27,7 @@ def find_perturbation(file, attack, model, data, targets, batch_size, device, ep
             network, channels = (grey_model(model), 1) if grey else (model, 3)
             batches = training_batches(network, data, targets, device, channels, batch_size, seed)
             iterates = universal_perturbation(attack, network, batches, epsilon, steps)
-            for _, found in progress(iterates, desc="universal perturbation", total=steps + 1, unit="step"):
-                delta = found
+            _, delta = last(progress(iterates, desc="universal perturbation", total=steps + 1, unit="step"))
             write_tensors(file, {"delta": delta.cpu()})
 
     distributed.on_main(make)

@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pandas as pd
 
-from eval import SUCCESS_MM, summarize
+from eval import STATISTICS, summarize
 from experiments.markdown import fold_intervals, markdown
 from experiments.results import last, of_role, outcome, render_differences, render_outcomes
 from experiments.statistics import paired_difference
@@ -17,11 +17,6 @@ TEXT = (
     "All methods on the same images and targets. Errors of targeted landmarks are distances from the target, those of "
     "stationary landmarks from the truth."
 )
-HEADINGS = {
-    "mre_mm": "MRE (mm)",
-    "median_mm": "median radial error (mm)",
-    "within_4mm_%": f"within {SUCCESS_MM} mm (%)",
-}
 
 
 def publish(results, data, out):
@@ -34,9 +29,9 @@ def publish(results, data, out):
         paired = compare(combinations(attacks.items(), 2), "methods")
         write_table(out / f"{name}.csv", table)
         write_table(out / f"{name}_differences.csv", paired)
-        charts = {column: f"{name}_{column.removesuffix('_%')}.png" for column in HEADINGS}
+        charts = {column: f"{name}_{column.removesuffix('_%')}.png" for column in STATISTICS}
         for column, chart in charts.items():
-            plot_attack(table, column, HEADINGS[column], out / chart)
+            plot_attack(table, column, STATISTICS[column], out / chart)
         text += f"\n### {result.labels['description']}\n\n{render(table, paired, charts)}"
     return text
 
@@ -54,10 +49,10 @@ def compare(pairs, label):
 def render(table, paired, charts):
     """First and last iteration, differences, charts ({column: file})."""
     shown = fold_intervals(table[table["iteration"].isin([0, table["iteration"].max()])])
-    shown = shown[["role", "method", "iteration", "landmarks", *HEADINGS, "largest_change"]]
-    text = markdown(shown.rename(columns=HEADINGS | {"largest_change": "largest change (of 255)"}))
+    shown = shown[["role", "method", "iteration", "landmarks", *STATISTICS, "largest_change"]]
+    text = markdown(shown.rename(columns=STATISTICS | {"largest_change": "largest change (of 255)"}))
     text += f"\nDifferences at the last iteration:\n\n{render_differences(paired)}"
-    return text + "".join(f"\n![{HEADINGS[column]}]({chart})\n" for column, chart in charts.items())
+    return text + "".join(f"\n![{STATISTICS[column]}]({chart})\n" for column, chart in charts.items())
 
 
 # --- finished runs ---------------------------------------------------------------------------------------------------

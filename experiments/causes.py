@@ -24,7 +24,10 @@ def publish(results, data, out):
     write_table(out / "causes.csv", table)
     write_table(out / "causes_differences.csv", paired)
     plot(table, out / "causes.png")
-    return render(table, paired)
+    return (
+        f"\n{render_outcomes(table)}\n![success by cause](causes.png)\n\n"
+        f"Targeted landmarks, differences on the same images:\n\n{render_differences(paired)}"
+    )
 
 
 def collect(results):
@@ -72,10 +75,3 @@ def plot(table, path):
     axes[0].set_ylabel(f"targeted, within {SUCCESS_MM} mm of target (%)")
     axes[0].legend(fontsize=8)
     save(figure, path)
-
-
-def render(table, paired):
-    return (
-        f"\n{render_outcomes(table)}\n![success by cause](causes.png)\n\n"
-        f"Targeted landmarks, differences on the same images:\n\n{render_differences(paired)}"
-    )

@@ -33,7 +33,10 @@ def publish(results, data, out):
         write_table(out / f"{name}.csv", landmarks)
         write_table(out / f"{name}_correlations.csv", table)
         plot(landmarks, out / f"{name}.png")
-        text += f"\n### {result.labels['description']}\n\n{render(table, f'{name}.png')}"
+        shown = markdown(table.rename(columns={EQUAL: "the same at equal distance to target"}))
+        text += (
+            f"\n### {result.labels['description']}\n\n{shown}\n![error against distance from neighbours]({name}.png)\n"
+        )
     return text
 
 
@@ -97,8 +100,3 @@ def plot(landmarks, path):
             panel.set(ylabel="mean distance from target after the attack (mm)")
             panel.grid(alpha=0.3)
     save(figure, path)
-
-
-def render(table, chart):
-    shown = table.rename(columns={EQUAL: "the same at equal distance to target"})
-    return f"{markdown(shown)}\n![error against distance from neighbours]({chart})\n"

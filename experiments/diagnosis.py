@@ -98,17 +98,12 @@ def compute(changed):
         complete = [names for names in (MEASURE_NAMES, common) if names and pools.keys() >= {*names}]
         for measure, names in (pools | {pooled_name(names): names for names in complete}).items():
             found = attacks[attacks["measure"].isin(names)]
-            row = {"epsilon": epsilon, "grey_levels": grey(epsilon), "method": method, "measure": measure}
+            row = {"epsilon": epsilon, "grey_levels": epsilon / 2, "method": method, "measure": measure}
             row |= {"iterations": found["iteration"].max(), "patients": found["image"].nunique(), "attacks": len(found)}
             for share in SHARES:
                 row |= named(f"{share}_%", *rate(found, found[share], "measure"))
             rows.append(row)
     return pd.DataFrame(rows)
-
-
-def grey(epsilon):
-    """Half grey levels as grey levels."""
-    return epsilon / 2
 
 
 def compute_movements(changed):
@@ -177,7 +172,7 @@ def plot(table, names, doctors, path):
     if len(disagree):
         heights = disagree.reindex(MEASURE_NAMES)
         right.plot(range(len(heights)), heights, "k_", markersize=22, label="two doctors disagree")
-    right.set(title=f"{SHARES['intended']}, {grey(chosen)} grey levels", ylabel="patients (%)", ylim=(0, 118))
+    right.set(title=f"{SHARES['intended']}, {chosen / 2} grey levels", ylabel="patients (%)", ylim=(0, 118))
     right.legend(fontsize=8, loc="upper right", ncols=3)
     save(figure, path)
 
@@ -199,7 +194,7 @@ def find_patient(runs):
     before, after = (rows for _, rows in chosen.groupby("iteration"))
     values = diagnose(chosen).query("measure == @measure")[["value", "unit", "meaning"]]
     texts = [f"{measure} {f'{value:.3g} {unit}'.strip()}, {meaning}" for value, unit, meaning in values.to_numpy()]
-    title = f"image {image}, {method}, at most {grey(chosen['epsilon'].iloc[0])} grey levels"
+    title = f"image {image}, {method}, at most {chosen['epsilon'].iloc[0] / 2} grey levels"
     return before, after, measure, title, texts
 
 

@@ -89,6 +89,8 @@ def read_size(path):
     try:
         with Image.open(path) as image:
             return image.height, image.width
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: not a readable image ({error})") from None
 

@@ -111,30 +111,24 @@ def is_official_repetition(ids, sizes):
 
 
 def find_copies(files, others):
-    """All pairs of a file and another one with the same bytes.
-
-    Few files are read: those of the same size and the same 4 KiB in the middle.
-    """
-    files, others = list(files), list(others)
+    """All pairs of a file and another one with the same bytes; few are read whole."""
     try:
-        sizes = {file: file.stat().st_size for file in files + others}
-        common = {sizes[file] for file in files} & {sizes[other] for other in others}
         candidates = {}
         for other in others:
-            if sizes[other] in common:
-                candidates.setdefault(read_middle(other, sizes[other]), []).append(other)
+            candidates.setdefault(fingerprint(other), []).append(other)
         return [
             (file, other)
             for file in files
-            if sizes[file] in common
-            for other in candidates.get(read_middle(file, sizes[file]), [])
+            for other in candidates.get(fingerprint(file), [])
             if file.read_bytes() == other.read_bytes()
         ]
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
 
-def read_middle(file, size):
+def fingerprint(file):
+    """A file's size, and 4 KiB in its middle."""
+    size = file.stat().st_size
     with open(file, "rb") as stream:
         stream.seek(max(0, size // 2 - 2048))
         return size, stream.read(4096)
@@ -152,7 +146,8 @@ def contents(root):
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; --data names the folder with the ISBI 2015 data")
-    doctors = [find_folder(*(parent / doctor for parent in parents(root))) for doctor in DOCTORS]
+    parents = *nested(root, "AnnotationsByMD"), root  # of the doctors' folders, in the official and in the 2020 layout
+    doctors = [find_folder(*(parent / doctor for parent in parents)) for doctor in DOCTORS]
     doctors = [doctor for doctor in doctors if doctor]
     raw = find_folder(*nested(root, "RawImage"))
     cepha = find_folder(*(folder for folder in nested(root, "cepha400") if list_images(folder)))
@@ -216,11 +211,6 @@ def official_part(id):
 def nested(root, name):
     """Possible paths of a folder; archives unpacked into a folder of their own name nest it twice."""
     return root / name / name, root / name
-
-
-def parents(root):
-    """Possible parents of the doctors' folders, in the official and in the 2020 layout."""
-    return *nested(root, "AnnotationsByMD"), root
 
 
 def find_folder(*places):

@@ -30,8 +30,7 @@ def find_checkpoint(folder, epoch=None):
     epochs = checkpoint_epochs(folder)
     if not epochs:
         raise InputError(f"{folder}: no checkpoint model_epoch_<e>.pth yet; continue training by train.py --resume")
-    if epoch is None:
-        epoch = max(epochs)
+    epoch = epochs[-1] if epoch is None else epoch
     path = checkpoint_path(folder, epoch)
     if epoch not in epochs:
         raise InputError(f"{path}: no such checkpoint; --iteration takes one of: {', '.join(map(str, epochs))}")

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from support.distributed import is_main, local_rank, rank, world_size
+from support.distributed import is_main, rank, world_size
 from support.errors import InputError, Stopped
 
 STOPPED = 128 + signal.SIGTERM  # exit status
@@ -92,13 +92,9 @@ def run(main):
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
+        status, message = 0, None
         try:
             main()
-            if dist.is_initialized():
-                dist.destroy_process_group()
-                sys.stdout.flush()
-                os._exit(0)  # see below
-            return
         except BaseException as error:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from torchrun, if other processes ended for the same reason
             status, message = explain(error)
@@ -106,8 +102,12 @@ def run(main):
         if message:
             print(f"{name}: {message}", file=sys.stderr, flush=True)
         if dist.is_initialized():
+            if status == 0:
+                dist.destroy_process_group()
+            sys.stdout.flush()
             os._exit(status)  # the communication threads may hang or abort in a normal exit
-        sys.exit(status)
+        if status:
+            sys.exit(status)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -136,25 +136,24 @@ def explain(error):
 # --- types of arguments ----------------------------------------------------------------------------------------------
 
 
-def positive_int(text):
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
+def bounded(kind, is_valid, words):
+    """A type of arguments: numbers of a kind, int or float, for which ``is_valid`` holds."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not is_valid(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {words}")
+        return value
+
+    return parse
 
 
-def natural_int(text):
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^63 - 1")
-    return value
-
-
-def positive_float(text):
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+positive_int = bounded(int, lambda value: value > 0, "a whole number above 0")
+natural_int = bounded(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
+positive_float = bounded(float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
 def half_grey_levels(text):
@@ -164,10 +163,7 @@ def half_grey_levels(text):
         raise argparse.ArgumentTypeError(
             f"{text}: epsilon counts half grey levels; {text} of an image in [0, 1] is --epsilon {levels:g}"
         )
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of half grey levels")
-    return value
+    return bounded(float, lambda value: 0 <= value < math.inf, "a number of half grey levels")(text)
 
 
 def tag(text):
@@ -229,7 +225,7 @@ def find_device(name):
     if world_size() > 1:
         if kind[1]:
             raise InputError(f"--device {name}: several processes cannot use one GPU; use --device cuda")
-        index = local_rank()
+        index = int(os.environ["LOCAL_RANK"])  # of torchrun
         name = f"cuda:{index}"
     if index >= torch.cuda.device_count():
         raise InputError(

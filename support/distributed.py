@@ -23,11 +23,6 @@ def rank():
     return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
 
 
-def local_rank():
-    """Index of this process among those on its machine: the number of its GPU."""
-    return int(os.environ["LOCAL_RANK"]) if dist.is_torchelastic_launched() else 0
-
-
 def world_size():
     """Number of processes over all machines."""
     return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
@@ -81,7 +76,7 @@ def on_main(function, *args):
 
     All processes wait for each other first, so that the function can read what they wrote.
     """
-    barrier()
+    any_process(False)
     with guard():
         result = function(*args) if is_main() else None
     return broadcast(result)
@@ -125,11 +120,6 @@ def all_reduce(tensor):
 def any_process(flag):
     """Whether a flag is true in any process. Reduced between the CPUs, so that no GPU is synchronised."""
     return all_reduce(torch.tensor(int(flag))).item() > 0
-
-
-def barrier():
-    """Wait for all processes: what they wrote before can be read after."""
-    any_process(False)
 
 
 # --- training --------------------------------------------------------------------------------------------------------

@@ -11,12 +11,7 @@ TRUTH, PREDICTED, TARGET = (
     {"marker": "o", "c": "none", "edgecolors": "red", "s": 30, "linewidths": 0.8, "label": "prediction"},
     {"marker": "x", "c": "cyan", "s": 14, "linewidths": 0.8, "label": "target"},  # fits into a prediction's circle
 )
-LOSSES = {
-    "loss": "loss",
-    "heatmap_bce": "heatmap cross-entropy",
-    "offset_x_l1": "x-offset L1",
-    "offset_y_l1": "y-offset L1",
-}
+LOSSES = {"loss": "loss", "heatmap_bce": "heatmap BCE", "offset_x_l1": "x-offset L1", "offset_y_l1": "y-offset L1"}
 
 
 # --- parts of charts -------------------------------------------------------------------------------------------------

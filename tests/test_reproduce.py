@@ -5,6 +5,7 @@ import re
 import sys
 from functools import partial
 
+import letters
 import numpy as np
 import pandas as pd
 import pytest
@@ -325,10 +326,7 @@ def test_the_real_scales_fit_together(name):
     assert results == set(folders)  # each is reported
 
 
-def test_letters_are_as_drawn_and_legible(monkeypatch):
-    monkeypatch.syspath_prepend(scales.LETTERS)
-    import draw
-
+def test_letters_are_as_drawn_and_legible():
     mean = np.array(json.loads((ROOT / "assets" / "shape_model.json").read_text())["mean"])
     for letter in set(scales.WORD):
         table = pd.read_csv(scales.LETTERS / f"{letter}.csv")
@@ -336,8 +334,11 @@ def test_letters_are_as_drawn_and_legible(monkeypatch):
         places = table[["x", "y"]].to_numpy()
         assert len(np.unique(places, axis=0)) == len(LANDMARKS)
         assert (places > (302, 750)).all() and (places < (1814, 2250)).all()  # where the paper draws its targets
-        strokes = draw.spread(draw.STROKES[letter], len(mean)) * (draw.WIDTH, draw.HEIGHT) + (draw.LEFT, draw.TOP)
-        assert np.array_equal(draw.assign(strokes, mean).round(), places)
+        strokes = letters.spread(letters.STROKES[letter], len(mean)) * (letters.WIDTH, letters.HEIGHT) + (
+            letters.LEFT,
+            letters.TOP,
+        )
+        assert np.array_equal(letters.assign(strokes, mean).round(), places)
         cost = np.square(places[None] - mean[:, None]).sum(-1)  # of each landmark at each place
         swapped = cost + cost.T <= np.diag(cost)[:, None] + np.diag(cost) - 1e-6
         assert not swapped.any()  # no two landmarks would be nearer in each other's place

@@ -1,6 +1,6 @@
-"""Draw the letters of the fancy attack: a position for each of the 19 landmarks, as files for test.py --targets.
+"""How the letters of the fancy attack were drawn: a position for each landmark, as files for test.py --targets.
 
-    python experiments/letters/draw.py      # writes <letter>.csv beside this file, px of the original, 1935 x 2400
+    python tests/letters.py      # writes experiments/letters/<letter>.csv, px of the original, 1935 x 2400
 
 Points are spread evenly over a letter's strokes. Landmarks are assigned to them so that the distances from the mean
 shape are small, since the attack is hard enough.
@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-FOLDER = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "experiments" / "letters"
 LEFT, TOP, WIDTH, HEIGHT = 600, 1000, 900, 1040  # px0: where landmarks usually are
 
 STROKES = {  # polylines of (x, y), both from 0 to 1, y downwards
