@@ -42,7 +42,7 @@ class Attack(NamedTuple):
     options: dict = {}  # noqa: RUF012 never changed; of ``pgd``
     score: Callable | None = None  # (maps, goal) -> (B,): of each image the best iterate so far counts, not the last
     targeted: bool = True  # False: all landmarks shall leave their places
-    universal: bool = False  # one perturbation for all images,
+    universal: bool = False  # one perturbation for all images, with ``vote_goal`` as goal,
     delta: torch.Tensor | None = None  # (1, C, H, W), if it is known
 
     @property
@@ -127,7 +127,8 @@ def pgd(model, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentum=
         delta, velocity = descend(delta, velocity, gradient, bound, iteration / steps, step_size, momentum)
     adversarial = (image + delta).clamp(-1, 1)
     with torch.no_grad():
-        yield steps, adversarial, model(adversarial) if last_maps else None
+        maps = model(adversarial) if last_maps else None
+    yield steps, adversarial, maps
 
 
 def descend(delta, velocity, gradient, bound, progress, step_size=STEP_SIZE, momentum=0.0):
@@ -152,21 +153,20 @@ def universal_perturbation(attack, model, batches, epsilon=8, steps=300):
     Args:
         attack: its loss and options, see ``Attack``.
         model, epsilon, steps: see ``run``.
-        batches: iterator of (image (B, C, H, W), goal); ``steps`` are taken after the first.
+        batches: iterator of (image (B, C, H, W), goal), of which ``steps`` are taken.
 
     Yields:
         (iteration, perturbation (1, C, H, W)) for iteration 0, no perturbation, .. steps.
     """
-    bound, (image, goal) = epsilon / 256, next(batches)
-    delta, velocity = torch.zeros_like(image[:1]), torch.zeros_like(image[:1])
-    for iteration in range(steps):
+    bound, first = epsilon / 256, next(batches)
+    delta, velocity = torch.zeros_like(first[0][:1]), torch.zeros_like(first[0][:1])
+    for iteration, (image, goal) in zip(range(steps), itertools.chain([first], batches), strict=False):
         yield iteration, delta
         common = delta.detach().requires_grad_()
         with torch.enable_grad():
             loss = attack.loss(model((image + common).clamp(-1, 1)), goal).sum()
         (gradient,) = torch.autograd.grad(loss, common)
         delta, velocity = descend(delta, velocity, gradient, bound, iteration / steps, **attack.options)
-        image, goal = next(batches)
     yield steps, delta
 
 

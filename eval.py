@@ -22,11 +22,8 @@ from support.errors import InputError
 SDR_MM = (2, 2.5, 3, 4)
 RECORDED = (0, 1, 5, 10, 20, 30, 50, 99, 150, 200, 250, 299)  # iterations; the last one of an attack is recorded too
 SUCCESS_MM = 4  # the radial error up to which the paper counts an attack on a landmark as successful
-STATISTICS = {  # of the summary, and their labels
-    "mre_mm": "MRE (mm)",
-    "median_mm": "median radial error (mm)",
-    "within_4mm_%": f"within {SUCCESS_MM} mm (%)",
-}
+# columns of the summary
+LABELS = {"mre_mm": "MRE (mm)", "median_mm": "median radial error (mm)", "within_4mm_%": f"within {SUCCESS_MM} mm (%)"}
 ROLES = ("targeted", "stationary", "untargeted")  # of a landmark in an attack
 TEXT = ("image", "name", "method", "role", "defence", "attacker", "detector", "stored")
 COLUMNS = (  # of a record, in this order; those of attacks and of single conditions are absent elsewhere
@@ -269,7 +266,7 @@ def summarize(records, by="iteration", draws=1000, seed=0):
     for _, found in groups:
         drawn = statistics_of(found["radial_error_mm"].to_numpy(), counts[:, found["image"].map(place)])
         ends.append(np.nanpercentile(drawn, [2.5, 97.5], axis=1).T.ravel())
-    names = [f"{name}_{end}" for name in STATISTICS for end in ("low", "high")]
+    names = [f"{name}_{end}" for name in LABELS for end in ("low", "high")]
     return table.reset_index().join(pd.DataFrame(ends, columns=names))
 
 

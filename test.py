@@ -25,7 +25,7 @@ from attack import ATTACKS, goal_maps
 from beyond import defences, diagnosis, stored, universal
 from dataset import Cephalograms, in_batches, to_input
 from eval import (
-    STATISTICS,
+    LABELS,
     attack_batch,
     metrics,
     predict,
@@ -183,8 +183,7 @@ def main(argv=None):
         ids, targets = make_targets(args, model, data, device, out / "targets.csv")
         data, others = data.select(ids), [(name, other, images.select(ids)) for name, other, images in others]
     with distributed.guard():
-        universally = any(ATTACKS[name].universal for name in args.attack or ())
-        training = load_data(args, data.images.shape[-2:], "train") if universally else None
+        training = load_training(args, data.images.shape[-2:])
         config = vars(args) | {"iteration": epoch, "size": list(data.images.shape[-2:])}
         config |= fingerprints(args, checkpoint, data, targets, training)
         check_output(out, config, parser)
@@ -228,6 +227,14 @@ def load_data(args, size, split=None):
     return Cephalograms(args.data, split or args.split, size, unusual=args.unusual, **chosen, **options)
 
 
+def load_training(args, size):
+    """The training images and their targets, on which a universal perturbation is made; None without such an attack."""
+    if not any(ATTACKS[name].universal for name in args.attack or ()):
+        return None
+    data = load_data(args, size, "train")
+    return data, choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm)
+
+
 def predict_px0(model, data, args, device):
     """Predictions (N, K, 2) px0 on all images."""
     return to_px0(predict(model, data.images, args.batch_size, device, args.subpixel), data)
@@ -261,7 +268,7 @@ def default_name(args, epoch):
 def fingerprints(args, checkpoint, data, targets, training):
     """SHA-256 of what the results depend on besides the arguments."""
     found = {"checkpoint": sha256(checkpoint), "data": data.sha256, "targets": targets and targets.sha256()}
-    found["training_data"] = training and training.sha256
+    found["training_data"] = training and training[0].sha256
     found["adversarial"] = args.adversarial and sha256(stored.find_in_memory(Path(args.adversarial)))
     return {f"{name}_sha256": value for name, value in found.items() if value}
 
@@ -301,9 +308,8 @@ def unfinished(args, data, out, methods):
     Returns:
         list of (method, batch of image indices, those of the batch that are unfinished).
     """
-    existing = set(out.rglob("*"))
 
-    def is_unfinished(method, i):
+    def is_unfinished(method, i, existing):
         files = [record_file(out, data.ids[i], method)]
         files += [record_file(out, data.ids[i], method, name) for name in args.defence if method]
         if i < args.pictures:
@@ -312,12 +318,16 @@ def unfinished(args, data, out, methods):
             files += stored.stored_files(out / "adversarial", method, data.ids[i])
         return not existing.issuperset(files)
 
-    jobs = [
-        (method, batch, [i for i in batch if is_unfinished(method, i)])
-        for method in methods
-        for batch in in_batches(list(range(len(data))), args.batch_size)
-    ]
-    return distributed.shard(distributed.on_main(lambda: [job for job in jobs if job[-1]]))
+    def find():
+        existing = set(out.rglob("*"))
+        jobs = [
+            (method, batch, [i for i in batch if is_unfinished(method, i, existing)])
+            for method in methods
+            for batch in in_batches(list(range(len(data))), args.batch_size)
+        ]
+        return [job for job in jobs if job[-1]]
+
+    return distributed.shard(distributed.on_main(find))
 
 
 # --- accuracy --------------------------------------------------------------------------------------------------------
@@ -365,32 +375,27 @@ def report_test(out, data):
 
 
 def attack_all(args, model, data, targets, training, device, out):
-    """Attack every image by every method, all with the same targets; ``training``: images for universal attacks."""
+    """Attack every image by every method, all with the same targets; ``training``: see ``load_training``."""
     attacks = {name: ATTACKS[name] for name in args.attack}
     options = {name: getattr(args, name) for name in ("epsilon", "steps", "seed", "grey")} | {"device": device}
     for name in (name for name, attack in attacks.items() if attack.universal):
-        aims = choose_targets(args.targets, training, args.seed, args.shift_count, args.shift_mm)
-        delta = universal.find_perturbation(
-            out / "universal_perturbation.pth", attacks[name], model, training, aims, args.batch_size, **options
-        )
+        file = out / "universal_perturbation.pth"
+        delta = universal.find_perturbation(file, attacks[name], model, *training, args.batch_size, **options)
         attacks[name] = attacks[name]._replace(delta=delta)
     jobs = unfinished(args, data, out, attacks)
     with command.progress(jobs, desc="attacking", unit="batch", disable=not jobs) as bar:
         for method, batch, missing in bar:
             ids = [data.ids[i] for i in batch]
             bar.set_description(f"{method} on {', '.join(ids) if len(ids) < 5 else f'{ids[0]} .. {ids[-1]}'}")
-            added = [  # another defence may have been added
-                name
-                for name in args.defence
-                if not all(record_file(out, data.ids[i], method, name).exists() for i in missing)
-            ]
+            files = {name: [record_file(out, data.ids[i], method, name) for i in missing] for name in args.defence}
+            added = [name for name in files if not all(map(Path.exists, files[name]))]
             defended = defences.both_sides(model, added, args.seed)
             tables, adversarial = attack_batch(
                 attacks[method], model, data.select(ids), targets.of(batch), defended, subpixel=args.subpixel, **options
             )
             bar.set_postfix(progress_figure(tables[None]))
             for i in missing:
-                write_attacked(args, data.select([data.ids[i]]), i, tables, adversarial[batch.index(i)].cpu(), out)
+                write_attacked(args, data.select([data.ids[i]]), i, tables, adversarial[batch.index(i)], out)
     distributed.on_main(report_attack, args, data, attacks, out)
 
 
@@ -419,7 +424,7 @@ def report_attack(args, data, attacks, out):
     summary = summarize(table)
     write_table(out / "predictions.csv", table)
     write_table(out / "summary.csv", summary)
-    for column, label in STATISTICS.items():
+    for column, label in LABELS.items():
         name = column.removesuffix("_%").removesuffix("_mm")
         figures.plot_attack(summary, column, label, out / f"{name}.png")
     print(

@@ -6,9 +6,9 @@
     python train.py --tag robust --adversarial --init runs/baseline/model_epoch_229.pth --lr 3e-4 --epochs 10
     torchrun --nproc-per-node 4 train.py --tag baseline         # on four GPUs, the same training
 
-A training can be resumed after any stop; what is lost is less than a minute, since the whole state is written that
-often, with each checkpoint and on SIGTERM. Its random choices, the initial weights, the order of the
-images in each epoch and the starts of attacks on them, follow from --seed. On SIGTERM it exits with status 143.
+A training can be resumed after any stop: its whole state is written with each checkpoint, on SIGTERM, and at the step
+after which a minute has passed. Its random choices, the initial weights, the order of the images in each epoch and the
+starts of attacks on them, follow from --seed. On SIGTERM it exits with status 143.
 
 Writes into runs/<tag>/: config.json, model_epoch_<e>.pth (weights), resume.pth, train_log.csv, train_log.png.
 """
@@ -120,7 +120,7 @@ def main(argv=None):
         config = {name: value for name, value in vars(args).items() if name != "resume"} | {"data_sha256": data.sha256}
         check_config(folder, config, parser)
     # nothing is written before all processes have the same
-    distributed.require_equal(data=[data.sha256, monitor and monitor.sha256], resumed=(state.epoch, state.step))
+    distributed.require_equal(data=[data.sha256, monitor and monitor.sha256], state=(state.epoch, state.step))
     distributed.on_main(prepare_folder, folder, config, device, state)
     network = distributed.data_parallel(state.model, device)
     if args.compile:
@@ -145,7 +145,8 @@ def train(network, state, data, monitor, args, device, folder, stop):
                 end_epoch(state, evaluate(state, monitor, args, device), len(data))
                 bar.set_postfix(epoch=state.epoch - 1, loss=f"{state.rows[-1]['loss']:.3f}")
             stopping = distributed.any_process(stop.is_set())
-            if stopping or not finished or is_checkpoint(state.epoch - 1, args):
+            # after the first epoch too: checkpoints without a state cannot be resumed
+            if stopping or not finished or state.epoch == 1 or is_checkpoint(state.epoch - 1, args):
                 with distributed.guard():
                     save(state, folder, args)
                 saved = time.monotonic()

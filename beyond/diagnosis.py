@@ -66,7 +66,7 @@ def measures(points_px0, mm_per_px0):
     """The eight measures, differentiable.
 
     Args:
-        points_px0: (N, 19, 2) float x, y in px0, in the order of ``dataset.LANDMARKS``.
+        points_px0: (N, 19, 2) float x, y in px0, in the order of ``readers.points.LANDMARKS``.
         mm_per_px0: (N,) or a number.
 
     Returns:

@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pandas as pd
 
-from eval import STATISTICS, summarize
+from eval import LABELS, summarize
 from experiments.markdown import fold_intervals, markdown
 from experiments.results import last, of_role, outcome, render_differences, render_outcomes
 from experiments.statistics import paired_difference
@@ -29,9 +29,9 @@ def publish(results, data, out):
         paired = compare(combinations(attacks.items(), 2), "methods")
         write_table(out / f"{name}.csv", table)
         write_table(out / f"{name}_differences.csv", paired)
-        charts = {column: f"{name}_{column.removesuffix('_%')}.png" for column in STATISTICS}
+        charts = {column: f"{name}_{column.removesuffix('_%')}.png" for column in LABELS}
         for column, chart in charts.items():
-            plot_attack(table, column, STATISTICS[column], out / chart)
+            plot_attack(table, column, LABELS[column], out / chart)
         text += f"\n### {result.labels['description']}\n\n{render(table, paired, charts)}"
     return text
 
@@ -49,10 +49,10 @@ def compare(pairs, label):
 def render(table, paired, charts):
     """First and last iteration, differences, charts ({column: file})."""
     shown = fold_intervals(table[table["iteration"].isin([0, table["iteration"].max()])])
-    shown = shown[["role", "method", "iteration", "landmarks", *STATISTICS, "largest_change"]]
-    text = markdown(shown.rename(columns=STATISTICS | {"largest_change": "largest change (of 255)"}))
+    shown = shown[["role", "method", "iteration", "landmarks", *LABELS, "largest_change"]]
+    text = markdown(shown.rename(columns=LABELS | {"largest_change": "largest change (of 255)"}))
     text += f"\nDifferences at the last iteration:\n\n{render_differences(paired)}"
-    return text + "".join(f"\n![{STATISTICS[column]}]({chart})\n" for column, chart in charts.items())
+    return text + "".join(f"\n![{LABELS[column]}]({chart})\n" for column, chart in charts.items())
 
 
 # --- finished runs ---------------------------------------------------------------------------------------------------

@@ -95,6 +95,7 @@ def run(main):
         status, message = 0, None
         try:
             main()
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is written
         except BaseException as error:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from torchrun, if other processes ended for the same reason
             status, message = explain(error)
@@ -103,7 +104,8 @@ def run(main):
             print(f"{name}: {message}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             if status == 0:
-                dist.destroy_process_group()
+                with contextlib.suppress(RuntimeError):  # another process may be gone
+                    dist.destroy_process_group()
             sys.stdout.flush()
             os._exit(status)  # the communication threads may hang or abort in a normal exit
         if status:

@@ -136,7 +136,7 @@ def draw(path, title, data, records, adversarial=None):
             panel.scatter(found["true_x_px0"], found["true_y_px0"], **TRUTH)
         panel.scatter(found["x_px0"], found["y_px0"], **PREDICTED)
     if adversarial is not None:
-        attacked = adversarial.expand(3, -1, -1).permute(1, 2, 0).numpy()
+        attacked = adversarial.cpu().expand(3, -1, -1).permute(1, 2, 0).numpy()
         axes[1].imshow(attacked / 2 + 0.5, **frame)
         axes[1].set_title("attacked")
         aimed = final[final["target_x_px0"].notna()]

@@ -151,7 +151,7 @@ def test_between_checkpoints_nothing_is_written_within_a_minute(official, tmp_pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "save", lambda state, *_: saved.append((state.epoch, state.step)))
     train.main([str(word) for word in (*TRAIN[1:], "--data", official, "--epochs", 5, "--checkpoint-every", 2)])
-    assert saved == [(2, 0), (4, 0), (5, 0)]
+    assert saved == [(1, 0), (2, 0), (4, 0), (5, 0)]  # the first epoch and the checkpoints
 
 
 # --- the disk, the data, the numbers
