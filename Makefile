@@ -1,5 +1,5 @@
 PYTHON ?= python3
-PYTEST = .venv/bin/python -m pytest -n 2 --dist loadgroup
+PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test quick demo lint
 test: lint

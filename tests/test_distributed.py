@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from support.distributed import guard
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]  # one worker makes the runs
+pytestmark = pytest.mark.slow
 TRAIN = ["train.py", "--size", 64, 48, "--encoder-weights", "none", "--lr", 1e-3, "--epochs", 3]
 # In float64: in float32, Adam makes much of what differs by rounding, as it does between one thread and two
 FLOAT64 = """

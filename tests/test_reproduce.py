@@ -23,8 +23,6 @@ from support import command
 from support.errors import InputError, Stopped
 from support.files import read_config
 
-pytestmark = pytest.mark.xdist_group("reproduce")  # runs that are made once for several tests
-
 SMALL = {"size": (40, 32), "batch_size": 2, "epochs": 1}
 LARGE = {"size": (48, 40), "init": Checkpoint("40x32", 0), "batch_size": 2, "epochs": 1}
 TEST_PHANTOMS = {"train": 2, "test1": 3, "test2": 0}
