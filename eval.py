@@ -156,6 +156,11 @@ def read_records(files):
     return pd.concat(tables)
 
 
+def is_last(table):
+    """Which rows of records, or of what is made of them, are of the last iteration of their method."""
+    return table["iteration"] == table.groupby("method")["iteration"].transform("max")
+
+
 # --- attacks, measured -----------------------------------------------------------------------------------------------
 
 
@@ -209,10 +214,9 @@ def observe(iterates, attack, data, targets, image, steps, subpixel):
             points = decode(maps, subpixel)
             change = 127.5 * (adversarial - image).abs().amax((1, 2, 3))[:, None]
             seen.append((iteration, points, change, *confidence(maps, points)))
-    tables = []
+    tables, aims = [], targets if attack.targeted else None
     for iteration, points, *columns in seen:
         columns = dict(zip(("largest_change", "heatmap_peak", "vote_share"), (c.cpu() for c in columns), strict=True))
-        aims = targets if attack.targeted else None
         table = record_attack(data, to_px0(points, data), aims, method=attack.name, iteration=iteration, **columns)
         tables.append(table)
     return pd.concat(tables), adversarial

@@ -19,14 +19,13 @@ import argparse
 import warnings
 from pathlib import Path
 
-import pandas as pd
-
 from attack import ATTACKS, goal_maps
 from beyond import defences, diagnosis, stored, universal
 from dataset import Cephalograms, in_batches, to_input
 from eval import (
     LABELS,
     attack_batch,
+    is_last,
     metrics,
     predict,
     predict_batches,
@@ -427,14 +426,10 @@ def report_attack(args, data, attacks, out):
     for column, label in LABELS.items():
         name = column.removesuffix("_%").removesuffix("_mm")
         figures.plot_attack(summary, column, label, out / f"{name}.png")
-    print(
-        summary.drop(columns=[name for name in summary if name.endswith(("_low", "_high"))]).to_string(
-            index=False, float_format="%.2f"
-        )
-    )
+    print(summary.loc[:, :"largest_change"].to_string(index=False, float_format="%.2f"))
     warn_of_weak_goals(table)
     diagnosis.report_changes(table, args.measure, args.to, out)
-    final = table["iteration"] == table.groupby("method")["iteration"].transform("max")
+    final = is_last(table)
     if args.defence:
         files = [record_file(out, id, m, name) for name in args.defence for m in attacks for id in data.ids]
         defences.report_attacks(read_records(files), table[final | (table["iteration"] == 0)], out)
@@ -447,7 +442,7 @@ def warn_of_weak_goals(table):
     paper = table["method"].map(lambda name: ATTACKS[name].goal is goal_maps)
     clean = table[paper & (table["iteration"] == 0) & (table["role"] == "stationary")]
     clean = clean.drop_duplicates(["image", "landmark"])
-    weak = (clean.get("heatmap_peak", pd.Series(dtype=float)) <= 0.5).sum()
+    weak = (clean.reindex(columns=["heatmap_peak"])["heatmap_peak"] <= 0.5).sum()
     if weak:
         warnings.warn(
             f"the clean heatmaps of {weak} of {len(clean)} stationary landmarks nowhere exceed 0.5 (heatmap_peak in "

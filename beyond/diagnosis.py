@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from eval import is_last
 from readers.points import LANDMARKS
 from support.errors import InputError
 from support.files import write_table
@@ -347,6 +348,6 @@ def report_changes(records, measure, to, out):
     changes = summarize_changes(changed_diagnoses(table, measure, to))
     write_table(out / "measures.csv", table)
     write_table(out / "diagnoses.csv", changes)
-    final = changes[changes["iteration"] == changes.groupby("method")["iteration"].transform("max")]
+    final = changes[is_last(changes)]
     wide = final.pivot(index=["method", "patients"], columns="measure", values="changed_%")[final["measure"].unique()]
     print(f"\nPatients with another class than on the clean image (%)\n\n{wide.to_string(float_format='%.1f')}")

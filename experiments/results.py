@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from eval import SUCCESS_MM, interval, named, read_records
+from eval import SUCCESS_MM, interval, is_last, named, read_records
 from experiments.markdown import fold_intervals, markdown
 from experiments.statistics import by_image, verdict
 from readers.images import read_image
@@ -64,7 +64,7 @@ def read_marks(data, split, ids):
 
 def last(records):
     """The rows of each method's last iteration."""
-    return records[records["iteration"] == records.groupby("method")["iteration"].transform("max")]
+    return records[is_last(records)]
 
 
 def clean_and_last(records):

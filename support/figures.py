@@ -126,7 +126,8 @@ def draw(path, title, data, records, adversarial=None):
     """
     height, width = data.sizes[0].tolist()
     frame = {"extent": (-0.5, width - 0.5, height - 0.5, -0.5)}  # of the original: records are in px0
-    first, final = records[: len(records["landmark"].unique())], records[-len(records["landmark"].unique()) :]
+    count = records["landmark"].nunique()
+    first, final = records[:count], records[-count:]
     figure, axes = panels(1 if adversarial is None else 3, width=4.2, height=5.8)
     figure.suptitle(title)
     axes[0].imshow(data.images[0], cmap="gray", vmin=0, vmax=255, **frame)
