@@ -25,6 +25,7 @@ from support.errors import InputError
 from support.files import read_config
 
 MIN_SIZE = 32  # px: five poolings leave one pixel
+SIZE_2020 = (800, 640)  # (H, W) px of the 2020 code's input
 LAMBDA = 2.0  # weight of the heatmap's cross-entropy against the offsets' L1
 SUBPIXEL = 0.1  # in units of R: the distance from the pixel with most votes within which votes are averaged
 
@@ -238,7 +239,7 @@ def load_weights(model, path):
     Raises:
         InputError: unreadable, of another network or for another number of landmarks, or not finite.
     """
-    state = load_tensors(path)
+    state = names_from_2020(load_tensors(path))
     expected = model.state_dict()
     if missing := expected.keys() ^ state.keys():
         raise InputError(f"{path}: weights of another network: {len(missing)} names differ, {min(missing)} is one")
@@ -253,11 +254,21 @@ def load_weights(model, path):
     model.load_state_dict(state)
 
 
+def names_from_2020(state):
+    """A state dict of the 2020 code with the names of ``UNet``, without its unused classifier; any other as it is."""
+    if "final.bias" not in state:
+        return state
+    changes = {"vgg.features.": "encoder.", ".double_conv.": ".", "final.": "head."}
+    for old, new in changes.items():
+        state = {name.replace(old, new): value for name, value in state.items()}
+    return {name: value for name, value in state.items() if not name.startswith("vgg.")}
+
+
 def load_detector(checkpoint, device="cpu", precision="fp32", batch_statistics=False):
     """The detector of a checkpoint of train.py, ready for test and attack.
 
     Args:
-        checkpoint: path of a model_epoch_<e>.pth beside its config.json.
+        checkpoint: path of a model_epoch_<e>.pth beside its config.json, or beside the config.yaml of the 2020 code.
         device, precision: see ``place``.
         batch_statistics: see ``freeze``.
 
@@ -267,18 +278,28 @@ def load_detector(checkpoint, device="cpu", precision="fp32", batch_statistics=F
     Raises:
         InputError: see ``load_weights``; or the configuration is missing or not one of train.py.
     """
-    path = Path(checkpoint).with_name("config.json")
+    size, encoder_batch_norm = read_architecture(Path(checkpoint).parent)
+    with torch.device("meta"):  # no initial weights: the checkpoint has them all
+        model = UNet(encoder_batch_norm=encoder_batch_norm)
+    model.to_empty(device="cpu")
+    load_weights(model, checkpoint)
+    return freeze(place(model, device, precision), batch_statistics), size
+
+
+def read_architecture(folder):
+    """Input size (H, W) px of a run's detector, and whether its encoder has batch norm."""
+    path = folder / "config.json"
+    if not path.exists() and path.with_suffix(".yaml").exists():
+        text = "its own test used the statistics of each image, as --batch-statistics does"
+        warnings.warn(f"{folder}: a run of the 2020 code, {SIZE_2020[0]} x {SIZE_2020[1]} px; {text}", stacklevel=3)
+        return SIZE_2020, False
     config = read_config(path)
     size, encoder_batch_norm = config.get("size"), config.get("encoder_batch_norm", False)
     if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n >= MIN_SIZE for n in size)):
         raise InputError(f'{path}: not the configuration of a run: "size" should be two numbers of px')
     if not isinstance(encoder_batch_norm, bool):
         raise InputError(f'{path}: not the configuration of a run: "encoder_batch_norm" should be true or false')
-    with torch.device("meta"):  # no initial weights: the checkpoint has them all
-        model = UNet(encoder_batch_norm=encoder_batch_norm)
-    model.to_empty(device="cpu")
-    load_weights(model, checkpoint)
-    return freeze(place(model, device, precision), batch_statistics), tuple(size)
+    return tuple(size), encoder_batch_norm
 
 
 # --- landmarks to maps and back --------------------------------------------------------------------------------------

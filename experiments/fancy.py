@@ -73,35 +73,46 @@ def plot(methods, path):
 
 
 def plot_images(methods, data, path):
-    """The attacked images with predictions, above their perturbations, for each method."""
+    """The clean images with what the detector finds; for each method the attacked images, above their perturbations."""
     files = {entry.id: entry.image for entry in index(data, "test")}
-    figure, axes = grid(2 * len(methods), len(next(iter(methods.values()))), 2.4, 3.2)
+    first = next(iter(methods.values()))
+    figure, axes = grid(1 + 2 * len(methods), len(first), 2.4, 3.2)
+    for panel, (result, found) in zip(axes[0], first, strict=True):
+        clean, size0 = read_image(files[result.labels["image"]], None)
+        draw_found(panel, clean, size0, found, "_clean")
+        panel.set_title(f"image {result.labels['image']}, clean", fontsize=9)
     for row, (method, letters) in enumerate(methods.items()):
-        for (above, below), (result, found) in zip(axes[2 * row : 2 * row + 2].T, letters, strict=True):
-            draw_pair(above, below, result, found, method, files)
+        for (above, below), (result, found) in zip(axes[1 + 2 * row : 3 + 2 * row].T, letters, strict=True):
+            draw_attacked(above, below, result, found, method, files)
     save(figure, path)
 
 
-def draw_pair(above, below, result, found, method, files):
+def draw_found(panel, image, size0, found, which=""):
+    """An image, and the landmarks found on it, which are in px0; returns the frame of the original in the panel."""
+    frame = {"extent": (-0.5, size0[1] - 0.5, size0[0] - 0.5, -0.5)}
+    panel.imshow(image, cmap="gray", vmin=0, vmax=255, **frame)
+    panel.scatter(found[f"x_px0{which}"], found[f"y_px0{which}"], c="red", s=14)
+    panel.set_axis_off()
+    return frame
+
+
+def draw_attacked(above, below, result, found, method, files):
     """An attacked image with predictions, and its perturbation."""
-    letter, id = result.labels["letter"], result.labels["image"]
+    id = result.labels["image"]
     attacked, size = read_image(stored_file(result.folder / "adversarial", method, "input", id), None, "RGB")
-    clean, (height0, width0) = read_image(files[id], size)
-    frame = {"extent": (-0.5, width0 - 0.5, height0 - 0.5, -0.5)}  # of the original: records are in px0
-    above.imshow(attacked, **frame)
-    above.scatter(found["x_px0"], found["y_px0"], c="red", s=8)
-    above.set_title(f"{letter}: image {id}, {method}", fontsize=9)
+    clean, size0 = read_image(files[id], size)
+    frame = draw_found(above, attacked, size0, found)
+    above.set_title(f"{result.labels['letter']}, {method}", fontsize=9)
     perturbation = attacked.astype(float) - clean[..., None]
     bound = max(np.abs(perturbation).max(), 1)
     below.imshow(perturbation / (2 * bound) + 0.5, **frame)
     below.set_title(f"perturbation, at most {bound:.0f} of 255", fontsize=8)
-    for panel in (above, below):
-        panel.set_axis_off()
+    below.set_axis_off()
 
 
 def render(table):
     shown = table.rename(columns={"to go (mm)": "initial distance to target (mm)"})
     return (
         f"\n{markdown(shown)}\n![targets and predictions](fancy.png)\n\n`contact_sheet.png` beside this file shows the "
-        "attacked images with the detector's predictions, and below them the perturbations, magnified.\n"
+        "clean and the attacked images with the detector's predictions, and the perturbations, magnified.\n"
     )

@@ -133,13 +133,14 @@ def check_same_config(path, config, defaults, ignore, remedy):
 
 
 def run_folder(tag):
-    """The folder of a trained run.
+    """The folder of a run, of train.py or of the 2020 code.
 
     Raises:
         InputError: there is none; the message names those that exist.
     """
     folder = RUNS / tag
-    if not (folder / "config.json").is_file():
-        known = ", ".join(sorted(config.parent.name for config in RUNS.glob("*/config.json"))) or "none"
+    known = {config.parent.name for name in ("config.json", "config.yaml") for config in RUNS.glob(f"*/{name}")}
+    if tag not in known:
+        known = ", ".join(sorted(known)) or "none"
         raise InputError(f"{folder}: no such run (existing runs: {known}); train it by train.py --tag {tag}")
     return folder

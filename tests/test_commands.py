@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -424,6 +425,34 @@ def test_training_from_a_checkpoint_in_bf16_on_the_kaggle_layout(here, kaggle, r
     assert torch.allclose(start["encoder.0.weight"], end["encoder.0.weight"], atol=1e-6)
     status, _, err = run("test.py", "--tag", "fine", "--data", kaggle, "--split", "test2", "--precision", "bf16")
     assert status == 0, err
+
+
+def test_a_run_of_the_2020_code_is_tested_attacked_and_continued(trained, official, tmp_path, run, monkeypatch):
+    """Its folder as it is: other names of the weights, a config.yaml, always 800 x 640 px (here smaller)."""
+    monkeypatch.chdir(shutil.copytree(trained, tmp_path / "work"))
+    monkeypatch.setattr("model.SIZE_2020", (64, 48))
+    weights = torch.load("runs/small/model_epoch_2.pth", weights_only=True)
+    old = {"vgg.classifier.0.weight": torch.zeros(2, 2)}
+    for name, value in weights.items():
+        for pattern, before in (r"^encoder", "vgg.features"), (r"^head", "final"), (r"(up\d\.conv)", r"\1.double_conv"):
+            name = re.sub(pattern, before, name)
+        old[f"module.{name}"] = value
+    Path("runs/old").mkdir()
+    Path("runs/old/config.yaml").write_text("batch_size: 8\n")
+    torch.save(old, "runs/old/model_epoch_2.pth")
+    common = ["--iteration", 2, "--data", official, "--split", "test1", "--pictures", 0]
+    attack = ["--attack", 1, "--steps", 2, "--save-adversarial"]
+    for tag, transfer in ("small", "old"), ("old", "small"):
+        assert run("test.py", "--tag", tag, *common, "--rand", f"{tag}_tested")[0] == 0
+        status, _, err = run("test.py", "--tag", tag, *common, *attack, "--transfer", transfer, "--rand", tag)
+        assert status == 0 and "runs/old: a run of the 2020 code" in err
+    for name in ("_tested/predictions.csv", "/predictions.csv"):
+        assert Path(f"small{name}").read_bytes() == Path(f"old{name}").read_bytes()
+    tiny = ["--size", 64, 48, "--epochs", 1, "--lr", 1e-12, "--data", official]
+    assert run("train.py", "--tag", "on", "--init", "runs/old/model_epoch_2.pth", *tiny)[0] == 0
+    continued = torch.load("runs/on/model_epoch_0.pth", weights_only=True)
+    assert torch.allclose(continued["head.weight"], weights["head.weight"])
+    assert_refused(run("train.py", "--tag", "old", "--resume", *tiny), "runs/old: has checkpoints but no resume.pth")
 
 
 def test_compiling_is_called_for_and_changes_no_result(here, official, run, monkeypatch):
