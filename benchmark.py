@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attack import ATTACKS, goal_maps, last, run
 from dataset import Cephalograms, to_input
+from experiments.costs import Step
 from experiments.markdown import markdown
 from model import MIN_SIZE, UNet, compile_network, decode, encode, freeze, load_weights, place
 from phantom import draw_patient
@@ -206,6 +207,40 @@ def matrix_peak(device, precision):
     size, dtype = 8192 if device.type == "cuda" else 2048, torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     return 2 * size**3 / min(clock(partial(torch.matmul, a, b), device) for _ in range(5))
+
+
+def time_steps(size, device, precision, batch_size):
+    """What one image takes of a training step and of an attack step of the bare network, from the second call of each.
+
+    Args:
+        size: (H, W) px.
+        batch_size: images of a call.
+
+    Returns:
+        experiments.costs.Step.
+    """
+    model = place(UNet(), device, precision, training=True)
+    image = torch.zeros(batch_size, 3, *size, device=device)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+
+    def train():
+        optimizer.zero_grad()
+        model(image).sum().backward()
+        optimizer.step()
+
+    def attack():
+        adversarial = image.requires_grad_()
+        return torch.autograd.grad(model(adversarial).sum(), adversarial)
+
+    fixed = 4 * sum(weight.nbytes for weight in model.parameters())
+    train()
+    peak_memory(device)
+    training, peak = clock(train, device), peak_memory(device) * 2**20
+    freeze(place(model, device, precision))
+    attack()
+    attacking = clock(attack, device)
+    image_bytes = max(peak - fixed, 0) / batch_size
+    return Step(tuple(size), training / batch_size, attacking / batch_size, fixed, image_bytes)
 
 
 # --- what is timed ---------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def predict_batches(model, images, batches, device, subpixel=False):
     Yields:
         (batch, points, maps): points (B, K, 2) float32 x, y in px, and the maps that they come from, on the device.
     """
-    for batch in progress(batches, desc="testing", unit="batch", leave=False, disable=not batches):
+    for batch in progress(batches, desc="predicting", unit="batch", leave=False, disable=not batches):
         maps = model(to_input(images[batch], device))
         yield batch, decode(maps, subpixel), maps
 

@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models import VGG19_BN_Weights, VGG19_Weights
-from torchvision.models.vgg import cfgs, make_layers
 
 from container import Sequential
 from support.checkpoints import load_tensors
@@ -82,6 +80,8 @@ class UNet(nn.Module):
     """
 
     def __init__(self, num_landmarks=19, encoder_weights="none", encoder_batch_norm=False):
+        from torchvision.models.vgg import cfgs, make_layers  # slow to import, and --help does without
+
         super().__init__()
         self.num_landmarks = num_landmarks
         self.bf16 = False  # forward under autocast; this and the next are set by ``place``
@@ -103,7 +103,7 @@ class UNet(nn.Module):
                     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
                     nn.init.zeros_(layer.bias)
         else:
-            load_encoder(self.encoder, encoder_weights, VGG19_BN_Weights if encoder_batch_norm else VGG19_Weights)
+            load_encoder(self.encoder, encoder_weights, "VGG19_BN" if encoder_batch_norm else "VGG19")
 
     def forward(self, image):
         """Predict the maps of an image.
@@ -211,26 +211,34 @@ def compile_network(model, image):
     return compiled
 
 
-def load_encoder(encoder, source, imagenet):
-    """Load VGG19 weights into the encoder: "imagenet" (torchvision's ``imagenet`` enum) or the path of a state dict."""
+def load_encoder(encoder, source, name):
+    """Load weights of VGG19 or VGG19_BN (``name``) into the encoder.
+
+    Args:
+        source: "imagenet", torchvision's, or the path of a state dict.
+    """
     if source == "imagenet":
+        from torchvision.models import get_model_weights
+
+        weights = get_model_weights(name.lower()).IMAGENET1K_V1
         try:
             with contextlib.redirect_stderr(sys.stdout):  # the progress of the download
-                state = imagenet.IMAGENET1K_V1.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
+                state = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
         except Exception as error:  # URLError offline, or a dozen types from a damaged file in the cache
+            file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[-1])
             raise InputError(
-                f"--encoder-weights imagenet: neither downloaded nor found intact in {torch.hub.get_dir()} "
-                f"({type(error).__name__}: {error}); use --encoder-weights none to start from random weights, or "
-                "--encoder-weights PATH to a torchvision VGG19 state dict"
+                f"--encoder-weights imagenet: neither downloaded from {weights.url} nor found intact as {file} "
+                f"({type(error).__name__}: {error}); put it there, or use --encoder-weights PATH to a state dict of "
+                f"torchvision's {name.lower()}, such as scripts/encoder_from_hed.py makes, or none for random weights"
             ) from None
     else:
         state = load_tensors(source)
-    state = {name.removeprefix("features."): value for name, value in state.items() if name.startswith("features.")}
+    state = {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")}
     try:
         encoder.load_state_dict(state)
     except RuntimeError:
-        name = imagenet.__name__.removesuffix("_Weights").lower()
-        raise InputError(f"--encoder-weights {source}: not the state dict of torchvision's {name}") from None
+        text = f"not the state dict of torchvision's {name.lower()}"
+        raise InputError(f"--encoder-weights {source}: {text}") from None
 
 
 def load_weights(model, path):

@@ -4,7 +4,7 @@
     python reproduce.py --scale cpu                         # a quarter of the size; two cores, a night
     python reproduce.py --scale cpu-full                    # then at full size, on few images; another night
     python reproduce.py --scale quick --data phantoms       # to see that everything works
-    python reproduce.py --scale demo                        # on phantoms that it draws; two cores, ten minutes
+    python reproduce.py --scale demo                        # on phantoms that it draws; two cores, twelve minutes
     python reproduce.py --scale cpu --only epsilon          # one experiment
     torchrun --nproc-per-node 4 reproduce.py --scale paper
 
@@ -15,19 +15,23 @@ detectors and their results are in runs/<name>-<detector>/.
 
 import shlex
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
+import torch
 
 import phantom
 import test
 import train
-from experiments import fancy, report
+from benchmark import time_steps
+from experiments import demo, fancy, report
+from experiments.costs import OFFICIAL, Cost, attack_cost, total, training_cost
 from experiments.results import Result
 from experiments.scales import SCALES, Scale, arguments
 from readers.images import read_image
-from readers.layouts import available_splits, index
+from readers.layouts import IDS, available_splits, index
 from support import command, distributed
 from support.checkpoints import checkpoint_epochs, checkpoint_path
 from support.distributed import is_main
@@ -49,6 +53,7 @@ def parse_arguments():
     add("--only", nargs="+", choices=report.EXPERIMENTS, metavar="EXPERIMENT", help=some)
     weights = "imagenet, none, or a file, see train.py; not for cpu-full (default: imagenet; quick, demo: none)"
     add("--encoder-weights", metavar="SOURCE", help=weights)
+    add("--list", action="store_true", help="show the commands, and what they would take on this machine; run nothing")
     add("--name", type=command.tag, help="of results/NAME/ and runs/NAME-... (default: the scale)")
     add("--device", default="auto", help="auto (cuda if available), cpu, cuda, cuda:1, ...")
     precision = "of the network (default: fp32 for the scale paper, else the faster one on this machine)"
@@ -73,6 +78,10 @@ def main():
     distributed.start()
     with distributed.guard():
         plan = make_plan(args)
+    if args.list or (args.scale == "paper" and not torch.cuda.is_available()):
+        distributed.on_main(show_costs, plan, args)
+    if args.list:
+        return
     distributed.on_main(make_folder, plan.out)
     for name in plan.chosen:
         start = time.perf_counter()
@@ -84,11 +93,56 @@ def main():
         shown = [f"python {shlex.join(line)}" for line in commands]
         distributed.on_main(report.publish, name, plan.results(name), plan.data, shown, plan.out)
         victim = plan.folder(plan.scale.victim)
-        distributed.on_main(report.assemble, args.scale, plan.scale.experiments, victim, plan.out)
+        if args.scale != "demo":
+            distributed.on_main(report.assemble, args.scale, plan.scale.experiments, victim, plan.out)
+        elif name == "fancy":
+            (tested,), (attacked,) = plan.results("detection"), plan.results("attack")
+            print("", *demo.publish(tested, attacked, plan.results(name), plan.out), sep="\n")
         say(f"{name}: {(time.perf_counter() - start) / 60:.1f} minutes")
-    if args.scale == "demo" and "attack" in plan.chosen:
-        show_demo(plan)
     say(f"\nwritten to {plan.out}/report.md")
+
+
+def show_costs(plan, args):
+    """Print what the plan takes on this machine, with --list after its commands, else as a warning."""
+    device = command.find_device(args.device)
+    costs = estimate(plan, device)
+    every = total(costs.values())
+    here = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    if not args.list:
+        text = f"about {every.seconds / 3600:,.0f} hours, {every.disk / 2**30:.0f} GiB of disk; --list shows the parts"
+        warnings.warn(f"--scale {args.scale} without a GPU, on {here}: {text}", stacklevel=2)
+        return
+    for name in plan.chosen:
+        print(f"\n{name}", *(f"python {shlex.join(line)}" for line in plan.commands(name)), sep="\n")
+    rows = [
+        [name, len(plan.commands(name)), *cost[:2], cost.seconds / 3600, cost.memory / 2**30, cost.disk / 2**30]
+        for name, cost in costs.items()
+    ]
+    names = ["experiment", "commands", "images trained", "image-iterations", "hours", "memory (GiB)", "disk (GiB)"]
+    table = pd.DataFrame(rows, columns=names)
+    table.loc[len(rows)] = ["all", *table.sum().iloc[1:5], table["memory (GiB)"].max(), table["disk (GiB)"].sum()]
+    print(f"\nFrom one timed step on {here}; nothing was run. Disk: of weights.\n")
+    print(table.to_string(index=False, float_format="%.1f"))
+
+
+def estimate(plan, device):
+    """{experiment: costs.Cost}, from a step of the attacked detector; of each default, images are the official ones."""
+    parsers = {name: program.make_parser() for name, program in PROGRAMS.items()}
+    lines = {name: plan.commands(name) for name in plan.scale.experiments}
+    parsed = {name: [(program, parsers[program].parse_args(argv)) for program, *argv in lines[name]] for name in lines}
+    every = [command for commands in parsed.values() for command in commands]
+    sizes = {args.tag: args.size for program, args in every if program == "train.py"}
+    drawn = [vars(args) for program, args in every if program == "phantom.py"]
+    counts = {split: drawn[0][split] if drawn else count for split, count in OFFICIAL.items()}
+    size = sizes[plan.folder(plan.scale.victim).name]
+    step = time_steps(size, device, plan.options["precision"], 8 if device.type == "cuda" else 1)
+
+    def cost(program, args):
+        if program == "train.py":
+            return training_cost(args, step, counts["train"])
+        return attack_cost(args, sizes[args.tag], step, counts) if program == "test.py" else Cost()
+
+    return {name: total(cost(*command) for command in parsed[name]) for name in plan.chosen}
 
 
 def say(text):
@@ -158,13 +212,7 @@ def make_plan(args):
     Raises:
         InputError: the data do not suit, or an experiment depends on another that has not been run.
     """
-    if args.scale == "demo":
-        scale = SCALES["demo"]()
-    else:
-        splits = [split for split in available_splits(args.data) if split != "train"]
-        if not splits:
-            raise InputError(f"{args.data}: no images of test1 or test2 to test and attack")
-        scale = SCALES[args.scale](splits, [entry.id for entry in index(args.data, "test")])
+    scale = SCALES[args.scale](*([args.encoder_weights] if args.scale == "demo" else find_images(args)))
     chosen = [name for name in report.EXPERIMENTS if name in (args.only or scale.experiments)]
     for name in chosen:
         if name not in scale.experiments:
@@ -172,10 +220,21 @@ def make_plan(args):
     options = {name: getattr(args, name) for name in ("precision", "device", "mm_per_px", "unusual")}
     options = {name: value for name, value in options.items() if value not in ("auto", None, False)}
     plan = Plan(scale, chosen, args.name, args.data, args.encoder_weights, options)
-    check_order(plan)
-    if "fancy" in chosen:
-        check_sizes(plan)
+    if not args.list:
+        check_order(plan)
+        if "fancy" in chosen:
+            check_sizes(plan)
     return plan
+
+
+def find_images(args):
+    """The splits to test on, and the ids of their images; with --list, where there are no data, the official ones."""
+    if args.list and not Path(args.data).exists():
+        return ["test1", "test2"], [str(id) for split in ("test1", "test2") for id in IDS[split]]
+    splits = [split for split in available_splits(args.data) if split != "train"]
+    if not splits:
+        raise InputError(f"{args.data}: no images of test1 or test2 to test and attack")
+    return splits, [entry.id for entry in index(args.data, "test")]
 
 
 def check_order(plan):
@@ -224,23 +283,6 @@ def check_sizes(plan):
                     f"{entry.image}: size {size} px (H, W), but the letters of the experiment fancy are drawn for "
                     f"{fancy.SIZE0}; omit fancy by --only"
                 )
-
-
-# --- demo ------------------------------------------------------------------------------------------------------------
-
-
-def show_demo(plan):
-    """Print the tables of the detection and of the attack, and where the pictures are."""
-    tested, attacked = (plan.results(name)[0].folder for name in ("detection", "attack"))
-    detection = pd.read_csv(tested / "summary.csv").iloc[-1:, 1:]
-    attack = pd.read_csv(attacked / "summary.csv").loc[:, :"largest_change"]  # without the intervals
-    attack.loc[attack["iteration"] == 0, "method"] = "no attack"
-    attack = attack[attack["iteration"].isin([0, attack["iteration"].max()])].drop_duplicates(["role", "method"])
-    print(f"\nDetection\n\n{detection.to_string(index=False, float_format='%.2f')}")
-    print("\nTargeted attack; errors are distances from the target or from the truth\n")
-    print(attack.to_string(index=False, float_format="%.2f"))
-    print("\nPictures: clean prediction, attacked prediction with targets, perturbation\n")
-    print(*sorted((attacked / "pictures").glob("*.png")), sep="\n")
 
 
 if __name__ == "__main__":

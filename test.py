@@ -36,7 +36,7 @@ from eval import (
     to_px0,
 )
 from model import compile_network, confidence, load_detector
-from readers.layouts import SPLITS
+from readers.layouts import SPLITS, list_images
 from readers.points import LANDMARKS
 from support import command, distributed, figures
 from support.checkpoints import find_checkpoint, sha256
@@ -75,12 +75,13 @@ def make_parser():
     parser = command.Parser("Test a trained detector, or attack it.", retired={"restarts": 1})
     add = parser.add_argument
     add("--tag", type=command.tag, required=True, help="the run: runs/TAG/, as trained by train.py")
-    add("--iteration", type=natural_int, metavar="EPOCH", help="checkpoint, from 0 (default: the newest)")
+    epoch = "the checkpoint after this epoch, counted from 0 (default: the newest)"
+    add("--iteration", type=natural_int, metavar="EPOCH", help=epoch)
     command.add_data_arguments(parser)
     add("--split", choices=SPLITS, default="test", help="images; test: test1 and test2, as far as present")
     add("--limit", type=positive_int, metavar="N", help="only the first N images (default: all)")
     add("--images", nargs="+", metavar="ID", help="only these images (default: all)")
-    add("--image", nargs="+", metavar="FILE", may_change=True, help="own images without annotation, not --data")
+    add("--image", nargs="+", metavar="FILE", may_change=True, help="own images without annotation, or folders")
     rand = "output folder (default: below runs/TAG/, named test, attack or read_back)"
     add("--rand", metavar="DIR", may_change=True, help=rand)
     add_attack_arguments(parser)
@@ -109,7 +110,7 @@ def add_attack_arguments(parser):
     add("--to", type=class_or_any, metavar="CLASS", help="the class that it should become (default: any other)")
     add("--shift-count", type=positive_int, default=5, metavar="N", help="landmarks that shift and common target")
     add("--shift-mm", type=command.positive_float, default=8.0, metavar="MM", help="their displacement")
-    epsilon = "L-infinity bound in half grey levels (8: 4 of 255)"
+    epsilon = "L-infinity bound in half grey levels: 8 is 4 of 255 grey levels, 4/255 of an image in [0, 1]"
     add("--epsilon", type=command.half_grey_levels, default=8.0, help=epsilon)
     add("--steps", type=positive_int, default=300, help="iterations of iterative attacks, draws of random-search")
     add("--grey", action="store_true", help="the same perturbation in all three channels")
@@ -123,6 +124,13 @@ def add_attack_arguments(parser):
     add("--defence", type=defence, nargs="+", metavar="NAME:NUMBER", may_change=True, help=text)
 
 
+def image_files(path, parser):
+    """The images of a folder; a file as it is."""
+    if not path.is_dir():
+        return [path]
+    return list_images(path).values() or parser.error(f"--image {path}: no images in this folder")
+
+
 def parse_arguments(parser, argv):
     args = parser.parse_args(argv)
     attacks = [ATTACKS[name] for name in args.attack or ()]
@@ -130,6 +138,7 @@ def parse_arguments(parser, argv):
         parser.error(f"--shift-count: there are {len(LANDMARKS)} landmarks")
     if args.image and (args.images or args.limit or args.adversarial):
         parser.error("--image: not with --images, --limit or --adversarial")
+    args.image = args.image and [str(f) for path in map(Path, args.image) for f in image_files(path, parser)]
     if any(attack.universal for attack in attacks) and (args.targets != "common" or args.image):
         parser.error("--attack: a universal one needs --targets common, and --data to train on")
     if (args.measure is not None) != (args.targets == "diagnosis"):
@@ -172,11 +181,9 @@ def main(argv=None):
         model, data = load(checkpoint, args, device)
         others = [(tag, *load(find_checkpoint(run_folder(tag))[1], args, device)) for tag in args.transfer or []]
     distributed.require_equal(data=data.sha256)  # nothing is written before all processes have the same
-    out = Path(args.rand) if args.rand else run_folder(args.tag) / default_name(args, epoch)
-    if args.image:  # not predicted by each process alone: GPUs may round differently
-        found = predict_px0(model, data, args, device)
-        for images in (data, *(other for *_, other in others)):
-            images.reference_px0 = found
+    out = Path(args.rand) if args.rand else run_folder(args.tag) / default_name(args, data, epoch)
+    if args.image:
+        find_references(args, model, [data, *(other for *_, other in others)], device)
     targets = None
     if args.attack:
         ids, targets = make_targets(args, model, data, device, out / "targets.csv")
@@ -239,6 +246,19 @@ def predict_px0(model, data, args, device):
     return to_px0(predict(model, data.images, args.batch_size, device, args.subpixel), data)
 
 
+def find_references(args, model, data, device):
+    """The clean predictions as references of own images: by all processes together, since GPUs may round differently.
+
+    Args:
+        data: list of dataset.Cephalograms of the same images at several sizes, the first that of ``model``.
+    """
+    if args.attack and args.targets not in (*DRAWN, "diagnosis"):
+        choose_targets(args.targets, data[0], args.seed, args.shift_count, args.shift_mm)  # a wrong file ends here
+    found = predict_px0(model, data[0], args, device)
+    for images in data:
+        images.reference_px0 = found
+
+
 def make_targets(args, model, data, device, file):
     """The ids of the images that are attacked, and their targets.
 
@@ -259,9 +279,11 @@ def make_targets(args, model, data, device, file):
     return distributed.on_main(find)
 
 
-def default_name(args, epoch):
+def default_name(args, data, epoch):
     what = "attack" if args.attack else "read_back" if args.adversarial else "test"
-    return f"{what}_{'image' if args.image else args.split}_{epoch}"
+    first, *others = data.ids
+    images = f"{first}_and_{len(others)}_more" if others else first
+    return f"{what}_{images if args.image else args.split}_{epoch}"
 
 
 def fingerprints(args, checkpoint, data, targets, training):
@@ -385,14 +407,14 @@ def attack_all(args, model, data, targets, training, device, out):
     with command.progress(jobs, desc="attacking", unit="batch", disable=not jobs) as bar:
         for method, batch, missing in bar:
             ids = [data.ids[i] for i in batch]
-            bar.set_description(f"{method} on {', '.join(ids) if len(ids) < 5 else f'{ids[0]} .. {ids[-1]}'}")
+            bar.set_description(f"{method} on {', '.join(ids) if len(ids) < 5 else f'{ids[0]} .. {ids[-1]}'}", False)
             files = {name: [record_file(out, data.ids[i], method, name) for i in missing] for name in args.defence}
             added = [name for name in files if not all(map(Path.exists, files[name]))]
             defended = defences.both_sides(model, added, args.seed)
             tables, adversarial = attack_batch(
                 attacks[method], model, data.select(ids), targets.of(batch), defended, subpixel=args.subpixel, **options
             )
-            bar.set_postfix(progress_figure(tables[None]))
+            bar.set_postfix(progress_figure(tables[None]), refresh=False)
             for i in missing:
                 write_attacked(args, data.select([data.ids[i]]), i, tables, adversarial[batch.index(i)], out)
     distributed.on_main(report_attack, args, data, attacks, out)
@@ -426,7 +448,8 @@ def report_attack(args, data, attacks, out):
     for column, label in LABELS.items():
         name = column.removesuffix("_%").removesuffix("_mm")
         figures.plot_attack(summary, column, label, out / f"{name}.png")
-    print(summary.loc[:, :"largest_change"].to_string(index=False, float_format="%.2f"))
+    shown = summary.loc[:, :"largest_change"].rename(columns={"largest_change": "change_of_255"})
+    print(shown.to_string(index=False, float_format="%.2f"))
     warn_of_weak_goals(table)
     diagnosis.report_changes(table, args.measure, args.to, out)
     final = is_last(table)

@@ -115,10 +115,10 @@ def main(argv=None):
     with distributed.guard():
         device = command.find_device(args.device)
         check_folder(folder, args.resume)
-        state = initial_state(args, folder, device)
         data, monitor = load_data(args)
         config = {name: value for name, value in vars(args).items() if name != "resume"} | {"data_sha256": data.sha256}
         check_config(folder, config, parser)
+        state = initial_state(args, folder, device)
     # nothing is written before all processes have the same
     distributed.require_equal(data=[data.sha256, monitor and monitor.sha256], state=(state.epoch, state.step))
     distributed.on_main(prepare_folder, folder, config, device, state)
@@ -132,7 +132,7 @@ def main(argv=None):
 
 def train(network, state, data, monitor, args, device, folder, stop):
     """The remaining epochs, until ``stop`` is set."""
-    done = state.epoch * len(data) + state.step * args.batch_size
+    done = state.epoch * len(data) + min(state.step * args.batch_size, len(data))
     saved = time.monotonic()
 
     def pause():
@@ -140,10 +140,11 @@ def train(network, state, data, monitor, args, device, folder, stop):
 
     with progress(total=args.epochs * len(data), initial=done, desc="training", unit="image") as bar:
         while state.epoch < args.epochs:
+            bar.set_description(f"epoch {state.epoch}", refresh=False)
             finished = train_one_epoch(network, state, data, args, device, bar, pause)
             if finished:
                 end_epoch(state, evaluate(state, monitor, args, device), len(data))
-                bar.set_postfix(epoch=state.epoch - 1, loss=f"{state.rows[-1]['loss']:.3f}")
+                bar.set_postfix({"last loss": f"{state.rows[-1]['loss']:.3f}"}, refresh=False)
             stopping = distributed.any_process(stop.is_set())
             # after the first epoch too: checkpoints without a state cannot be resumed
             if stopping or not finished or state.epoch == 1 or is_checkpoint(state.epoch - 1, args):

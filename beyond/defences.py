@@ -18,7 +18,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.transforms.functional import gaussian_blur
 
 from eval import SUCCESS_MM, summarize
 from support.errors import InputError
@@ -53,6 +52,8 @@ def bits(image, number):
 
 def blur(image, sigma):
     """Gaussian blur of standard deviation sigma px."""
+    from torchvision.transforms.functional import gaussian_blur  # slow to import
+
     radius = min(max(1, round(3 * sigma)), min(image.shape[-2:]) - 1)
     return gaussian_blur(image, 2 * radius + 1, sigma)
 

@@ -348,6 +348,13 @@ def report_changes(records, measure, to, out):
     changes = summarize_changes(changed_diagnoses(table, measure, to))
     write_table(out / "measures.csv", table)
     write_table(out / "diagnoses.csv", changes)
-    final = changes[is_last(changes)]
-    wide = final.pivot(index=["method", "patients"], columns="measure", values="changed_%")[final["measure"].unique()]
-    print(f"\nPatients with another class than on the clean image (%)\n\n{wide.to_string(float_format='%.1f')}")
+    if records["image"].nunique() == 1:
+        ends = table[(table["iteration"] == 0) | is_last(table)]
+        wide = ends.pivot(index=["method", "measure"], columns="iteration", values="meaning")
+        title = "Diagnoses at the first and at the last iteration"
+    else:
+        final = changes[is_last(changes)]
+        names = final["measure"].unique()
+        wide = final.pivot(index=["method", "patients"], columns="measure", values="changed_%")[names]
+        title = "Patients with another class than on the clean image (%)"
+    print(f"\n{title}\n\n{wide.to_string(float_format='%.1f')}")

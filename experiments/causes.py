@@ -5,7 +5,7 @@ import pandas as pd
 from eval import SUCCESS_MM
 from experiments.results import last, of_role, outcome, render_differences, render_outcomes
 from experiments.statistics import paired_difference
-from support.figures import bars, panels, save
+from support.figures import bars, by_method, panels, save
 from support.files import write_table
 
 TITLE = "What makes the attack weak or strong"
@@ -70,7 +70,7 @@ def plot(table, path):
     figure, axes = panels(len(questions), width=3.6, height=4.2)
     for panel, question in zip(axes, questions, strict=True):
         rows = table[table["question"] == question].set_index("answer")
-        bars(panel, dict(tuple(rows.groupby("method", sort=False))), rows.index.unique(), "within_4mm_%")
+        bars(panel, by_method(rows), rows.index.unique(), "within_4mm_%")
         panel.set_title(question)
     axes[0].set_ylabel(f"targeted, within {SUCCESS_MM} mm of target (%)")
     axes[0].legend(fontsize=8)

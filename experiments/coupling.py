@@ -91,12 +91,13 @@ def plot(landmarks, path):
     for line, method in zip(axes, methods, strict=True):
         points = landmarks[landmarks["method"] == method].sort_values("radial_error_mm")
         for panel, (column, (_, words)) in zip(line, NEIGHBOURS.items(), strict=True):
-            panel.scatter(points[column], points["radial_error_mm"], s=12)
-            for i, (name, x, y) in enumerate(points[["name", column, "radial_error_mm"]].to_numpy()):
-                offset, side = ((4, -2), "left") if i % 2 else ((-4, -2), "right")  # labels alternate, to stay legible
-                panel.annotate(name, (x, y), offset, textcoords="offset points", ha=side, fontsize=6)
+            panel.scatter(points[column], points["radial_error_mm"], s=4)
+            for number, x, y in points[["landmark", column, "radial_error_mm"]].to_numpy():
+                panel.annotate(f"{number:g}", (x, y), (2, 2), textcoords="offset points", fontsize=8)
             panel.margins(x=0.2)
             panel.set(title=method, xlabel=f"mean distance from {words} (mm)", ylim=(0, None))
             panel.set(ylabel="mean distance from target after the attack (mm)")
             panel.grid(alpha=0.3)
+    names = [f"{number} {name}" for number, name in enumerate(LANDMARKS, 1)]
+    figure.supxlabel("\n".join(", ".join(names[i : i + 10]) for i in (0, 10)), fontsize=7)
     save(figure, path)

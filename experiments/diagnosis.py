@@ -8,9 +8,11 @@ from beyond.diagnosis import MEASURE_NAMES, changed_diagnoses, classes, diagnose
 from eval import named
 from experiments.markdown import fold_intervals, markdown
 from experiments.results import Result, clean_and_last, last, of_role, rate, read_marks
+from readers.images import read_image
+from readers.layouts import index
 from readers.points import LANDMARKS
 from support.errors import InputError
-from support.figures import bars, line_with_band, panels, save, tick_values
+from support.figures import bars, by_method, line_with_band, panels, save, tick_values
 from support.files import read_config, write_table
 
 TITLE = "Diagnoses"
@@ -51,7 +53,7 @@ def publish(results, data, out):
     write_table(out / "diagnosis_movements.csv", movements)
     write_table(out / "diagnosis_landmarks.csv", compute_landmarks(records))
     plot(table, compared(changed), doctors, out / "diagnosis.png")
-    plot_patient(*patient, out / "diagnosis_patient.png")
+    plot_patient(*patient, data, out / "diagnosis_patient.png")
     return render(table, doctors, movements, patient)
 
 
@@ -154,11 +156,10 @@ def plot(table, names, doctors, path):
     """Shares against grey levels, pooled over ``names``, if any; each measure at the epsilon nearest to 4."""
     shares = ("intended", "only intended") if names else ()
     figure, (*left, right) = panels(len(shares) + 1, width=5.5, height=4.4)
-    table = table.assign(method=table["method"].replace("noise", "uniform noise"))
     pooled = table[table["measure"] == pooled_name(names)].sort_values("grey_levels")
     disagree = doctors.set_index("measure")["disagree_%"]
     for panel, share in zip(left, shares, strict=True):
-        for method, rows in pooled.groupby("method", sort=False):
+        for method, rows in by_method(pooled).items():
             line_with_band(panel, rows, "grey_levels", f"{share}_%", method)
         if share == "intended" and {*names} <= {*disagree.index}:
             panel.axhline(disagree[names].mean(), color="black", linestyle=":", label="two doctors disagree")
@@ -168,9 +169,10 @@ def plot(table, names, doctors, path):
         panel.legend(fontsize=8)
     chosen = min(table["epsilon"], key=lambda epsilon: abs(epsilon - 4))
     rows = table[(table["epsilon"] == chosen) & (table["measure"] != POOLED)].set_index("measure")
-    bars(right, dict(tuple(rows.groupby("method", sort=False))), MEASURE_NAMES, "intended_%")
+    run = [name for name in MEASURE_NAMES if name in rows.index]
+    bars(right, by_method(rows), run, "intended_%")
     if len(disagree):
-        heights = disagree.reindex(MEASURE_NAMES)
+        heights = disagree.reindex(run)
         right.plot(range(len(heights)), heights, "k_", markersize=22, label="two doctors disagree")
     right.set(title=f"{SHARES['intended']}, {chosen / 2} grey levels", ylabel="patients (%)", ylim=(0, 118))
     right.legend(fontsize=8, loc="upper right", ncols=3)
@@ -198,9 +200,11 @@ def find_patient(runs):
     return before, after, measure, title, texts
 
 
-def plot_patient(before, after, measure, title, texts, path):
-    """Both tracings, the lines of the measure thicker."""
+def plot_patient(before, after, measure, title, texts, data, path):
+    """Both tracings over the radiograph of ``data``, the lines of the measure thicker."""
     figure, (panel,) = panels(1, width=6.5, height=7)
+    (file,) = (entry.image for entry in index(data, "test") if entry.id == before["image"].iloc[0])
+    panel.imshow(read_image(file, None)[0], cmap="gray", vmin=0, vmax=255, alpha=0.5)
     styles = ("before", before, "tab:blue", "o-"), ("after", after, "tab:red", "x--")
     for (when, records, color, style), text in zip(styles, texts, strict=True):
         points = records[["x_px0", "y_px0"]].to_numpy()
@@ -209,7 +213,6 @@ def plot_patient(before, after, measure, title, texts, path):
             for line in lines:
                 panel.plot(*points[np.array(line) - 1].T, style[1:], color=color, linewidth=width)
         panel.plot([], [], style[1:], color=color, label=f"{when}: {text}")
-    panel.invert_yaxis()
     panel.set(title=title, xlabel="x (px0)", ylabel="y (px0)", aspect="equal")
     panel.grid(alpha=0.3)
     panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), fontsize=9)

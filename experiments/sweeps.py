@@ -9,7 +9,7 @@ from eval import SUCCESS_MM, interval, named
 from experiments.markdown import fold_intervals, markdown
 from experiments.results import error_from_truth, last, outcome, outcomes, render_outcomes
 from experiments.statistics import by_image
-from support.figures import line_with_band, panels, save, tick_values
+from support.figures import by_method, line_with_band, panels, save, tick_values
 from support.files import write_table
 
 RATES = {  # column -> title of a panel
@@ -40,7 +40,7 @@ def plot(table, x, group, xlabel, path, ylabel="landmarks (%)", columns=RATES, *
     """Columns of a table against x, a panel for each, a line for each value of ``group``."""
     figure, axes = panels(len(columns))
     for panel, (column, title) in zip(axes, columns.items(), strict=True):
-        for name, rows in table.groupby(group, sort=False):
+        for name, rows in by_method(table, group).items():
             line_with_band(panel, rows, x, column, name)
         panel.set(title=title, xlabel=xlabel, ylabel=ylabel, **({"ylim": (0, 103)} | axis))
         tick_values(panel, table[x])

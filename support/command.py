@@ -23,16 +23,30 @@ STOPPED = 128 + signal.SIGTERM  # exit status
 TRY_AGAIN = 75  # exit status EX_TEMPFAIL of sysexits.h
 
 
+class Lines:
+    """A file for tqdm where the output is no terminal: each state of a bar becomes a line."""
+
+    def write(self, text):
+        if text := text.strip():
+            print(text, file=sys.stderr, flush=True)
+
+    def flush(self):
+        pass
+
+
 def progress(*args, **options):
-    """A tqdm bar, shown by the main process only."""
+    """A tqdm bar, shown by the main process only; where the output is no terminal, a line a minute."""
     if not is_main():
         options["disable"] = True
+    if not sys.stderr.isatty():
+        options |= {"file": Lines(), "mininterval": 60, "maxinterval": 60, "position": 0, "ascii": True}
+        options["delay"] = 0 if options.get("leave", True) else 60
     return tqdm(*args, **options)
 
 
 def loading_bar(iterable, **options):
-    """A bar that disappears when its work is done, and is silent where the output is no terminal."""
-    return progress(iterable, unit="image", leave=False, disable=None, **options)
+    """A bar that disappears when its work is done."""
+    return progress(iterable, unit="image", leave=False, **options)
 
 
 @contextlib.contextmanager

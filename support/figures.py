@@ -11,6 +11,17 @@ TRUTH, PREDICTED, TARGET = (
     {"marker": "o", "c": "none", "edgecolors": "red", "s": 30, "linewidths": 0.8, "label": "prediction"},
     {"marker": "x", "c": "cyan", "s": 14, "linewidths": 0.8, "label": "target"},  # fits into a prediction's circle
 )
+METHODS = {  # in this order and colour in every chart
+    "I-FGSM": "tab:blue",
+    "ATI-FGSM": "tab:orange",
+    "Vote-PGD": "tab:green",
+    "evasive-Vote-PGD": "tab:olive",
+    "universal-Vote-PGD": "tab:cyan",
+    "FGSM": "tab:purple",
+    "untargeted-FGSM": "tab:brown",
+    "random-search": "tab:pink",
+    "noise": "tab:gray",
+}
 LOSSES = {"loss": "loss", "heatmap_bce": "heatmap BCE", "offset_x_l1": "x-offset L1", "offset_y_l1": "y-offset L1"}
 
 
@@ -34,9 +45,16 @@ def save(figure, path):
         figure.savefig(temporary, dpi=120)
 
 
+def by_method(table, column="method"):
+    """{value: rows} of a column: methods in the order of METHODS, others after them in that of the table."""
+    groups = dict(tuple(table.groupby(column, sort=False)))
+    known = [name for name in METHODS if name in groups]
+    return {name: groups[name] for name in dict.fromkeys([*known, *groups])}
+
+
 def line_with_band(panel, rows, x, y, label):
     """A column against another, the interval <y>_low .. <y>_high as a band."""
-    (line,) = panel.plot(rows[x], rows[y], "o-", markersize=3, label=label)
+    (line,) = panel.plot(rows[x], rows[y], "o-", markersize=3, label=label, color=METHODS.get(label))
     panel.fill_between(rows[x], rows[f"{y}_low"], rows[f"{y}_high"], color=line.get_color(), alpha=0.12, linewidth=0)
 
 
@@ -60,7 +78,8 @@ def bars(panel, groups, ticks, column):
         value = rows[column]
         ends = np.stack([value - rows[f"{column}_low"], rows[f"{column}_high"] - value]).clip(0)
         places, width = grouped_places(len(ticks), len(groups), i)
-        panel.bar(places, value, width, yerr=np.nan_to_num(ends), capsize=2, error_kw={"linewidth": 0.8}, label=label)
+        look = {"capsize": 2, "error_kw": {"linewidth": 0.8}, "label": label, "color": METHODS.get(label)}
+        panel.bar(places, value, width, yerr=np.nan_to_num(ends), **look)
     panel.set_xticks(range(len(ticks)), ticks, fontsize=8)
     panel.set_ylim(0, 103)
     panel.grid(alpha=0.3, axis="y")
@@ -91,6 +110,7 @@ def plot_training(log, path):
     right.set(ylabel="radial error (mm)", ylim=(0, None))
     for axes in (left, right):
         axes.set_xlabel("epoch")
+        axes.set_xlim(-0.5, log["epoch"].max() + 0.5)  # both panels alike, also of a single epoch
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     save(figure, path)
@@ -102,8 +122,10 @@ def plot_attack(summary, column, label, path):
     figure, axes = panels(len(roles), width=10 / len(roles))
     top = 1.05 * max(summary[[column, f"{column}_high"]].max(axis=None), 1e-3)  # all panels have one scale
     for panel, role in zip(axes, roles, strict=True):
-        for method, rows in summary[summary["role"] == role].groupby("method", sort=False):
-            line_with_band(panel, rows, "iteration", column, method)
+        for method, rows in by_method(summary[summary["role"] == role]).items():
+            end = rows["iteration"].max()
+            apart = rows[(rows["iteration"] == end) | (rows["iteration"] < 0.98 * end)]  # without 99 beside 100
+            line_with_band(panel, apart, "iteration", column, method)
         panel.set(title=f"{role} landmarks", xlabel="iteration", ylabel=label, ylim=(0, top))
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
@@ -140,15 +162,19 @@ def draw(path, title, data, records, adversarial=None):
         attacked = adversarial.cpu().expand(3, -1, -1).permute(1, 2, 0).numpy()
         axes[1].imshow(attacked / 2 + 0.5, **frame)
         axes[1].set_title("attacked")
-        aimed = final[final["target_x_px0"].notna()]
-        if len(aimed):
-            axes[1].plot(*(aimed[[f"target_{a}_px0", f"{a}_px0"]].T for a in "xy"), color="cyan", linewidth=0.4)
-            axes[1].scatter(aimed["target_x_px0"], aimed["target_y_px0"], **TARGET)
+        aimed = final["target_x_px0"].notna().to_numpy()
+        if aimed.any():
+            start, end = first[aimed], final[aimed]
+            way = [np.stack([start[f"{a}_px0"], end[f"{a}_px0"]]) for a in "xy"]
+            axes[1].plot(*way, color="red", linewidth=0.6)  # that the prediction has gone,
+            axes[1].plot(*(end[[f"{a}_px0", f"target_{a}_px0"]].T for a in "xy"), ":", color="cyan", linewidth=0.8)
+            axes[1].scatter(end["target_x_px0"], end["target_y_px0"], **TARGET)
         delta = (attacked + 1) * 127.5 - data.images[0].numpy()[..., None]
         bound = max(np.abs(delta).max(), 1e-6)
         axes[2].imshow(delta / (2 * bound) + 0.5, **frame)
         axes[2].set_title(f"perturbation x {127.5 / bound:.3g}: black -{bound:.1f}, white +{bound:.1f} of 255")
     for panel in axes:
         panel.set_axis_off()
-    axes[min(1, len(axes) - 1)].legend(loc="lower left", fontsize=7)
+    for panel in axes[:2]:
+        panel.legend(loc="lower left", fontsize=7)
     save(figure, path)

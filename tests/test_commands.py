@@ -667,15 +667,17 @@ def test_a_damaged_or_malicious_cache_of_imagenet_weights(kind, official, here, 
     (tmp_path / "checkpoints").mkdir()
     write_checkpoint(kind, tmp_path / "checkpoints" / "vgg19-dcbb9e9d.pth", tmp_path / "trap")
     result = run("train.py", "--tag", "bad", "--data", official)
-    assert_refused(result, "nor found intact in", here / "runs" / "bad", tmp_path / "trap")
+    assert_refused(result, "nor found intact as", here / "runs" / "bad", tmp_path / "trap")
 
 
 def test_imagenet_weights_offline_name_both_ways_out(official, here, run, monkeypatch, tmp_path):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     result = run("train.py", "--tag", "bad", "--data", official)
-    assert_refused(result, "--encoder-weights none", here / "runs" / "bad")
-    assert "--encoder-weights PATH" in result[2]
+    assert_refused(result, "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth", here / "runs" / "bad")
+    assert f"{tmp_path / 'checkpoints' / 'vgg19-dcbb9e9d.pth'}" in result[2]
+    assert "--encoder-weights PATH" in result[2] and "encoder_from_hed.py" in result[2]
+    assert_refused(run("train.py", "--tag", "bad", "--data", "nowhere"), "nowhere")  # the data are looked for first
 
 
 def test_a_runs_folder_that_cannot_be_made(official, tmp_path, monkeypatch, run):
