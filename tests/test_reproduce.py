@@ -9,12 +9,11 @@ import letters
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, K, assert_refused, attack_record
+from conftest import ROOT, K, assert_refused
 
 import reproduce
 import test
 import train
-from eval import metrics, summarize
 from experiments import scales
 from experiments.report import EXPERIMENTS
 from experiments.scales import NEAR, PAPER, SCALES, Checkpoint, Scale, arguments
@@ -62,16 +61,18 @@ def tiny(splits, ids):
     return Scale(victim, experiments)
 
 
-def tiny_demo():
+def tiny_demo(encoder_weights):
     """The scale demo, made tiny."""
     attack = partial(scales.test, "40x32", attack=PAPER, **NEAR, steps=2, limit=2, batch_size=1)
+    spell = partial(scales.test, "40x32", attack="Vote-PGD", epsilon=8, steps=1)
     experiments = {
         "detection": [
             scales.draw(**TEST_PHANTOMS),
             scales.train("40x32", **SMALL),
-            *scales.detection("40x32", ["test1"]),
+            scales.detection("40x32", ["test1"])[0],
         ],
         "attack": [scales.compare(attack, "shift", "Displacements", pictures=1)],
+        "fancy": scales.spell(spell, ["151", "152"], "AI"),
     }
     return Scale("40x32", experiments)
 
@@ -149,7 +150,7 @@ def test_a_failing_command_ends_it_with_its_status(reproduced, monkeypatch, tmp_
     monkeypatch.chdir(tmp_path)
     too_many = scales.draw(train=1000)
     monkeypatch.setitem(
-        SCALES, "demo", lambda: Scale("40x32", {"detection": [too_many, scales.train("40x32", **SMALL)]})
+        SCALES, "demo", lambda _: Scale("40x32", {"detection": [too_many, scales.train("40x32", **SMALL)]})
     )
     assert_refused(reproduced("--scale", "demo"), "--train 1000: at most 150", tmp_path / "runs" / "demo-40x32")
 
@@ -177,18 +178,25 @@ def demonstrated(work, reproduced, monkeypatch):
     return work
 
 
-def test_the_demo_from_drawing_to_pictures(demonstrated):
+def test_the_demo_from_drawing_to_its_report(demonstrated):
     out = (demonstrated / "demo.out").read_text()
     commands = [line.split()[1] for line in out.splitlines() if line.startswith("python ")]
-    assert commands == ["phantom.py", "train.py", "test.py", "test.py", "test.py"]
-    run = demonstrated / "runs" / "demo-40x32"
-    tested = pd.read_csv(run / "detection" / "test1_voting" / "summary.csv").iloc[-1]
-    assert f"{tested['mre_mm']:.2f}" in out
+    assert commands == ["phantom.py", "train.py", "test.py", "test.py", "test.py", "test.py"]
+    run, results = demonstrated / "runs" / "demo-40x32", demonstrated / "results" / "demo"
     assert len(list((run / "attack" / "shift" / "pictures").iterdir())) == 2
-    for picture in ("151_ATI-FGSM.png", "151_I-FGSM.png"):
-        assert f"runs/demo-40x32/attack/shift/pictures/{picture}" in out.splitlines()
-    report = (demonstrated / "results" / "demo" / "report.md").read_text()
-    assert re.findall(r"^## .*", report, re.M) == ["## 1. Detection", "## 2. The attacks compared"]
+    text = (results / "report.md").read_text()
+    assert "1. The radiographs are synthetic" in text
+    sentences = re.findall(r"^\d+[.] (.*)", text, re.M)
+    assert len(sentences) == 6 and all(sentence in out for sentence in sentences)
+    tested = pd.read_csv(run / "detection" / "test1_voting" / "summary.csv").iloc[-1]
+    assert f"{tested['mre_mm']:.2f} mm, {tested['sdr_2mm_%']:.0f} % within 2 mm" in text
+    shift = pd.read_csv(run / "attack" / "shift" / "summary.csv").query("iteration == 2").set_index(["role", "method"])
+    reached, kept = (shift.loc[(role, "ATI-FGSM"), "within_4mm_%"] for role in ("targeted", "stationary"))
+    assert f"ATI-FGSM brings {reached:.0f} % to within 4 mm of their targets and leaves {kept:.0f} %" in text
+    counts = (pd.read_csv(results / "fancy.csv")["within 4 mm (%)"] * 19 / 100).round().astype(int)
+    assert f"Vote-PGD writes AI: {counts[0]}, {counts[1]} of the 19" in text
+    for name in re.findall(r"[(]([\w.]+)[)]", text):
+        assert (results / name).exists(), name
 
 
 @pytest.mark.slow
@@ -196,7 +204,7 @@ def test_a_stopped_stage_resumes_and_finished_work_is_not_repeated(demonstrated,
     """An image and some records are lost; a stop in the attack ends everything; the same command does the rest."""
     runs = demonstrated / "runs"
     done = {**stamps(runs, "records/*.csv"), **stamps(runs, "*.bmp"), **stamps(runs, "model_epoch_*.pth")}
-    assert len(done) == 2 * 3 + 2 * 2 + 5 + 1
+    assert len(done) == 3 + 2 * 2 + 2 + 5 + 1
     shift = runs / "demo-40x32" / "attack" / "shift"
     lost = [next(path for path in done if path.suffix == ".bmp"), *(shift / "records").glob("ATI*")]
     for path in (*lost, shift / "predictions.csv"):
@@ -294,7 +302,9 @@ def test_options_become_arguments():
 
 
 def make_plan(name):
-    scale = SCALES[name]() if name == "demo" else SCALES[name](["test1", "test2"], [f"{i}" for i in range(151, 401)])
+    scale = (
+        SCALES[name]("none") if name == "demo" else SCALES[name](["test1", "test2"], [f"{i}" for i in range(151, 401)])
+    )
     return reproduce.Plan(scale, list(scale.experiments), name, "images", "vgg19.pth", {"precision": "fp32"})
 
 
@@ -340,35 +350,3 @@ def test_letters_are_as_drawn_and_legible():
         cost = np.square(places[None] - mean[:, None]).sum(-1)  # of each landmark at each place
         swapped = cost + cost.T <= np.diag(cost)[:, None] + np.diag(cost) - 1e-6
         assert not swapped.any()  # no two landmarks would be nearer in each other's place
-
-
-# --- what the demo prints --------------------------------------------------------------------------------------------
-
-
-def test_the_demo_shows_both_tables(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    plan = make_plan("demo")
-    (tested, _), (attacked,) = plan.results("detection"), plan.results("attack")
-    tested.folder.mkdir(parents=True)
-    (attacked.folder / "pictures").mkdir(parents=True)
-    (attacked.folder / "pictures" / "151_I-FGSM.png").touch()
-    table = metrics(np.full((2, K), 1.25)).rename_axis("landmark")
-    table.insert(0, "name", "some landmark")
-    table.to_csv(tested.folder / "summary.csv")
-    truth = np.full((1, K, 2), 500.0)
-    targets = np.full((1, K, 2), np.nan)
-    targets[0, 0] = 500, 580  # 8 mm away
-    tables = [
-        attack_record(["151"], truth + (0, 10 * iteration / 40), truth, targets, method, iteration, 6.5)
-        for method in PAPER
-        for iteration in (0, 1, 40)
-    ]
-    summarize(pd.concat(tables)).to_csv(attacked.folder / "summary.csv", index=False)
-    reproduce.show_demo(plan)
-    lines = capsys.readouterr().out.splitlines()
-    assert any("1.25" in line and "100.00" in line for line in lines)
-    rows = [line.split() for line in lines if line.strip().startswith(("targeted ", "stationary "))]
-    assert len(rows) == 6  # by role: no attack and each method's end
-    assert ["targeted", "no", "attack", "0", "1", "8.00", "8.00", "0.00", "6.50"] in rows
-    assert ["targeted", "ATI-FGSM", "40", "1", "7.00", "7.00", "0.00", "6.50"] in rows
-    assert lines[-1].endswith("151_I-FGSM.png")
