@@ -1,0 +1,220 @@
+"""README.md and docs/*.md: each figure of a result is a number of a committed CSV, rounded once, halves up.
+
+A figure is a number that fills a cell of a table, or, in other text, has %, mm, points or an interval. A paragraph, a
+list item or a table names where its figures come from, below docs/; a table in the line above it, or in a row, for this
+row and those below:
+
+    <!-- figures: results/pretrained/attack_shift.csv by method, iteration -->
+    <!-- figures: results/pretrained/epsilon.csv: 8 mm, epsilon=4; epsilon=8; results/pretrained/count.csv -->
+    <!-- no result: why these figures are none -->
+
+``FILE: value, column=value`` selects the rows of a CSV that have these cells, and what follows a semicolon other rows,
+of the same file unless it names another. ``by column, column`` divides them into groups with equal cells. All figures
+of a paragraph, an item or a row lie in one group of each selection; where the text names values of these columns, in a
+group of those. A figure in %, points or mm, be it named beside it or in the table's header, is of a column of that unit.
+A column of a Markdown table stands for one column of the CSV.
+"""
+
+import csv
+import functools
+import itertools
+import re
+from decimal import ROUND_HALF_UP, Decimal
+from typing import NamedTuple
+
+import pytest
+from conftest import ROOT
+
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+EXEMPT = {"docs/data.md": "facts about the data, and bounds of its checks"}
+
+DEFINED = r"(?<![\w.])[48] mm\b(?! \[)|95 % (?:confidence )?interval"  # success, displacements
+NUMBER = r"(?<![\w.-])[+-]?\d+(?:\.\d+)?(?!\w)"
+FIGURE = rf"(?P<value>{NUMBER})(?:\s*(?P<unit>%|mm\b|points\b))?"
+FIGURE += r"(?:\s+\[(?P<low>[+-]?[\d.]+),\s+(?P<high>[+-]?[\d.]+)\])?"  # its interval
+PLAIN = re.sub(r"\?P<\w+>", "?:", FIGURE)
+LIST = rf"{PLAIN}(?:(?:,\s+(?:and\s+)?|\s+(?:and|to|or)\s+){PLAIN})*"
+CELL = rf"[\s(*]*{PLAIN}(?:[\s(*]+{PLAIN})*[\s)*]*"
+COMMENT = re.compile(r"<!--\s*(figures|no result):\s*(.*?)\s*-->", re.S)
+
+
+# --- pages -----------------------------------------------------------------------------------------------------------
+
+
+def unit_of(name):
+    """% or mm, of the name of a column or a unit; percentage points are %."""
+    return "%" if re.search("%|points", name) else "mm" if re.search(r"(?<![a-z0-9])mm\b|_mm$", name) else None
+
+
+def blank(match):
+    return re.sub(r"\S", " ", match[0])
+
+
+def figures(text, header=None):
+    """Matches of FIGURE with their units in a text, or in the cell of a table whose column has this header."""
+    found, cell = [], header is not None and re.fullmatch(CELL, text)
+    text = re.sub(DEFINED, blank, text)
+    for part in re.finditer(LIST, text):
+        items = list(re.compile(FIGURE).finditer(text, *part.span()))
+        named = [item["unit"] for item in items]
+        if cell or any(named) or any(item["low"] for item in items):
+            near = (next(filter(None, [*named[i:], *named[i::-1]]), header or "") for i in range(len(items)))
+            found += zip(items, map(unit_of, near), strict=True)
+    return found
+
+
+def blocks(page):
+    """(line, text) of paragraphs, list items, and rows of tables; code is left out."""
+    found, new, code = [], True, False
+    for number, line in enumerate(page.splitlines(), 1):
+        code ^= line.startswith("```")
+        if code or not line.strip() or re.match("```|#|    ", line):
+            new = True
+        elif new or re.match(r"\||[*-] |\d+\. ", line):
+            found.append((number, line))
+            new = False
+        else:
+            found[-1] = (found[-1][0], f"{found[-1][1]}\n{line}")
+    return found
+
+
+# --- CSV -------------------------------------------------------------------------------------------------------------
+
+
+class Number(NamedTuple):
+    """A number of a CSV with its interval; its place: selection, column, and the texts of its row."""
+
+    value: str
+    low: str | None
+    high: str | None
+    unit: str | None
+    place: tuple
+
+
+@functools.cache
+def read(file):
+    with open(ROOT / "docs" / file, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def numbers(row, chosen, selection):
+    """The numbers of a row; ``chosen``: its cells by which the selection has chosen it."""
+    texts = tuple(cell for cell in row.values() if cell not in ("", *chosen) and not re.fullmatch(FIGURE, cell))
+    for column, cell in row.items():
+        match = re.fullmatch(FIGURE, cell)
+        if match and not column.endswith(("_low", "_high")):
+            ends = [match[end] or row.get(f"{column}_{end}") for end in ("low", "high")]
+            yield Number(match["value"], *ends, unit_of(column), (selection, column, *texts))
+
+
+def equal(cell, value):
+    return cell == value or (re.fullmatch(NUMBER, cell) and Decimal(cell) == Decimal(value))
+
+
+def selections(source):
+    """[{the values of a group: its numbers}] of the selections in a comment."""
+    found, file = [], None
+    for i, part in enumerate(re.split(r";\s*", " ".join(source.split()))):
+        named, values, by = re.fullmatch(r"(\S+\.csv)?:?\s*(.*?)(?:\s*by (.*))?", part).groups()
+        file, by = named or file, by.split(", ") if by else []
+        rows = read(file)
+        for value in filter(None, values.split(", ")):
+            column, _, wanted = value.rpartition("=")
+            rows = [row for row in rows if (equal(row[column], wanted) if column else value in row.values())]
+        assert rows, f"{part}: no such rows"
+        groups = {}
+        for row in rows:
+            key = tuple(row[column] for column in by)
+            groups.setdefault(key, []).extend(numbers(row, [*key, *values.split(", ")], i))
+        found.append(groups)
+    return found
+
+
+def is_named(value, text):
+    shown = f"{float(value):g}" if re.fullmatch(NUMBER, value) else value
+    return re.search(rf"(?<![\w.-]){re.escape(shown)}(?![\w:-]|\.\d|\s*(?:\[|%|mm|points))", text)
+
+
+def groups_named(groups, text):
+    """The groups whose values a text names; of a column of which it names none, all values."""
+    named = [{value for value in values if is_named(value, text)} or set(values) for values in zip(*groups, strict=True)]
+    return [group for key, group in groups.items() if all(map(set.__contains__, named, key))]
+
+
+# --- the comparison --------------------------------------------------------------------------------------------------
+
+
+def rounds_to(number, shown):
+    digits = Decimal(1).scaleb(-len(shown.partition(".")[2]))
+    return bool(number) and Decimal(number).quantize(digits, ROUND_HALF_UP) == Decimal(shown)
+
+
+def places(figure, unit, found):
+    """The places of the numbers that a figure may be."""
+    shown = [end for end in figure.group("value", "low", "high") if end]
+    same = (number for number in found if unit in (None, number.unit))
+    return {number.place for number in same if all(map(rounds_to, number, shown))}
+
+
+def compare(found, source, text):
+    """The places of each figure, by the choice of one group of each selection in which most figures have one."""
+    best = {}
+    for groups in itertools.product(*(groups_named(groups, text) for groups in selections(source))):
+        group = [number for part in groups for number in part]
+        here = [places(figure, unit, group) for figure, unit, _ in found]
+        best.setdefault(sum(map(bool, here)), []).append(here)
+    return [set().union(*choices) for choices in zip(*best[max(best)], strict=True)]
+
+
+def claims(page):
+    """(line, comment, text, figures) of paragraphs, list items and rows of tables; figures: [(match, unit, column)]."""
+    above, header, end = None, None, 0
+    for line, block in blocks(page):
+        comment, text = COMMENT.search(block), re.sub(COMMENT, blank, block)
+        if line != end + 1:
+            above = header = None
+        end = line + block.count("\n")
+        if not text.strip():
+            above = comment
+        elif not text.startswith("|"):
+            yield line, comment, text, [(*figure, None) for figure in figures(text)]
+        elif header is None:
+            header = labels = text.strip()[1:-1].split("|")
+            table = line
+        elif not re.fullmatch(r"[\s|:-]+", text):
+            row = text.strip()[1:-1].split("|")
+            empty = len(list(itertools.takewhile(str.isspace, row)))  # as in the row above
+            labels = [*labels[:empty], *row[empty:]]
+            found = []
+            for i, cell in enumerate(row):
+                column = (table, i) if re.fullmatch(CELL, cell) else None
+                found += [(*figure, column and (*column, k)) for k, figure in enumerate(figures(cell, header[i]))]
+            above = comment or above
+            yield line, above, "|".join(labels), found
+
+
+def faults(page):
+    """What is wrong with the figures of a page, a line each."""
+    wrong, columns = [], {}
+    for first, comment, text, found in claims(page):
+        if not found or (comment and comment[1] == "no result"):
+            continue
+        sources = compare(found, comment[2], text) if comment else [set() for _ in found]
+        for (figure, _, column), here in zip(found, sources, strict=True):
+            line = first + text[: figure.start()].count("\n")
+            if not here:
+                wrong.append(f"{line}: {figure[0]}: {f'not in {comment[2]}' if comment else 'no source is named'}")
+            elif column:
+                columns[column] = columns.get(column, here) & here
+                if not columns[column]:
+                    wrong.append(f"{line}: {figure[0]}: of another column of the CSV than the cells above it")
+    return wrong
+
+
+# --- tests -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_figures_have_a_source(page):
+    wrong = [] if page in EXEMPT else faults((ROOT / page).read_text(encoding="utf-8"))
+    assert not wrong, f"{page}:\n" + "\n".join(wrong)
