@@ -121,7 +121,8 @@ def selections(source):
         for value in filter(None, values.split(", ")):
             column, _, wanted = value.rpartition("=")
             rows = [row for row in rows if (equal(row[column], wanted) if column else value in row.values())]
-        assert rows, f"{part}: no such rows"
+        if not rows:
+            raise LookupError(f"{file} has no row of {values}")
         groups = {}
         for row in rows:
             key = tuple(row[column] for column in by)
@@ -197,17 +198,23 @@ def faults(page):
     """What is wrong with the figures of a page, a line each."""
     wrong, columns = [], {}
     for first, comment, text, found in claims(page):
-        if not found or (comment and comment[1] == "no result"):
+        kind, source = (comment[1], " ".join(comment[2].split())) if comment else ("none", "")
+        if not found or kind == "no result":
             continue
-        sources = compare(found, comment[2], text) if comment else [set() for _ in found]
+        try:
+            sources = compare(found, source, text) if comment else [set()] * len(found)
+        except (OSError, LookupError) as error:
+            wrong.append(f"{first}: {error}")
+            continue
         for (figure, _, column), here in zip(found, sources, strict=True):
-            line = first + text[: figure.start()].count("\n")
+            line = first + text.count("\n", 0, figure.start())
+            where = f"{line}: {' '.join(figure[0].split())}"
             if not here:
-                wrong.append(f"{line}: {figure[0]}: {f'not in {comment[2]}' if comment else 'no source is named'}")
+                wrong.append(f"{where}: {f'not in {source}' if comment else 'no source is named'}")
             elif column:
                 columns[column] = columns.get(column, here) & here
                 if not columns[column]:
-                    wrong.append(f"{line}: {figure[0]}: of another column of the CSV than the cells above it")
+                    wrong.append(f"{where}: of another column of the CSV than the cells above it")
     return wrong
 
 
