@@ -29,10 +29,10 @@ EXEMPT = {"docs/data.md": "facts about the data, and bounds of its checks"}
 
 DEFINED = r"(?<![\w.])[248]\smm\b(?!\s\[)|95\s%\s(?:confidence\s)?interval"  # success, displacements, SDR
 NUMBER = r"(?<![\w.-])[+-]?\d+(?:\.\d+)?(?!\w)"
-FIGURE = rf"(?P<value>{NUMBER})(?:\s*(?P<unit>%|mm\b|points\b))?"
+FIGURE = rf"(?P<value>{NUMBER})(?:\s*(?P<unit>%|mm\b|points?\b))?"
 FIGURE += r"(?:\s+\[(?P<low>[+-]?[\d.]+),\s+(?P<high>[+-]?[\d.]+)\])?"  # its interval
 PLAIN = re.sub(r"\?P<\w+>", "?:", FIGURE)
-LIST = rf"{PLAIN}(?:(?:,\s+(?:and\s+)?|\s+(?:and|to|or)\s+){PLAIN})*"
+LIST = rf"{PLAIN}(?:(?:,\s+(?:and\s+)?|\s+(?:and|to|or|instead\sof)\s+){PLAIN})*"
 CELL = rf"[\s(*]*{PLAIN}(?:[\s(*]+{PLAIN})*[\s)*]*"
 COMMENT = re.compile(r"<!--\s*(figures|no result):\s*(.*?)\s*-->", re.S)
 
@@ -42,7 +42,7 @@ COMMENT = re.compile(r"<!--\s*(figures|no result):\s*(.*?)\s*-->", re.S)
 
 def unit_of(name):
     """% or mm, of the name of a column or a unit; percentage points are %."""
-    return "%" if re.search("%|points", name) else "mm" if re.search(r"(?<![a-z0-9])mm\b|_mm$", name) else None
+    return "%" if re.search("%|point", name) else "mm" if re.search(r"(?<![a-z0-9])mm\b|_mm$", name) else None
 
 
 def blank(match):
@@ -235,7 +235,7 @@ TABLE = "{} by method, role -->\n| | MRE (mm) | % |\n| --- | --- | --- |\n"
         ("reaches\n82 % {} -->", ["2: 82 %: not in CSV"]),  # halves up
         ("MRE 0.5 mm {} -->", ["1: 0.5 mm: not in CSV"]),  # 0.4449, rounded by way of 0.45
         ("2.5 mm [1.5, 3.2] {} -->", ["1: 2.5 mm [1.5, 3.2]: not in CSV"]),
-        ("0.4 and 95 mm {} -->", ["1: 95 mm: not in CSV"]),
+        ("0.4 instead of 95 mm {} -->", ["1: 95 mm: not in CSV"]),
         ("1.2 to 2.5 mm {} by method -->", []),
         ("0.4 to 2.5 mm {} by method -->", ["1: 0.4: not in CSV by method"]),
         ("by Vote-PGD 83 % {} by method -->", ["1: 83 %: not in CSV by method"]),
