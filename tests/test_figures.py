@@ -96,7 +96,8 @@ def numbers(row, chosen, selection):
 
     The place, for numbers that mean the same in other rows: selection, column, and the texts of the row.
     """
-    texts = tuple(cell for cell in row.values() if cell not in ("", *chosen) and not re.fullmatch(FIGURE, cell))
+    number = rf"{FIGURE}|[\d.e+-]*"
+    texts = tuple(cell for cell in row.values() if cell not in chosen and not re.fullmatch(number, cell))
     for column, cell in row.items():
         match = re.fullmatch(FIGURE, cell)
         if match and not column.endswith(("_low", "_high")):
@@ -204,8 +205,9 @@ def faults(page):
             if not here:
                 wrong.append(f"{where}: {f'not in {source}' if comment else 'no source is named'}")
             elif column:
-                columns[column] = columns.get(column, here) & here
-                if not columns[column]:
+                both = columns.get(column, here) & here
+                columns[column] = both or columns[column]
+                if not both:
                     wrong.append(f"{where}: of another column of the CSV than the cells above it")
     return wrong
 
