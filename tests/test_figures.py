@@ -156,6 +156,8 @@ def compare(found, source, text):
         group = [number for part in groups for number in part]
         here = [places(figure, unit, group) for figure, unit, _ in found]
         best.setdefault(sum(map(bool, here)), []).append(here)
+    if not best:
+        raise LookupError(f"no rows are {text.strip()} in {source}")
     choices = best[max(best)] if max(best) == len(found) else best[max(best)][:1]
     return [set().union(*either) for either in zip(*choices, strict=True)]
 
@@ -226,6 +228,7 @@ I-FGSM,targeted,99,20,2.4500,1.5000,3.1499,82.5000
 I-FGSM,stationary,99,20,1.2000,1.1000,1.3000,97.0000
 Vote-PGD,targeted,100,20,0.4449,0.3000,0.6000,95.0000
 """
+NONE = "3: no rows are Vote-PGD, stationary | 97 in CSV by method, role"
 TABLE = "{} by method, role -->\n| | MRE (mm) | % |\n| --- | --- | --- |\n"
 
 
@@ -241,6 +244,7 @@ TABLE = "{} by method, role -->\n| | MRE (mm) | % |\n| --- | --- | --- |\n"
         ("1.2 to 2.5 mm {} by method -->", []),
         ("0.4 to 2.5 mm {} by method -->", ["1: 0.4: not in CSV by method"]),
         ("by Vote-PGD 83 % {} by method -->", ["1: 83 %: not in CSV by method"]),
+        ("| | % |\n| - | - |\n| Vote-PGD, stationary | 97 {} by method, role --> |", [NONE]),
         ("* 83 %\n* 97 % {} -->", ["1: 83 %: no source is named"]),
         (TABLE + "| I-FGSM | 2.5 | 83, then 95 |\n", ["4: 95: not in CSV by method, role"]),
         ("5 % <!-- no result: R -->\n\n    7 %\n\n```\n8 %\n```\n20 images, 100 px, within 4 mm", []),
