@@ -12,9 +12,9 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
-from attack import goal_maps
-from model import UNet, landmark_loss
+from model import UNet
 from support import command
 
 README = ROOT / "README.md"
@@ -122,9 +122,13 @@ def test_commands_are_found():
 
 
 def test_the_python_example_attacks_one_image(data, tmp_path, monkeypatch, capsys):
+    """On a copy of the data as JPEG."""
     (example,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
     run = tmp_path / "runs" / "baseline"
     run.mkdir(parents=True)
+    for file in data.rglob("*.bmp"):
+        Image.open(file).save(file.with_suffix(".jpg"))
+        file.unlink()
     data.rename(tmp_path / "dataset")
     (run / "config.json").write_text(json.dumps({"size": [32, 32]}))
     torch.manual_seed(0)
@@ -133,13 +137,8 @@ def test_the_python_example_attacks_one_image(data, tmp_path, monkeypatch, capsy
     found = {}
     exec(compile(example, str(README), "exec"), found)
     change = (found["adversarial"] - found["image"]).abs().max()
-    assert change == pytest.approx(8 / 256, rel=1e-4)
-    assert found["adversarial"].abs().max() <= 1
-    clean = found["model"](found["image"])
-    goal = goal_maps(clean, found["aims"], found["targeted"])
-    before, after = (landmark_loss(maps, goal).sum() for maps in (clean, found["maps"]))
-    assert after < before
-    aim = found["targets"] - found["points"]
-    assert aim.tolist() == [[[0, 80]] * 19]
+    assert 0 < change <= 8 / 256 + 1e-6 and found["adversarial"].abs().max() <= 1
     assert found["targeted"].nonzero().tolist() == [[0, 7]]  # menton is landmark 8
-    assert "tensor" in capsys.readouterr().out
+    way = found["targets"] - found["points"]
+    assert torch.allclose(way, torch.tensor([0, 80 * 32 / 2400]))  # 8 mm of an original of 2400 px
+    assert capsys.readouterr().out.startswith("start, target, end: tensor([[")
