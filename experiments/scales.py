@@ -355,7 +355,7 @@ def demo(encoder_weights="none"):
             ),
         ],
         "attack": [compare(partial(test, victim), "shift", "Displacements of 8 mm, epsilon 8", **near, pictures=4)],
-        "fancy": spell(partial(test, victim, attack="Vote-PGD", epsilon=8, steps=40), DEMO_IMAGES, "MICA"),
+        "fancy": spell(partial(test, victim, attack="Vote-PGD", epsilon=8, steps=40), DEMO_IMAGES, "SHAM"),
     }
     return Scale(victim, experiments)
 

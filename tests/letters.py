@@ -16,11 +16,20 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "experiments" / "letters"
 LEFT, TOP, WIDTH, HEIGHT = 600, 1000, 900, 1040  # px0: where landmarks usually are
 
+
+
+def arc(start, end, y=0.5, height=1.0):
+    """Points of an ellipse of width 1 around (0.5, y), from angle to angle in degrees, counterclockwise."""
+    return [(0.5 + np.cos(a) / 2, y - height * np.sin(a) / 2) for a in np.radians(np.linspace(start, end, 60))]
+
+
 STROKES = {  # polylines of (x, y), both from 0 to 1, y downwards
     "A": [[(0, 1), (0.5, 0), (1, 1)], [(0.2, 0.6), (0.8, 0.6)]],
-    "C": [[(0.5 + 0.5 * np.cos(a), 0.5 - 0.5 * np.sin(a)) for a in np.radians(np.linspace(45, 315, 60))]],
+    "C": [arc(45, 315)],
+    "H": [[(0, 0), (0, 1)], [(0.1, 0.5), (0.9, 0.5)], [(1, 0), (1, 1)]],
     "I": [[(0.2, 0), (0.8, 0)], [(0.5, 0), (0.5, 1)], [(0.2, 1), (0.8, 1)]],
     "M": [[(0, 1), (0, 0), (0.5, 0.7), (1, 0), (1, 1)]],
+    "S": [arc(30, 270, 0.25, 0.5) + arc(90, -150, 0.75, 0.5)],
 }
 
 
