@@ -9,8 +9,8 @@ quick: lint
 	$(PYTEST) -m "not slow"
 
 lint: .venv/installed
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
+	.venv/bin/ruff check $$(git ls-files '*.py')
+	.venv/bin/ruff format --check $$(git ls-files '*.py')
 
 demo: .venv/installed
 	.venv/bin/python reproduce.py --scale demo $(if $(ENCODER),--encoder-weights $(ENCODER))

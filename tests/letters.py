@@ -17,7 +17,6 @@ FOLDER = ROOT / "experiments" / "letters"
 LEFT, TOP, WIDTH, HEIGHT = 600, 1000, 900, 1040  # px0: where landmarks usually are
 
 
-
 def arc(start, end, y=0.5, height=1.0):
     """Points of an ellipse of width 1 around (0.5, y), from angle to angle in degrees, counterclockwise."""
     return [(0.5 + np.cos(a) / 2, y - height * np.sin(a) / 2) for a in np.radians(np.linspace(start, end, 60))]

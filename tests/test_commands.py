@@ -20,7 +20,7 @@ from PIL import Image
 
 from eval import metrics, read_records, summarize
 from model import UNet, load_weights
-from support.command import find_device
+from support.command import find_device, progress
 
 pytestmark = pytest.mark.slow
 
@@ -259,6 +259,44 @@ def test_own_images_without_annotation(here, official, run):
             assert len(moved) == 10 and np.allclose(moved["radial_error_mm"], 8, atol=1e-3)
         else:
             assert moved["landmark"].tolist() == [8, 8] and moved["target_x_px0"].tolist() == [100, 100]
+
+
+def test_own_images_of_a_folder_and_one_by_one(here, official, run, monkeypatch):
+    """A folder is its images; another image goes to another folder; a wrong file of targets ends before any work."""
+    folder = official / "RawImage" / "Test1Data"
+    attack = ["--attack", 0, "--steps", 1, "--targets", "shift", "--pictures", 0]
+    for image in folder, folder / "151.bmp", folder / "152.bmp":
+        status, out, err = run("test.py", "--tag", "small", "--image", image, *attack)
+        assert status == 0, err
+        assert ("Diagnoses at the first and at the last iteration" in out) == (image != folder)
+    made = {
+        path.name: read_records([path / "predictions.csv"]) for path in (here / "runs" / "small").glob("attack_15*")
+    }
+    found = {name: sorted(set(table["image"])) for name, table in made.items()}
+    assert found == {"attack_151_2": ["151"], "attack_152_2": ["152"], "attack_151_and_2_more_2": ["151", "152", "153"]}
+    (here / "empty").mkdir()
+    assert_refused(run("test.py", "--tag", "small", "--image", "empty"), "--image empty: no images in this folder")
+    monkeypatch.setattr("eval.predict_batches", None)  # it would fail
+    wrong = run("test.py", "--tag", "small", "--image", folder, *attack[:4], "--targets", "nowhere.csv")
+    assert_refused(wrong, "nowhere.csv: ")
+
+
+def test_help_does_without_torchvision():
+    """Whose import takes as long as PyTorch's."""
+    loaded = "import sys, runpy; sys.argv = ['test.py', '--help']\n"
+    loaded += "runpy.run_path(sys.argv[0], run_name='__main__'); print('torchvision' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "--attack" in shown and shown.endswith("False\n")
+
+
+def test_bars_in_a_file_are_lines(capfd):
+    """One a minute: here the first and the last state, and none of a short task whose bar would vanish."""
+    with progress(total=3, desc="outer", unit="image") as bar:
+        for _ in progress(range(3), desc="inner", leave=False):
+            bar.set_postfix(loss=1, refresh=False)
+            bar.update()
+    first, last = capfd.readouterr().err.splitlines()
+    assert first.startswith("outer:   0%") and last.startswith("outer: 100%") and "loss=1" in last
 
 
 def test_spacing_scales_every_millimetre(here, official, run):

@@ -15,6 +15,7 @@ import reproduce
 import test
 import train
 from experiments import scales
+from experiments.costs import Step
 from experiments.report import EXPERIMENTS
 from experiments.scales import NEAR, PAPER, SCALES, Checkpoint, Scale, arguments
 from readers.points import LANDMARKS
@@ -144,6 +145,47 @@ def test_results_of_another_scale_are_of_the_same_precision(tmp_path, monkeypatc
     other = plan._replace(options={"precision": "bf16"})
     with pytest.raises(InputError, match="--only causes: compares with runs/cpu-200x160/attack/shift"):
         reproduce.check_order(other)
+
+
+# --- what it would take ----------------------------------------------------------------------------------------------
+
+
+def listed(out):
+    """{experiment: (commands, images trained, image-iterations, hours, memory in GiB, disk in GiB)} of --list."""
+    lines = [line.split() for line in out.partition("nothing was run")[2].splitlines()]
+    return {line[0]: tuple(map(float, line[1:])) for line in lines if len(line) == 7 and line[0] != "experiment"}
+
+
+def test_costs_are_counted_without_data_and_nothing_is_written(reproduced, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    step = Step((800, 640), training=3.6, attack=1.8, fixed_bytes=4 * 2**30, image_bytes=2**30)
+    monkeypatch.setattr(reproduce, "time_steps", lambda *_: step)
+    status, out, err = reproduced("--scale", "paper", "--list")
+    assert status == 0, err
+    table = listed(out)
+    assert table["attack"][:3] == (2, 0, 250 * 300 * 3 * 2)
+    assert table["attack"][3] == 250 * 300 * 3 * 2 * 1.8 / 3600
+    detection = table["detection"]
+    assert detection[1] == 230 * 150  # hours: the training, and two tests of 150 and of 100 images by forward passes
+    assert detection[3] == pytest.approx((230 * 150 * 3.6 + 500 * 0.6) / 3600, abs=0.05)
+    assert detection[4:] == (4 + 8 * 1, 46 + 3)  # memory of a batch of 8; checkpoints and resume.pth of 1 GiB each
+    assert "python test.py --tag paper-800x640 --data dataset --precision fp32 --pictures 0 --steps 300" in out
+    every = [sum(row[i] for name, row in table.items() if name != "all") for i in range(4)]
+    assert table["all"][:4] == pytest.approx(every, abs=0.5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_scale_of_the_paper_without_a_gpu_says_how_long_it_takes(reproduced, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "time_steps", lambda *_: Step((800, 640), 7.0, 4.5, 0, 0))
+    monkeypatch.setattr(reproduce, "find_images", lambda _: (["test1"], ["151"]))
+    monkeypatch.setattr(reproduce, "check_sizes", lambda _: None)
+    monkeypatch.setattr(train, "main", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(reproduce.torch.cuda, "is_available", lambda: False)
+    status, _, err = reproduced("--scale", "paper", "--encoder-weights", "none")
+    assert status == 130
+    assert "warning: --scale paper without a GPU, on" in err and "hours" in err
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def test_a_failing_command_ends_it_with_its_status(reproduced, monkeypatch, tmp_path):
