@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pandas as pd
 
-from eval import LABELS, summarize
+from eval import LABELS, is_last, summarize
 from experiments.markdown import fold_intervals, markdown
 from experiments.results import last, of_role, outcome, render_differences, render_outcomes
 from experiments.statistics import paired_difference
@@ -20,10 +20,12 @@ TEXT = (
 
 
 def publish(results, data, out):
-    """Write tables and charts to ``out``; return the section of the report."""
-    text = ""
+    """Write tables and charts to ``out``; return the section of the report. Runs of one description are compared."""
+    text, groups = "", {}
     for result in results:
-        name, records = f"attack_{result.folder.name}", result.attacked()
+        groups.setdefault(result.labels["description"], []).append(result)
+    for description, runs in groups.items():
+        name, records = f"attack_{runs[0].folder.name}", pd.concat([run.attacked() for run in runs])
         table = summarize(records)
         attacks = {method: rows for method, rows in last(records).groupby("method", sort=False)}
         paired = compare(combinations(attacks.items(), 2), "methods")
@@ -32,7 +34,7 @@ def publish(results, data, out):
         charts = {column: f"{name}_{column.removesuffix('_%')}.png" for column in LABELS}
         for column, chart in charts.items():
             plot_attack(table, column, LABELS[column], out / chart)
-        text += f"\n### {result.labels['description']}\n\n{render(table, paired, charts)}"
+        text += f"\n### {description}\n\n{render(table, paired, charts)}"
     return text
 
 
@@ -48,7 +50,7 @@ def compare(pairs, label):
 
 def render(table, paired, charts):
     """First and last iteration, differences, charts ({column: file})."""
-    shown = fold_intervals(table[table["iteration"].isin([0, table["iteration"].max()])])
+    shown = fold_intervals(table[(table["iteration"] == 0) | is_last(table)])
     shown = shown[["role", "method", "iteration", "landmarks", *LABELS, "largest_change"]]
     text = markdown(shown.rename(columns=LABELS | {"largest_change": "largest change (of 255)"}))
     text += f"\nDifferences at the last iteration:\n\n{render_differences(paired)}"

@@ -163,13 +163,14 @@ def test_costs_are_counted_without_data_and_nothing_is_written(reproduced, monke
     status, out, err = reproduced("--scale", "paper", "--list")
     assert status == 0, err
     table = listed(out)
-    assert table["attack"][:3] == (2, 0, 250 * 300 * 3 * 2)
-    assert table["attack"][3] == 250 * 300 * 3 * 2 * 1.8 / 3600
+    assert table["attack"][:3] == (3, 0, 250 * (300 + 300 + 100) + 250 * 100 * 3)
+    assert table["attack"][3] == 250_000 * 1.8 / 3600
+    assert table["all"][2] <= 900_000  # image-iterations: an hour of a GPU
     detection = table["detection"]
     assert detection[1] == 230 * 150  # hours: the training, and two tests of 150 and of 100 images by forward passes
     assert detection[3] == pytest.approx((230 * 150 * 3.6 + 500 * 0.6) / 3600, abs=0.05)
     assert detection[4:] == (4 + 8 * 1, 46 + 3)  # memory of a batch of 8; checkpoints and resume.pth of 1 GiB each
-    assert "python test.py --tag paper-800x640 --data dataset --precision fp32 --pictures 0 --steps 300" in out
+    assert "python test.py --tag paper-800x640 --data dataset --precision fp32 --pictures 0 --attack I-FGSM" in out
     every = [sum(row[i] for name, row in table.items() if name != "all") for i in range(4)]
     assert table["all"][:4] == pytest.approx(every, abs=0.5)
     assert not list(tmp_path.iterdir())
