@@ -35,6 +35,7 @@ def tiny(splits, ids):
     ati = partial(attack, attack="ATI-FGSM")
     shift = scales.compare(attack, "shift", "Displacements", attack=PAPER, **NEAR, **few)
     random = scales.compare(attack, "random", "Random targets", attack=PAPER, **few)
+    longer = {"attack": "Vote-PGD", "steps": 3}
     table = {
         "batch norm": {"no": ("40x32", {}), "yes": ("normed", {})},
         "input size (px)": {"40 x 32": ("40x32", {"iteration": 0}), "48 x 40": None},
@@ -43,7 +44,7 @@ def tiny(splits, ids):
     defend = partial(scales.sweep_defence, victim, {"steps": 1, "limit": 3}, LARGE, splits[0], (8,), 2)
     experiments = {
         "detection": [scales.train("40x32", **SMALL), scales.train(victim, **LARGE), *scales.detection(victim, splits)],
-        "attack": [shift, random],
+        "attack": [shift, random, random._replace(options=random.options | longer, name="random_longer")],
         "epsilon": scales.sweep_epsilon(partial(ati, steps=1, limit=2), {"random": (4, 64), "4 mm": (4,)}),
         "count": [*scales.sweep_count(partial(ati, **few), (1, 19)), random],
         "coupling": [shift, random],
@@ -304,6 +305,8 @@ def check_report(results, out):
 def check_tables(results):
     epsilon = pd.read_csv(results / "epsilon.csv")
     assert epsilon[["targets", "epsilon"]].to_numpy().tolist() == [["random", 4], ["random", 64], ["4 mm", 4]]
+    together = pd.read_csv(results / "attack_random.csv").groupby("method")["iteration"].max()
+    assert together.to_dict() == {"I-FGSM": 2, "ATI-FGSM": 2, "Vote-PGD": 3}  # of two runs
     assert pd.read_csv(results / "count.csv")["targeted"].tolist() == [3, 3 * K]
     assert pd.read_csv(results / "causes.csv")["answer"].nunique() == 4
     displacement = pd.read_csv(results / "baselines.csv").groupby("method")["flown_mm"]
