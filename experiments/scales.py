@@ -11,7 +11,7 @@ from typing import NamedTuple
 from beyond.diagnosis import MEASURE_NAMES
 
 WORD = "MICCAI"
-DEMO_IMAGES = "151", "152", "153", "154"  # on which the demo writes its letters
+DEMO_IMAGES = "151", "153", "156", "154"  # on which the demo writes its letters
 INPUT_DEFENCES = "jpeg:75", "blur:1", "bits:4", "median:3", "resize:0.5", "noise:4"
 LETTERS = Path(__file__).parent / "letters"  # <letter>.csv: targets
 PAPER = "I-FGSM", "ATI-FGSM"
@@ -72,8 +72,9 @@ def train(detector, **options):
 
 
 def refine(detector, size, init, epochs, **options):
-    """Coarse to fine: a short training from the weights of a smaller input, with a checkpoint at its end."""
-    return train(detector, size=size, init=init, **SMALL, **options, epochs=epochs, checkpoint_every=epochs)
+    """Coarse to fine: a short training, from the weights of a smaller input if any, with a checkpoint at its end."""
+    options = {**({"init": init} if init else {}), **SMALL, **options}
+    return train(detector, size=size, **options, epochs=epochs, checkpoint_every=epochs)
 
 
 def test(detector, experiment, name, labels, **options):
@@ -348,20 +349,20 @@ def demo(encoder_weights="none"):
 
     From random weights a detector learns so fast only with batch norm in its encoder.
     """
-    victim, norm = "400x320", {"encoder_batch_norm": True} if encoder_weights == "none" else {}
-    near = {"attack": BEST, **NEAR, "epsilon": 8, "steps": 30, "limit": 4}
+    victim = "400x320"
+    common = {"batch_size": 2} | ({"encoder_batch_norm": True} if encoder_weights == "none" else {})
+    near = {"attack": BEST, **NEAR, "epsilon": 8, "steps": 20, "limit": 3, "pictures": 3}
+    spell_one = partial(test, victim, attack="Vote-PGD", epsilon=8, steps=40)
     experiments = {
         "detection": [
             draw(train=80, test1=20, test2=0),
-            train("100x80", size=(100, 80), **SMALL, **norm, epochs=12, checkpoint_every=12),
-            refine("200x160", (200, 160), Checkpoint("100x80", 11), lr=5e-4, epochs=5, **norm),
-            refine(victim, (400, 320), Checkpoint("200x160", 4), lr=3e-4, epochs=2, **norm),
-            test(
-                victim, "detection", "test1", {"images": "test1", "landmarks by": "voting"}, split="test1", pictures=4
-            ),
+            refine("100x80", (100, 80), None, epochs=8, lr=1e-3, **common),
+            refine("200x160", (200, 160), Checkpoint("100x80", 7), epochs=4, lr=4e-4, **common),
+            refine(victim, (400, 320), Checkpoint("200x160", 3), epochs=2, lr=3e-4, **common),
+            detection(victim, ["test1"])[0],
         ],
-        "attack": [compare(partial(test, victim), "shift", "Displacements of 8 mm, epsilon 8", **near, pictures=4)],
-        "fancy": spell(partial(test, victim, attack="Vote-PGD", epsilon=8, steps=40), DEMO_IMAGES, "SHAM"),
+        "attack": [compare(partial(test, victim), "shift", "Displacements of 8 mm, epsilon 8", **near)],
+        "fancy": spell(spell_one, DEMO_IMAGES, "SCAM"),
     }
     return Scale(victim, experiments)
 

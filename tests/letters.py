@@ -17,19 +17,16 @@ FOLDER = ROOT / "experiments" / "letters"
 LEFT, TOP, WIDTH, HEIGHT = 600, 1000, 900, 1040  # px0: where landmarks usually are
 
 
-def arc(start, end, x=0.5, y=0.5, width=1.0, height=1.0):
-    """Points of an ellipse around (x, y), from angle to angle in degrees, counterclockwise."""
-    angles = np.radians(np.linspace(start, end, 60))
-    return [(x + width * np.cos(a) / 2, y - height * np.sin(a) / 2) for a in angles]
+def arc(start, end, y=0.5, height=1.0):
+    """Points of an ellipse of width 1 around (0.5, y), from angle to angle in degrees, counterclockwise."""
+    return [(0.5 + np.cos(a) / 2, y - height * np.sin(a) / 2) for a in np.radians(np.linspace(start, end, 60))]
 
 
 STROKES = {  # polylines of (x, y), both from 0 to 1, y downwards
     "A": [[(0, 1), (0.5, 0), (1, 1)], [(0.2, 0.6), (0.8, 0.6)]],
     "C": [arc(45, 315)],
-    "D": [[(0, 0), (0, 1)], arc(-80, 80, 0.2, width=1.6)],
     "I": [[(0.2, 0), (0.8, 0)], [(0.5, 0), (0.5, 1)], [(0.2, 1), (0.8, 1)]],
     "M": [[(0, 1), (0, 0), (0.5, 0.7), (1, 0), (1, 1)]],
-    "O": [arc(0, 350)],
     "S": [arc(30, 270, y=0.25, height=0.5) + arc(90, -150, y=0.75, height=0.5)],
 }
 
