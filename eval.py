@@ -83,6 +83,7 @@ def metrics(errors):
         DataFrame with a row for each landmark ("1".."K") and one for "all": MRE, SD (population) and median in mm, SDR
         in %. MRE and SD of "all" are means over landmarks; its median and SDR are those of all errors.
     """
+    errors = np.asarray(errors, float)  # of a tensor, std() would be another
     table = pd.DataFrame(
         {"mre_mm": errors.mean(0), "sd_mm": errors.std(0), "median_mm": np.median(errors, axis=0)}
         | {f"sdr_{t}mm_%": 100 * (errors <= t).mean(0) for t in SDR_MM},
@@ -173,44 +174,38 @@ def check_record(table, content=None):
     Raises:
         ValueError: it says what is wrong.
     """
-    attack = "method" in table
-    needed = {*COLUMNS[:3], *COLUMNS[6:11]} | ({*COLUMNS[3:6], *COLUMNS[11:14]} if attack else set())
-    if absent := (needed | {*(content or ())}) - {*table}:
+    attack, count = "method" in table, len(LANDMARKS)
+    needed = {*COLUMNS[:3], *COLUMNS[6:11], *(content or ())} | ({*COLUMNS[3:6], *COLUMNS[11:14]} if attack else set())
+    if absent := needed - {*table}:
         raise ValueError(f"no column {min(absent)}")
     numbers = table[[name for name in COLUMNS if name in table and name not in TEXT]]
-    if texts := [name for name in numbers if not pd.api.types.is_numeric_dtype(numbers[name])]:
-        raise ValueError(f"{texts[0]} is not a number everywhere")
-    empty = ~np.isfinite(numbers)
-    if attack:
-        aims = ["target_x_px0", "target_y_px0"]
-        empty[aims] = empty[aims].eq(table["role"] == "targeted", axis=0)
-    may_be_empty = ["heatmap_peak", "vote_share", *(["largest_change"] if "stored" in table else [])]
+    empty = ~np.isfinite(numbers.apply(pd.to_numeric, errors="coerce"))
+    aims = empty.filter(like="target_").eq(table.get("role") == "targeted", axis=0)  # where others should be empty
+    may_be_empty = [*aims, "heatmap_peak", "vote_share", *(["largest_change"] if "stored" in table else [])]
     truth = ["true_x_px0", "true_y_px0", *([] if attack else ["radial_error_mm"])]
-    may_be_empty += truth if empty[truth].all(None) else []  # of images without annotation
-    if empty.drop(columns=may_be_empty, errors="ignore").any(None) or (attack and not table["role"].isin(ROLES).all()):
+    may_be_empty += truth if empty[truth].all(axis=None) else []  # of images without annotation
+    texts = {*numbers} - {*numbers.select_dtypes("number")} or (attack and not table["role"].isin(ROLES).all())
+    if texts or aims.any(axis=None) or empty.drop(columns=may_be_empty, errors="ignore").any(axis=None):
         raise ValueError("values are missing")
-    count, keys = len(LANDMARKS), ["image", *(name for name in CONDITION if name in table)]
+    keys = ["image", *(name for name in CONDITION if name in table)]
     blocks = table[keys][::count]
-    whole = table["landmark"].tolist() == [*range(1, count + 1)] * len(blocks) and not blocks.duplicated().any()
-    if not whole or (table[keys].to_numpy() != blocks.to_numpy().repeat(count, 0)).any():
-        raise ValueError(f"not {count} rows for each image{' and iteration' if attack else ''}")
+    whole = len(blocks) > 0 and table["landmark"].tolist() == [*range(1, count + 1)] * len(blocks)
+    whole = whole and (table[keys].to_numpy() == blocks.to_numpy().repeat(count, 0)).all()
     if content:
-        found, wanted = list(map(tuple, blocks[[*content]].to_numpy())), list(itertools.product(*content.values()))
-        whole = len(found) == len(wanted) and {*found} == {*wanted}
+        found = sorted(map(tuple, blocks[[*content]].to_numpy()))
+        whole = whole and found == sorted(itertools.product(*content.values()))
     elif attack:
-        whole = (blocks.groupby(keys[1:]).size() == blocks["image"].nunique()).all()
-    if not len(blocks) or not whole:
-        raise ValueError("of another image or method, or not all iterations")
+        whole = whole and (blocks.groupby(keys[1:])["image"].nunique() == blocks["image"].nunique()).all()
+    if not whole or blocks.duplicated().any():
+        raise ValueError(f"not {count} rows for each image, method and iteration that it should hold")
 
 
 def content_of(id, attack, steps, defence=None):
     """What the record of an image must hold of an attack, behind a defence if it is named, see ``check_record``."""
-    steps = attack.steps or steps
+    steps, attackers = attack.steps or steps, ["oblivious"] if attack.blind else ["oblivious", "adaptive"]
+    behind = {"defence": [defence], "attacker": attackers} if defence else {}
     iterations = [0, steps] if defence or attack.universal else recorded(steps)  # see ``attack.replay``
-    content = {"image": [id], "method": [attack.name], "iteration": iterations}
-    if defence:
-        content |= {"defence": [defence], "attacker": ["oblivious", *([] if attack.blind else ["adaptive"])]}
-    return content
+    return {"image": [id], "method": [attack.name], "iteration": iterations} | behind
 
 
 def recorded(steps):

@@ -377,8 +377,7 @@ def draw(path, *arguments):
     except InputError:  # a full disk, say
         raise
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        warnings.warn(f"{path}: not drawn ({type(error).__name__}: {reason}); its record is kept", stacklevel=2)
+        warnings.warn(f"{path}: not drawn ({' '.join(str(error).split())}); the record is kept", stacklevel=2)
 
 
 def report_test(args, data, out):

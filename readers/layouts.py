@@ -152,8 +152,7 @@ def contents(root):
     doctors = [doctor for doctor in doctors if doctor]
     raw = find_folder(*nested(root, "RawImage"))
     cepha = find_folder(*(folder for folder in nested(root, "cepha400") if list_images(folder)))
-    tables = {part: find(root, f"{part}_senior.csv") for part in FOLDERS}
-    tables = {part: table for part, table in tables.items() if table.is_file()}
+    tables = {part: file for part in FOLDERS if (file := find(root, f"{part}_senior.csv")).is_file()}
     if raw and doctors:
         return contents_of_folders(raw, doctors)
     if cepha and tables:

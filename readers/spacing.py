@@ -36,7 +36,11 @@ def read_spacing(root, ids, mm_per_px=None):
         if missing := [id for id in ids if id not in values]:
             raise InputError(f"{table}: no row for image {missing[0]}; add it")
         return np.array([values[id] for id in ids]), table
-    if similar := [path for path in root.iterdir() if path.name.lower().startswith("spacing")] if root else []:
+    if (
+        similar := [path for path in root.iterdir() if path.name.lower().startswith("spacing") and path.is_file()]
+        if root
+        else []
+    ):
         raise InputError(f"{similar[0]}: is it the spacing? name it spacing.txt or spacing.csv, or give --mm-per-px")
     return np.full(len(ids), MM_PER_PX0), None
 
