@@ -6,6 +6,7 @@ found, decoded and checked: readers/, and docs/data.md.
 
 import copy
 import hashlib
+import re
 import warnings
 from pathlib import Path
 
@@ -107,8 +108,8 @@ class Cephalograms:
         return self
 
     def _set(self, doctors_px0, sizes, size, mm_per_px0):
-        if odd := [file for file in self.files if file.stem.encode(errors="ignore").decode() != file.stem]:
-            raise InputError(f"{odd[0]}: its name is no UTF-8, so that no table could hold it; rename it")
+        if odd := [id for id in self.ids if re.search(r"[\r\n\ud800-\udfff]", id)]:  # surrogates stand for other bytes
+            raise InputError(f"{self.files[self.ids.index(odd[0])]}: its name is no UTF-8 or has a line break; rename it")
         self.doctors_px0, self.sizes = torch.from_numpy(doctors_px0), torch.tensor(sizes)
         self.landmarks_px0 = torch.from_numpy(doctors_px0.mean(1))
         self.mm_per_px0 = torch.from_numpy(mm_per_px0)

@@ -181,7 +181,7 @@ def check_record(table, content=None):
     numbers = table[[name for name in COLUMNS if name in table and name not in TEXT]]
     empty = ~np.isfinite(numbers.apply(pd.to_numeric, errors="coerce"))
     aims = empty.filter(like="target_").eq(table.get("role") == "targeted", axis=0)  # where others should be empty
-    may_be_empty = [*aims, "heatmap_peak", "vote_share", *(["largest_change"] if "stored" in table else [])]
+    may_be_empty = [*aims, *([] if content else ["heatmap_peak", "vote_share", "largest_change"])]  # came later
     truth = ["true_x_px0", "true_y_px0", *([] if attack else ["radial_error_mm"])]
     may_be_empty += truth if empty[truth].all(axis=None) else []  # of images without annotation
     texts = {*numbers} - {*numbers.select_dtypes("number")} or (attack and not table["role"].isin(ROLES).all())
