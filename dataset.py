@@ -109,7 +109,7 @@ class Cephalograms:
 
     def _set(self, doctors_px0, sizes, size, mm_per_px0):
         if odd := [id for id in self.ids if re.search(r"[\r\n\ud800-\udfff]", id)]:  # surrogates stand for other bytes
-            raise InputError(f"{self.files[self.ids.index(odd[0])]}: its name is no UTF-8 or has a line break; rename it")
+            raise InputError(f"{self.files[self.ids.index(odd[0])]}: its name is no UTF-8 or has a newline; rename it")
         self.doctors_px0, self.sizes = torch.from_numpy(doctors_px0), torch.tensor(sizes)
         self.landmarks_px0 = torch.from_numpy(doctors_px0.mean(1))
         self.mm_per_px0 = torch.from_numpy(mm_per_px0)

@@ -176,16 +176,16 @@ def check_record(table, content=None):
     """
     attack, count = "method" in table, len(LANDMARKS)
     needed = {*COLUMNS[:3], *COLUMNS[6:11], *(content or ())} | ({*COLUMNS[3:6], *COLUMNS[11:14]} if attack else set())
-    if absent := needed - {*table}:
-        raise ValueError(f"no column {min(absent)}")
-    numbers = table[[name for name in COLUMNS if name in table and name not in TEXT]]
-    empty = ~np.isfinite(numbers.apply(pd.to_numeric, errors="coerce"))
+    numbers = table[[name for name in COLUMNS if name in table]].select_dtypes("number")
+    if absent := (needed | ({*COLUMNS} & {*table})) - {*numbers} - ({*TEXT} & {*table}):
+        raise ValueError(f"no column {min(absent)}, or other than numbers in it")
+    empty = ~np.isfinite(numbers)
     aims = empty.filter(like="target_").eq(table.get("role") == "targeted", axis=0)  # where others should be empty
     may_be_empty = [*aims, *([] if content else ["heatmap_peak", "vote_share", "largest_change"])]  # came later
     truth = ["true_x_px0", "true_y_px0", *([] if attack else ["radial_error_mm"])]
     may_be_empty += truth if empty[truth].all(axis=None) else []  # of images without annotation
-    texts = {*numbers} - {*numbers.select_dtypes("number")} or (attack and not table["role"].isin(ROLES).all())
-    if texts or aims.any(axis=None) or empty.drop(columns=may_be_empty, errors="ignore").any(axis=None):
+    odd = attack and not table["role"].isin(ROLES).all()
+    if odd or aims.any(axis=None) or empty.drop(columns=may_be_empty, errors="ignore").any(axis=None):
         raise ValueError("values are missing")
     keys = ["image", *(name for name in CONDITION if name in table)]
     blocks = table[keys][::count]

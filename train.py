@@ -339,8 +339,8 @@ def check_config(folder, config, parser):
         check_same_config(file, config, parser.defaults(), parser.may_change, "--tag")
         epochs, cosine = read_config(file).get("epochs", config["epochs"]), config["schedule"] == "cosine"
         if epochs > config["epochs"] or (cosine and epochs < config["epochs"]):
-            other = f", where --schedule cosine ends; or --init {checkpoint_path(folder, epochs - 1)} another --tag"
-            more = other if cosine else " or more"
+            new = f", where --schedule cosine ends; else --init {checkpoint_path(folder, epochs - 1)} for a new --tag"
+            more = new if cosine else " or more"
             raise InputError(f"{folder}: was begun with --epochs {epochs}; --resume takes as many{more}")
 
 

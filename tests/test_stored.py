@@ -134,7 +134,10 @@ WRONG = {
         lambda folder: shutil.copy(folder.parent / "test.csv", folder / "in_memory.csv"),
         "not the record of an attack",
     ),
-    "no record": (lambda folder: (folder / "in_memory.csv").write_text("image\n"), "in_memory.csv: not a readable record"),
+    "no record": (
+        lambda folder: (folder / "in_memory.csv").write_text("image\n"),
+        "in_memory.csv: not a readable record",
+    ),
 }
 
 
