@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from model import Goal, decode, encode, landmark_loss, mean_weights, offsets_at, pixel_positions, radius_of
+from support.errors import check_tensors
 
 STEP_SIZE = 0.05  # in units of epsilon; the paper's eta
 TOLERANCE = 1 / 3  # in units of R, 4 mm in the ISBI 2015 images: up to it, a goal position counts as reached
@@ -70,18 +71,18 @@ def run(attack, detector, image, targets, targeted, epsilon=8, steps=300, seed=0
         0 is the clean image. With a score, they are of the best iterate so far.
 
     Raises:
-        ValueError: shapes or types that do not fit together.
+        ValueError: shapes or types that do not fit together, an image outside [-1, 1], a target that is nan or outside
+            the input, an image without a targeted landmark, a negative epsilon, no step.
 
     Example:
         >>> for iteration, adversarial, maps in run(ATTACKS["I-FGSM"], model, image, targets, targeted, epsilon=4):
         ...     pass
         >>> points = decode(maps)  # of the last adversarial images
     """
-    if (image.dim(), targets.dim()) != (4, 3) or targets.shape != (*targeted.shape, 2) or len(targets) != len(image):
-        shapes = tuple(image.shape), tuple(targets.shape), tuple(targeted.shape)
-        raise ValueError("image, targets, targeted are of {}, {}, {}: (B, C, H, W), (B, K, 2), (B, K)".format(*shapes))
-    if targeted.dtype != torch.bool:
-        raise ValueError(f"targeted is {targeted.dtype}: bool is needed")
+    check_images(image, epsilon, steps)
+    check_tensors(image=(image, "BCHW", "float"), targeted=(targeted, "BK", "bool"), targets=(targets, "BK2", "number"))
+    if attack.targeted:
+        check_places(targets, targeted, image.shape[-2:])
     goal, steps = None, attack.steps or steps
     if attack.delta is not None:
         return replay(detector, image, (image + attack.delta).clamp(-1, 1), steps)
@@ -96,6 +97,32 @@ def run(attack, detector, image, targets, targeted, epsilon=8, steps=300, seed=0
     else:
         iterates = pgd(detector, image, partial(attack.loss, goal=goal), epsilon, steps, **attack.options)
     return keep_best(iterates, partial(attack.score, goal=goal)) if attack.score else iterates
+
+
+def check_images(image, epsilon, steps):
+    """Raise ValueError unless these are as ``run`` says."""
+    check_tensors(image=(image, "BCHW", "float"))
+    if not (image.abs() <= 1.001).all():
+        raise ValueError(f"image must lie in [-1, 1]: its values are {image.min():g} to {image.max():g}")
+    if not 0 <= epsilon < math.inf or steps not in range(1, 2**63):
+        raise ValueError(f"epsilon must be a number from 0, steps whole and above 0: they are {epsilon}, {steps}")
+
+
+def check_places(targets, targeted, size):
+    """Raise ValueError unless each image has a targeted landmark, and all targets lie in maps of a size (H, W)."""
+    edges = torch.tensor(size[::-1], device=targets.device) - 0.5
+    outside = targeted & ~((targets >= -0.5) & (targets <= edges)).all(-1)
+    for b, k in outside.nonzero()[:1].tolist():
+        where = f"of {size[1]} x {size[0]} px: {targets[b, k].tolist()}, landmark {k + 1}"
+        raise ValueError(f"targets lie outside the input {where}; dataset.rescale takes px0 to px")
+    if not targeted.any(-1).all():
+        raise ValueError(f"targeted must have a landmark of each image: it has {targeted.sum(-1).tolist()}")
+
+
+def check_goal(clean, targets, targeted):
+    """Raise ValueError unless these are as ``goal_maps`` says."""
+    check_tensors(maps=(clean, "B3KHW", "float"), targeted=(targeted, "BK", "bool"), targets=(targets, "BK2", "float"))
+    check_places(targets, targeted, clean.shape[-2:])
 
 
 # --- loops -----------------------------------------------------------------------------------------------------------
@@ -115,12 +142,15 @@ def pgd(model, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentum=
     Yields:
         see ``run``; iteration 0 is the ``start``, if there is one.
     """
+    check_images(image, epsilon, steps)
     bound = epsilon / 256
     delta, velocity = torch.zeros_like(image) if start is None else start, torch.zeros_like(image)
     for iteration in range(steps):
         adversarial = (image + delta).clamp(-1, 1).requires_grad_()
         with torch.enable_grad():
             maps = model(adversarial)
+        if iteration == 0:
+            check_tensors(maps=(maps, "*", "number"))
         yield iteration, adversarial.detach(), maps.detach()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(loss(maps).sum(), adversarial)
@@ -159,6 +189,7 @@ def universal_perturbation(attack, model, batches, epsilon=8, steps=300):
         (iteration, perturbation (1, C, H, W)) for iteration 0, no perturbation, .. steps.
     """
     bound, first = epsilon / 256, next(batches)
+    check_images(first[0], epsilon, steps)
     delta, velocity = torch.zeros_like(first[0][:1]), torch.zeros_like(first[0][:1])
     for iteration, (image, goal) in zip(range(steps), itertools.chain([first], batches), strict=False):
         yield iteration, delta
@@ -177,6 +208,7 @@ def random_perturbations(model, image, epsilon, steps, seed):
     Results thus do not depend on how images are batched. The generator differs from a random defence's of the same seed
     in the 32 bits that torch uses.
     """
+    check_images(image, epsilon, steps)
     generator = torch.Generator().manual_seed(seed ^ (1 << 31))
     yield 0, image, model(image)
     for iteration in range(1, steps + 1):
@@ -246,6 +278,7 @@ def goal_maps(clean, targets, targeted):
     Returns:
         model.Goal
     """
+    check_goal(clean, targets, targeted)
     size = clean.shape[-2:]
     heatmap = torch.where(targeted[..., None, None], encode(targets, size).heatmap, clean[:, 0].sigmoid())
     # a target's disc is above exp(-1/2) > 0.5 as well
@@ -304,6 +337,7 @@ class VoteGoal(NamedTuple):
 
 def vote_goal(clean, targets, targeted):
     """Goal of Vote-PGD: targets, and the clean predictions of stationary landmarks; arguments as in ``goal_maps``."""
+    check_goal(clean, targets, targeted)
     places = torch.where(targeted[..., None], targets, decode(clean, subpixel=True).to(targets.dtype))
     return vote_goal_at(places, targeted, clean.shape[-2:])
 

@@ -6,6 +6,7 @@ found, decoded and checked: readers/, and docs/data.md.
 
 import copy
 import hashlib
+import re
 import warnings
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from readers.images import read_images
 from readers.layouts import SIZE0, contents, entries_of, is_official_repetition, parts_of
 from readers.points import LANDMARKS, read_doctors
 from readers.spacing import MM_PER_PX0, read_spacing
-from support.errors import InputError
+from support.errors import InputError, describe
 
 COARSE = (20, 16)  # (H, W) at which images are compared
 SAME = 0.15  # of the median difference; in Train and Test1, the same radiographs reach 0.05, others 0.37 at least
@@ -51,7 +52,8 @@ class Cephalograms:
         sha256: of all these but the paths and the single doctors' marks.
 
     Raises:
-        InputError: data missing, incomplete, damaged or implausible; the message names the file.
+        InputError: data missing, incomplete, damaged or implausible, or a name that is no UTF-8; the message names the
+            file.
     """
 
     def __init__(self, root, split, size, limit=None, ids=None, mm_per_px=None, unusual=False, progress=None):
@@ -90,7 +92,7 @@ class Cephalograms:
             size, mm_per_px, progress: see the class.
 
         Raises:
-            InputError: unreadable, of an unsupported suffix, or two of the same name.
+            InputError: unreadable, of an unsupported suffix, two of the same name, or a name that is no UTF-8.
         """
         self = cls.__new__(cls)
         self.split = "image"
@@ -106,6 +108,8 @@ class Cephalograms:
         return self
 
     def _set(self, doctors_px0, sizes, size, mm_per_px0):
+        if odd := [id for id in self.ids if re.search(r"[\r\n\ud800-\udfff]", id)]:  # surrogates stand for other bytes
+            raise InputError(f"{self.files[self.ids.index(odd[0])]}: its name is no UTF-8 or has a newline; rename it")
         self.doctors_px0, self.sizes = torch.from_numpy(doctors_px0), torch.tensor(sizes)
         self.landmarks_px0 = torch.from_numpy(doctors_px0.mean(1))
         self.mm_per_px0 = torch.from_numpy(mm_per_px0)
@@ -181,6 +185,8 @@ def to_input(images, device):
     Returns:
         (B, 3, H, W) float32 in [-1, 1] on ``device``, channels last in memory.
     """
+    if not torch.is_tensor(images) or images.dtype != torch.uint8 or images.dim() not in (3, 4):
+        raise ValueError(f"images must be (B, H, W) or (B, H, W, 3), a tensor of uint8: they are {describe(images)}")
     if torch.device(device).type == "cuda":
         images = images.pin_memory()  # so that the copy waits for nothing
     values = images.to(device, non_blocking=True).float() / 127.5 - 1

@@ -4,6 +4,7 @@ A radial error is the Euclidean distance in mm: in px0 times the spacing of the 
 is the mean radial error, SDR (successful detection rate) the percentage of errors up to a threshold.
 """
 
+import itertools
 import warnings
 
 import numpy as np
@@ -26,6 +27,7 @@ SUCCESS_MM = 4  # the radial error up to which the paper counts an attack on a l
 LABELS = {"mre_mm": "MRE (mm)", "median_mm": "median radial error (mm)", "within_4mm_%": f"within {SUCCESS_MM} mm (%)"}
 ROLES = ("targeted", "stationary", "untargeted")  # of a landmark in an attack
 TEXT = ("image", "name", "method", "role", "defence", "attacker", "detector", "stored")
+CONDITION = ("method", "iteration", "defence", "attacker", "detector", "stored")  # with the image: what K rows are of
 COLUMNS = (  # of a record, in this order; those of attacks and of single conditions are absent elsewhere
     *("image", "landmark", "name", "method", "iteration", "role"),
     *("x_px0", "y_px0", "true_x_px0", "true_y_px0", "radial_error_mm", "target_x_px0", "target_y_px0"),
@@ -81,6 +83,7 @@ def metrics(errors):
         DataFrame with a row for each landmark ("1".."K") and one for "all": MRE, SD (population) and median in mm, SDR
         in %. MRE and SD of "all" are means over landmarks; its median and SDR are those of all errors.
     """
+    errors = np.asarray(errors, float)  # of a tensor, std() would be another
     table = pd.DataFrame(
         {"mre_mm": errors.mean(0), "sd_mm": errors.std(0), "median_mm": np.median(errors, axis=0)}
         | {f"sdr_{t}mm_%": 100 * (errors <= t).mean(0) for t in SDR_MM},
@@ -137,23 +140,77 @@ def record_attack(data, points_px0, targets, **columns):
 
 
 def read_records(files):
-    """Concatenate records that ``files.write_table`` wrote; those of older versions lack the columns that came later.
+    """Concatenate records that ``files.write_table`` wrote, each checked to be whole, see ``check_record``.
+
+    Args:
+        files: paths, or {path: what it must hold, see ``content_of``}.
 
     Raises:
-        InputError: one is missing or not a table.
+        InputError: one is missing, not a table, or not whole.
     """
     tables = []
     missing = {name: [""] for name in COLUMNS if name not in TEXT}  # in no other column: an image may be named NA
     for file in files:
         try:
             table = pd.read_csv(file, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values=missing)
+            table = table if "mm_per_px0" in table else table.assign(mm_per_px0=MM_PER_PX0)
+            check_record(table, files[file] if isinstance(files, dict) else None)
         except FileNotFoundError:
             raise InputError(f"{file}: no such file; finish the run of test.py that writes it") from None
         except (OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]
-            raise InputError(f"{file}: not a readable record ({reason}); remove it and repeat the command") from None
-        tables.append(table if "mm_per_px0" in table else table.assign(mm_per_px0=MM_PER_PX0))
+            raise InputError(f"{file}: not a readable record; remove it and repeat the command ({reason})") from None
+        tables.append(table)
     return pd.concat(tables)
+
+
+def check_record(table, content=None):
+    """Refuse a table that is no whole record: K rows for each image and condition, as ``record`` makes them.
+
+    Args:
+        content: {column: values}: each combination must be there, and no other; None: each condition must have the same
+            images.
+
+    Raises:
+        ValueError: it says what is wrong.
+    """
+    attack, count = "method" in table, len(LANDMARKS)
+    needed = {*COLUMNS[:3], *COLUMNS[6:11], *(content or ())} | ({*COLUMNS[3:6], *COLUMNS[11:14]} if attack else set())
+    numbers = table[[name for name in COLUMNS if name in table]].select_dtypes("number")
+    if absent := (needed | ({*COLUMNS} & {*table})) - {*numbers} - ({*TEXT} & {*table}):
+        raise ValueError(f"no column {min(absent)}, or other than numbers in it")
+    empty = ~np.isfinite(numbers)
+    aims = empty.filter(like="target_").eq(table.get("role") == "targeted", axis=0)  # where others should be empty
+    may_be_empty = [*aims, *([] if content else ["heatmap_peak", "vote_share", "largest_change"])]  # came later
+    truth = ["true_x_px0", "true_y_px0", *([] if attack else ["radial_error_mm"])]
+    may_be_empty += truth if empty[truth].all(axis=None) else []  # of images without annotation
+    odd = attack and not table["role"].isin(ROLES).all()
+    if odd or aims.any(axis=None) or empty.drop(columns=may_be_empty, errors="ignore").any(axis=None):
+        raise ValueError("values are missing")
+    keys = ["image", *(name for name in CONDITION if name in table)]
+    blocks = table[keys][::count]
+    whole = len(blocks) > 0 and table["landmark"].tolist() == [*range(1, count + 1)] * len(blocks)
+    whole = whole and (table[keys].to_numpy() == blocks.to_numpy().repeat(count, 0)).all()
+    if content:
+        found = sorted(map(tuple, blocks[[*content]].to_numpy()))
+        whole = whole and found == sorted(itertools.product(*content.values()))
+    elif attack:
+        whole = whole and (blocks.groupby(keys[1:])["image"].nunique() == blocks["image"].nunique()).all()
+    if not whole or blocks.duplicated().any():
+        raise ValueError(f"not {count} rows for each image, method and iteration that it should hold")
+
+
+def content_of(id, attack, steps, defence=None):
+    """What the record of an image must hold of an attack, behind a defence if it is named, see ``check_record``."""
+    steps, attackers = attack.steps or steps, ["oblivious"] if attack.blind else ["oblivious", "adaptive"]
+    behind = {"defence": [defence], "attacker": attackers} if defence else {}
+    iterations = [0, steps] if defence or attack.universal else recorded(steps)  # see ``attack.replay``
+    return {"image": [id], "method": [attack.name], "iteration": iterations} | behind
+
+
+def recorded(steps):
+    """The iterations of an attack that are recorded."""
+    return [*(iteration for iteration in RECORDED if iteration < steps), steps]
 
 
 def is_last(table):
@@ -180,7 +237,7 @@ def attack_batch(
         grey: the same perturbation in all channels.
 
     Returns:
-        records, {None: of the iterations RECORDED, name: of the clean images and of the last iteration}, see
+        records, {None: of the iterations ``recorded``, name: of the clean images and of the last iteration}, see
         ``record_attack``; and the attacked images (B, C, H, W) of the last iteration without a defence.
     """
     image = to_input(data.images, device)[:, : 1 if grey else 3]
@@ -204,13 +261,13 @@ def attack_batch(
 
 
 def observe(iterates, attack, data, targets, image, steps, subpixel):
-    """Records of what a detector finds at the iterations RECORDED and the last one, ``steps``; and the last images.
+    """Records of what a detector finds at the iterations ``recorded``; and the last images.
 
     While the attack runs nothing leaves the device, so that it waits for no copy.
     """
     seen = []
     for iteration, adversarial, maps in iterates:
-        if iteration in RECORDED or iteration == steps:
+        if iteration in recorded(steps):
             points = decode(maps, subpixel)
             change = 127.5 * (adversarial - image).abs().amax((1, 2, 3))[:, None]
             seen.append((iteration, points, change, *confidence(maps, points)))

@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from container import Sequential
 from support.checkpoints import load_tensors
-from support.errors import InputError
+from support.errors import InputError, check_tensors
 from support.files import read_config
 
 MIN_SIZE = 32  # px: five poolings leave one pixel
@@ -387,6 +387,7 @@ def decode(maps, subpixel=False):
     Returns:
         (B, K, 2) float32 x, y in px, whole numbers unless ``subpixel``.
     """
+    check_tensors(maps=(maps, "B3KHW", "float"))
     height, width = maps.shape[-2:]
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))  # half precision cannot hold pixel numbers
     _, votes = cast_votes(maps)

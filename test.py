@@ -25,6 +25,7 @@ from dataset import Cephalograms, in_batches, to_input
 from eval import (
     LABELS,
     attack_batch,
+    content_of,
     is_last,
     metrics,
     predict,
@@ -321,6 +322,14 @@ def picture_file(out, id, method=None):
     return out / "pictures" / f"{id}{f'_{method}' if method else ''}.png"
 
 
+def record_files(args, data, out, names=(None,)):
+    """{file: its content} of the records, or of those behind defences of some names, see ``eval.read_records``."""
+    if not args.attack:
+        return {record_file(out, id): {"image": [id]} for id in data.ids}
+    each = [(name, ATTACKS[method], id) for name in names for method in args.attack for id in data.ids]
+    return {record_file(out, id, a.name, name): content_of(id, a, args.steps, name) for name, a, id in each}
+
+
 def unfinished(args, data, out, methods):
     """The work of this process: batches in which the files of an image are missing.
 
@@ -328,6 +337,9 @@ def unfinished(args, data, out, methods):
 
     Returns:
         list of (method, batch of image indices, those of the batch that are unfinished).
+
+    Raises:
+        InputError: a record of an earlier call is not whole.
     """
 
     def is_unfinished(method, i, existing):
@@ -341,6 +353,9 @@ def unfinished(args, data, out, methods):
 
     def find():
         existing = set(out.rglob("*"))
+        records = record_files(args, data, out, (None, *args.defence))
+        if earlier := {file: content for file, content in records.items() if file in existing}:
+            read_records(earlier)  # refused before the work, not after it
         jobs = [
             (method, batch, [i for i in batch if is_unfinished(method, i, existing)])
             for method in methods
@@ -363,12 +378,12 @@ def test(args, model, data, device, out):
         records = record(part, to_px0(points, part), heatmap_peak=peak, vote_share=share)
         for i in missing[tuple(batch)]:
             id, rows = data.ids[i], records[records["image"] == data.ids[i]]
+            write_table(record_file(out, id), rows)
             if i < args.pictures:
                 mre = rows["radial_error_mm"].mean()
                 title = f"{id}, MRE {mre:.2f} mm" if mre >= 0 else id
-                figures.draw(picture_file(out, id), title, data.select([id]), rows)
-            write_table(record_file(out, id), rows)
-    distributed.on_main(report_test, out, data)
+                draw(picture_file(out, id), title, data.select([id]), rows)
+    distributed.on_main(report_test, args, data, out)
     file = out / "defences_summary.csv"
     if args.defence and not distributed.on_main(defences.is_complete, file, args.defence):
         behind = {name: defences.defend(model, name, args.seed) for name in args.defence}
@@ -377,9 +392,19 @@ def test(args, model, data, device, out):
         distributed.on_main(defences.report_accuracy, file, out / "summary.csv", rows)
 
 
-def report_test(out, data):
+def draw(path, *arguments):
+    """``figures.draw`` after the record is written: if it fails, a warning, and the next call tries again."""
+    try:
+        figures.draw(path, *arguments)
+    except InputError:  # a full disk, say
+        raise
+    except Exception as error:
+        warnings.warn(f"{path}: not drawn ({' '.join(str(error).split())}); the record is kept", stacklevel=2)
+
+
+def report_test(args, data, out):
     """predictions.csv, and where there is a ground truth, summary.csv; then the diagnoses."""
-    table = read_records([record_file(out, id) for id in data.ids])
+    table = read_records(record_files(args, data, out))
     write_table(out / "predictions.csv", table)
     if table["radial_error_mm"].isna().all():
         print(table[["image", "landmark", "name", "x_px0", "y_px0"]].to_string(index=False, float_format="%.1f"))
@@ -417,7 +442,7 @@ def attack_all(args, model, data, targets, training, device, out):
             bar.set_postfix(progress_figure(tables[None]), refresh=False)
             for i in missing:
                 write_attacked(args, data.select([data.ids[i]]), i, tables, adversarial[batch.index(i)], out)
-    distributed.on_main(report_attack, args, data, attacks, out)
+    distributed.on_main(report_attack, args, data, out)
 
 
 def progress_figure(records):
@@ -430,18 +455,18 @@ def write_attacked(args, data, i, tables, adversarial, out):
     """The files of the i-th image, the only one of ``data``; tables: see ``eval.attack_batch``."""
     (id,), method = data.ids, tables[None]["method"].iloc[0]
     tables = {name: records[records["image"] == id] for name, records in tables.items()}
-    if i < args.pictures:
-        title = f"{id}, {method}, epsilon {args.epsilon:g}, iteration {tables[None]['iteration'].max()}"
-        figures.draw(picture_file(out, id, method), title, data, tables[None], adversarial)
     if args.save_adversarial:
         stored.save_adversarial(out / "adversarial", method, data, adversarial)
     for name, records in tables.items():
         write_table(record_file(out, id, method, name), records)
+    if i < args.pictures:
+        title = f"{id}, {method}, epsilon {args.epsilon:g}, iteration {tables[None]['iteration'].max()}"
+        draw(picture_file(out, id, method), title, data, tables[None], adversarial)
 
 
-def report_attack(args, data, attacks, out):
+def report_attack(args, data, out):
     """Tables and charts from the records; with stored images also in_memory.csv."""
-    table = read_records([record_file(out, id, method) for method in attacks for id in data.ids])
+    table = read_records(record_files(args, data, out))
     summary = summarize(table)
     write_table(out / "predictions.csv", table)
     write_table(out / "summary.csv", summary)
@@ -454,8 +479,8 @@ def report_attack(args, data, attacks, out):
     diagnosis.report_changes(table, args.measure, args.to, out)
     final = is_last(table)
     if args.defence:
-        files = [record_file(out, id, m, name) for name in args.defence for m in attacks for id in data.ids]
-        defences.report_attacks(read_records(files), table[final | (table["iteration"] == 0)], out)
+        behind = read_records(record_files(args, data, out, args.defence))
+        defences.report_attacks(behind, table[final | (table["iteration"] == 0)], out)
     if args.save_adversarial:
         write_table(out / "adversarial" / stored.IN_MEMORY, table[final].assign(detector=args.tag))
 

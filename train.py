@@ -334,12 +334,15 @@ def prepare_folder(folder, config, device, state):
 
 
 def check_config(folder, config, parser):
-    """Raise InputError where the run was begun with other arguments; --epochs may only grow."""
+    """Raise InputError where the run was begun with other arguments; --epochs may only grow, on a schedule of steps."""
     file = folder / "config.json"
     if file.exists():
         check_same_config(file, config, parser.defaults(), parser.may_change, "--tag")
-        if (epochs := read_config(file).get("epochs", config["epochs"])) > config["epochs"]:
-            raise InputError(f"{folder}: was begun with --epochs {epochs}; --resume takes as many or more")
+        epochs, cosine = read_config(file).get("epochs", config["epochs"]), config["schedule"] == "cosine"
+        if epochs > config["epochs"] or (cosine and epochs < config["epochs"]):
+            new = f", where --schedule cosine ends; else --init {checkpoint_path(folder, epochs - 1)} for a new --tag"
+            more = new if cosine else " or more"
+            raise InputError(f"{folder}: was begun with --epochs {epochs}; --resume takes as many{more}")
 
 
 def save(state, folder, args):

@@ -75,8 +75,10 @@ def read_image(path, size, mode="L"):
         return np.asarray(resized), (image.height, image.width)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path}: more pixels than a radiograph has, as in a decompression bomb ({error})") from None
     # all that Pillow raises for damaged files
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise InputError(f"{path}: not a readable image, or a truncated one ({error})") from None
 
 

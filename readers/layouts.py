@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from readers.images import SUFFIXES, UNSUPPORTED, check_suffix, read_size
 from readers.points import read_kaggle
+from readers.tables import find
 from support.errors import InputError
 
 FOLDERS = {"train": "TrainingData", "test1": "Test1Data", "test2": "Test2Data"}
@@ -147,11 +148,11 @@ def contents(root):
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; --data names the folder with the ISBI 2015 data")
     parents = *nested(root, "AnnotationsByMD"), root  # of the doctors' folders, in the official and in the 2020 layout
-    doctors = [find_folder(*(parent / doctor for parent in parents)) for doctor in DOCTORS]
+    doctors = [find_folder(*(find(parent, doctor) for parent in parents)) for doctor in DOCTORS]
     doctors = [doctor for doctor in doctors if doctor]
     raw = find_folder(*nested(root, "RawImage"))
     cepha = find_folder(*(folder for folder in nested(root, "cepha400") if list_images(folder)))
-    tables = {part: root / f"{part}_senior.csv" for part in FOLDERS if (root / f"{part}_senior.csv").is_file()}
+    tables = {part: file for part in FOLDERS if (file := find(root, f"{part}_senior.csv")).is_file()}
     if raw and doctors:
         return contents_of_folders(raw, doctors)
     if cepha and tables:
@@ -166,7 +167,7 @@ def contents_of_folders(raw, doctors):
     """The Contents of the official and the 2020 layout."""
     marked = [list_files(doctor, (".txt",)) for doctor in doctors]
     known = {id for files in marked for id in files}
-    images = {part: list_images(raw / folder, known) for part, folder in FOLDERS.items()}
+    images = {part: list_images(find(raw, folder), known) for part, folder in FOLDERS.items()}
     ids = {id for part in images.values() for id in part}
     unused = {}
     for files in marked:
@@ -210,7 +211,7 @@ def official_part(id):
 
 def nested(root, name):
     """Possible paths of a folder; archives unpacked into a folder of their own name nest it twice."""
-    return root / name / name, root / name
+    return find(find(root, name), name), find(root, name)
 
 
 def find_folder(*places):

@@ -4,11 +4,10 @@ x runs to the right and y down from the centre of the top left pixel of the orig
 """
 
 import re
-from pathlib import PureWindowsPath
 
 import numpy as np
 
-from readers.tables import number, read_table, read_text
+from readers.tables import image_id, number, read_table, read_text
 from support.errors import InputError
 
 LANDMARKS = (
@@ -113,7 +112,7 @@ def read_kaggle(path):
         raise InputError(f"{path}: {max(further)} landmarks, but the {len(LANDMARKS)} of ISBI 2015 are needed")
     table = {}
     for line, row in rows:
-        id = PureWindowsPath(row["image_path"]).stem  # takes slashes and backslashes
+        id = image_id(row["image_path"])
         if id in table:
             raise InputError(f"{path}: line {line}: a second row of image {id}; remove one")
         table[id] = path, line, [row[column] for column in columns]
@@ -147,6 +146,7 @@ def read_targets(path, ids, num_landmarks, names=LANDMARKS):
     targets = {id: np.full((num_landmarks, 2), np.nan) for id in (ids if each else [None])}
     for line, row in rows:
         id, where = row.get("image"), f"{path}: line {line}"
+        id = id if id in targets else image_id(id)
         if id not in targets:
             raise InputError(
                 f"{where}: image {id!r} is not among the {len(ids)} to be attacked ({ids[0]} .. {ids[-1]})"

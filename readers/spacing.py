@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from readers.tables import number, read_table, read_text
+from readers.tables import find, image_id, number, read_table, read_text
 from support.errors import InputError
 
 MM_PER_PX0 = 0.1  # of the ISBI 2015 images
@@ -13,7 +13,8 @@ def read_spacing(root, ids, mm_per_px=None):
     """mm per px0 of images, and where it was found.
 
     Args:
-        root: folder of the data, which may contain spacing.txt (one number) or spacing.csv (image,mm_per_px); or None.
+        root: folder of the data, which may contain spacing.txt (one number) or spacing.csv (image,mm_per_px), in any
+            case; or None.
         ids: N ids.
         mm_per_px: for all images; the files are then not read.
 
@@ -21,30 +22,37 @@ def read_spacing(root, ids, mm_per_px=None):
         ((N,) float64, None or the source).
 
     Raises:
-        InputError: not a positive number of at most 10 mm, an image without one, or both files.
+        InputError: not a positive number of at most 10 mm, an image without one, two files, or one of a similar name.
     """
     if mm_per_px is not None:
         return np.full(len(ids), check(str(mm_per_px), "--mm-per-px")), "--mm-per-px"
-    text, table = (root / name if root else None for name in ("spacing.txt", "spacing.csv"))
+    text, table = (find(root, name) if root else None for name in ("spacing.txt", "spacing.csv"))
     if root and text.exists() and table.exists():
-        raise InputError(f"{text}: spacing.csv is in the same folder; remove one")
+        raise InputError(f"{text}: {table.name} is in the same folder; remove one")
     if root and text.exists():
         return np.full(len(ids), check(read_text(text), text)), text
     if root and table.exists():
-        values = read_rows(table)
+        values = read_rows(table, ids)
         if missing := [id for id in ids if id not in values]:
             raise InputError(f"{table}: no row for image {missing[0]}; add it")
         return np.array([values[id] for id in ids]), table
+    if (
+        similar := [path for path in root.iterdir() if path.name.lower().startswith("spacing") and path.is_file()]
+        if root
+        else []
+    ):
+        raise InputError(f"{similar[0]}: is it the spacing? name it spacing.txt or spacing.csv, or give --mm-per-px")
     return np.full(len(ids), MM_PER_PX0), None
 
 
-def read_rows(path):
-    """{id: mm per px0} of a spacing.csv."""
+def read_rows(path, ids):
+    """{id: mm per px0} of a spacing.csv, which names images by their ids or files."""
     values = {}
     for line, row in read_table(path, ["image", "mm_per_px"], "image,mm_per_px", []):
-        if row["image"] in values:
-            raise InputError(f"{path}: line {line}: a second row of image {row['image']}; remove one")
-        values[row["image"]] = check(row["mm_per_px"], f"{path}: line {line}")
+        id = row["image"] if row["image"] in ids else image_id(row["image"])
+        if id in values:
+            raise InputError(f"{path}: line {line}: a second row of image {id}; remove one")
+        values[id] = check(row["mm_per_px"], f"{path}: line {line}")
     return values
 
 

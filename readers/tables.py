@@ -1,13 +1,33 @@
-"""Numbers and tables in text files: CSV separated by commas, semicolons, tabs or spaces."""
+"""Files by their names, numbers and tables in text: CSV separated by commas, semicolons, tabs or spaces."""
 
 import csv
 import math
 import re
+from pathlib import PureWindowsPath
 
+from readers.images import SUFFIXES, UNSUPPORTED
 from support.errors import InputError
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 SEPARATORS = (";", "\t", ",", " ")  # the first one that the header holds
+
+
+def find(folder, name):
+    """The path of a file or folder in a folder, in whatever case it is spelled there; as ``name`` if it is not there.
+
+    Raises:
+        InputError: two of them.
+    """
+    found = [path for path in folder.iterdir() if path.name.lower() == name.lower()] if folder.is_dir() else []
+    if len(found) > 1:
+        raise InputError(f"{found[0]} and {found[1].name} are in the same folder; remove one")
+    return found[0] if found else folder / name
+
+
+def image_id(text):
+    """The id of an image that a table names by its id, its file's name or its path, with slashes or backslashes."""
+    path = PureWindowsPath(text)
+    return path.stem if path.suffix.lower() in (*SUFFIXES, *UNSUPPORTED) else path.name
 
 
 def number(text):

@@ -96,6 +96,8 @@ def run(main):
     Ctrl-C; 143: SIGTERM. An error that all processes have is reported by the main process only.
     """
     name = Path(sys.argv[0]).name
+    with contextlib.suppress(AttributeError):  # no console
+        sys.stdout.reconfigure(errors="replace")  # names that it cannot show; standard error escapes them itself
     warnings.filterwarnings("ignore", module="PIL")  # about damaged images, which are refused by name
     warnings.showwarning = lambda message, *_: is_main() and print(f"{name}: warning: {message}", file=sys.stderr)
     # PyTorch then requests huge pages from Linux: a tenth of all time on CPUs is the first touch of large tensors
@@ -184,7 +186,7 @@ def half_grey_levels(text):
 
 def tag(text):
     """A run's name: one folder below runs/."""
-    if not text or text in (".", "..") or "/" in text or "\\" in text or "\0" in text:
+    if text in ("", ".", "..") or {*"/\\\0"} & {*text} or text.encode(errors="ignore").decode() != text:  # no UTF-8
         raise argparse.ArgumentTypeError(f"{text!r} is not a plain name")
     return text
 

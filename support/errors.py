@@ -1,4 +1,8 @@
-"""The exceptions that a command reports in one line, see ``command.run``."""
+"""The exceptions that a command reports in one line, see ``command.run``; and what functions refuse in Python."""
+
+import torch
+
+KINDS = {"float": torch.is_floating_point, "bool": lambda value: value.dtype == torch.bool, "number": torch.is_tensor}
 
 
 class InputError(Exception):
@@ -7,3 +11,26 @@ class InputError(Exception):
 
 class Stopped(BaseException):
     """SIGTERM arrived. Not an Exception, so that no ``except Exception`` swallows it."""
+
+
+def check_tensors(**tensors):
+    """Refuse arguments that are no tensors, or do not fit together.
+
+    Args:
+        tensors: name=(value, axes, kind). Axes are a letter each, of one size wherever it stands, or a digit, the size
+            itself; "*" are any. Kinds are those of KINDS.
+
+    Raises:
+        ValueError: it names the first that does not fit, and says what all are.
+    """
+    sizes = {"2": 2, "3": 3}
+    for name, (value, axes, kind) in tensors.items():
+        fits = torch.is_tensor(value) and KINDS[kind](value) and (axes == "*" or len(axes) == value.dim())
+        if not fits or any(sizes.setdefault(axis, n) != n for axis, n in zip(axes, value.shape, strict=False)):
+            all_are = "; ".join(f"{other} is {describe(value)}" for other, (value, *_) in tensors.items())
+            raise ValueError(f"{name} must be ({', '.join(axes)}), a tensor of kind {kind}: {all_are}")
+
+
+def describe(value):
+    """What an argument is, in a message."""
+    return f"{value.dtype} {tuple(value.shape)}" if torch.is_tensor(value) else f"a {type(value).__name__}"

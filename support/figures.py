@@ -1,7 +1,11 @@
 """Charts and pictures, as PNG files."""
 
+import warnings
+
 import numpy as np
+from matplotlib.axis import Tick
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from support.files import atomic
@@ -41,7 +45,10 @@ def grid(rows, columns, width, height, **options):
 
 
 def save(figure, path):
-    with atomic(path) as temporary:
+    """Write a figure, its texts as they are: a name with $ is no formula. Characters that the font lacks are boxes."""
+    plain(figure)
+    with atomic(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
         figure.savefig(temporary, dpi=120)
 
 
@@ -50,6 +57,15 @@ def by_method(table, column="method"):
     groups = dict(tuple(table.groupby(column, sort=False)))
     known = [name for name in METHODS if name in groups]
     return {name: groups[name] for name in dict.fromkeys([*known, *groups])}
+
+
+def plain(artist):
+    """Parse no text of a figure as a formula but labels of ticks, of which logarithmic ones are."""
+    if isinstance(artist, Text):
+        artist.set_parse_math(False)
+    for part in artist.get_children():
+        if not isinstance(part, Tick):
+            plain(part)
 
 
 def line_with_band(panel, rows, x, y, label):
@@ -80,7 +96,7 @@ def bars(panel, groups, ticks, column):
         places, width = grouped_places(len(ticks), len(groups), i)
         look = {"capsize": 2, "error_kw": {"linewidth": 0.8}, "label": label, "color": METHODS.get(label)}
         panel.bar(places, value, width, yerr=np.nan_to_num(ends), **look)
-    panel.set_xticks(range(len(ticks)), ticks, fontsize=8)
+    panel.set_xticks(range(len(ticks)), ticks, fontsize=8, parse_math=False)
     panel.set_ylim(0, 103)
     panel.grid(alpha=0.3, axis="y")
 

@@ -45,7 +45,7 @@ def atomic(path):
 
 def write_text(path, text):
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # a path may be no text
 
 
 def write_table(path, table):

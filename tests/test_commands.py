@@ -638,6 +638,7 @@ BAD_ARGUMENTS = {
     "no file of targets": (["--attack", 0, "--targets", "nowhere.csv"], "nowhere.csv: not a readable CSV file"),
     "unknown tag": (["--tag", "large"], "no such run (existing runs: "),
     "path as tag": (["--tag", "../small"], "is not a plain name"),
+    "tag of other bytes": (["--tag", "\udcbb"], "is not a plain name"),
     "unknown iteration": (
         ["--iteration", 77],
         "model_epoch_77.pth: no such checkpoint; --iteration takes one of: 1, 2",
@@ -676,6 +677,11 @@ BAD_TRAINING = {
         ["--tag", "small", "--resume", "--epochs", 2, "--checkpoint-every", 2],
         "was begun with --epochs 3",
     ),
+    "more epochs on a cosine": (
+        ["--tag", "cosine", "--resume", "--schedule", "cosine", "--epochs", 5],
+        "runs/cosine: was begun with --epochs 4; --resume takes as many, where --schedule cosine ends; else --init "
+        "runs/cosine/model_epoch_3.pth for a new --tag",
+    ),
     "used tag": (["--tag", "small"], "this --tag is in use; add --resume"),
     "another configuration": (["--tag", "small", "--resume", "--batch-size", 1], "batch_size was 2, now it is 1"),
     "encoder file": (["--encoder-weights", "nowhere.pth"], "nowhere.pth: no such file"),
@@ -690,6 +696,11 @@ BAD_TRAINING = {
 @pytest.mark.parametrize("case", BAD_TRAINING)
 def test_bad_training_arguments(case, official, here, run):
     arguments, message = BAD_TRAINING[case]
+    if "cosine" in arguments:  # as it was begun
+        config = json.loads((here / "runs" / "small" / "config.json").read_text())
+        config |= {"tag": "cosine", "schedule": "cosine", "epochs": 4, "checkpoint_every": 5}
+        (here / "runs" / "cosine").mkdir()
+        (here / "runs" / "cosine" / "config.json").write_text(json.dumps(config))
     before = sorted(here.rglob("*"))
     assert_refused(run(TRAIN[0], "--tag", "bad", *TRAIN[3:], "--data", official, *arguments), message)
     assert sorted(here.rglob("*")) == before

@@ -2,9 +2,12 @@
 
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from functools import partial
 
@@ -12,12 +15,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import SIZE0, TRAIN, Code, K, assert_refused, attack_record, damage, write_kaggle, write_points
+from conftest import ROOT, SIZE0, TRAIN, Code, K, assert_refused, attack_record, damage, write_kaggle, write_points
+from PIL import Image
 
 import eval
 import model
 import train
-from eval import read_records
+from attack import ATTACKS
+from eval import content_of, read_records
 from model import UNet, load_detector
 from readers.images import read_image
 from readers.layouts import Entry
@@ -25,6 +30,7 @@ from readers.points import read_doctors, read_kaggle, read_targets
 from readers.spacing import read_spacing
 from support import figures
 from support.errors import InputError
+from support.files import write_table
 
 pytestmark = pytest.mark.slow
 
@@ -278,16 +284,202 @@ def test_damaged_data(kind, drawn, tmp_path):
     assert {*found} == {"read", "refused"}
 
 
-def test_a_record_that_is_empty(trained, official, monkeypatch, run):
+def fields(change, lines=slice(1, None)):
+    """A record with other fields in some lines: change(fields, by name) -> None."""
+
+    def spoil(text):
+        header, *rows = [line.split(",") for line in text.splitlines()]
+        for i, row in enumerate(rows[lines.start - 1 : lines.stop], lines.start - 1):
+            named = dict(zip(header, row, strict=True))
+            change(named)
+            rows[i] = list(named.values())
+        return "\n".join(",".join(row) for row in [header, *rows]) + "\n"
+
+    return spoil
+
+
+def column(name, value, line=None):
+    return fields(lambda row: row.update({name: value}), slice(1, None) if line is None else slice(line, line))
+
+
+def lines(*chosen):
+    return lambda text: "".join(line for part in chosen for line in text.splitlines(keepends=True)[part])
+
+
+DAMAGED_RECORDS = {  # of an attack: a header, then 19 lines for each of three iterations
+    "empty": lambda text: "",
+    "a header": lines(slice(1)),
+    "garbage": lambda text: "garbage\n",
+    "an iteration less": lines(slice(39)),
+    "an iteration in the middle less": lines(slice(20), slice(39, None)),
+    "an iteration twice": lines(slice(None), slice(39, None)),
+    "a line less": lines(slice(29), slice(30, None)),
+    "a line twice": lines(slice(30), slice(29, None)),
+    "two lines exchanged": lines(slice(28), slice(29, 30), slice(28, 29), slice(30, None)),
+    "cut within a line": lambda text: text[:-30],
+    "a spreadsheet's": lambda text: text.replace(",", ";").replace(".", ","),
+    "a leading zero lost": column("image", "51"),
+    "another image": column("image", "152"),
+    "another image in a line": column("image", "152", 30),
+    "another method": column("method", "ATI-FGSM"),
+    "another iteration": column("iteration", "1", 45),
+    "no such role": column("role", "", 30),
+    "no position": column("x_px0", "", 30),
+    "an infinite position": column("y_px0", "1e999", 30),
+    "a text": column("y_px0", "12;5", 30),
+    "no error": column("radial_error_mm", ""),
+    "no truth in a line": column("true_x_px0", "", 30),
+    "no target": column("target_x_px0", "", 30),
+    "a target of a stationary landmark": fields(lambda row: row.update(target_x_px0="1", target_y_px0="1")),
+    "no norm": column("largest_change", "", 30),
+    "a norm that is a text": column("largest_change", "many", 30),
+    "no column": lambda text: text.replace("role", "roles", 1),
+    "NUL": lambda text: text.replace("1", "\0", 9),
+}
+READ_AS_THE_SAME = {
+    "as it is": lambda text: text,
+    "Windows line ends": lambda text: text.replace("\n", "\r\n"),
+    "byte order mark": lambda text: "\ufeff" + text,
+    "without what came later": lambda text: "".join(
+        line.rpartition(",")[0] + "\n" for line in text.splitlines() if line.rpartition(",")[2] in ("0.1", "mm_per_px0")
+    ),
+}
+
+
+@pytest.fixture
+def record_text(tmp_path):
+    """The text of an attack's record, of landmarks at (1, 1) of which every second is targeted, and its content."""
+    truth, targets = np.ones((1, K, 2)), np.full((1, K, 2), np.nan)
+    targets[:, ::2] = 5
+    steps = [attack_record(["0051"], truth, truth, targets, "I-FGSM", iteration) for iteration in (0, 1, 2)]
+    write_table(tmp_path / "0051.csv", pd.concat(steps))
+    return (tmp_path / "0051.csv").read_text(), content_of("0051", ATTACKS["I-FGSM"], 2)
+
+
+@pytest.mark.parametrize("case", DAMAGED_RECORDS)
+def test_what_is_no_whole_record_is_refused_by_name(case, record_text, tmp_path):
+    text, content = record_text
+    file = tmp_path / "record.csv"
+    file.write_text(DAMAGED_RECORDS[case](text), newline="")
+    message = re.escape(f"{file}: not a readable record; remove it and repeat the command (")
+    with pytest.raises(InputError, match=message):
+        read_records({file: content})
+
+
+@pytest.mark.parametrize("case", READ_AS_THE_SAME)
+def test_records_read_as_the_same(case, record_text, tmp_path):
+    text, content = record_text
+    file = tmp_path / "record.csv"
+    file.write_text(READ_AS_THE_SAME[case](text), newline="", encoding="utf-8")
+    table = read_records({file: content})
+    expected = read_records({tmp_path / "0051.csv": content})
+    pd.testing.assert_frame_equal(table[[*expected]], expected)
+
+
+def test_a_table_of_several_records_is_whole(tmp_path):
+    """Without being told what it holds: each method and iteration has the same images."""
+    truth = np.ones((3, K, 2))
+    steps = [attack_record(["1", "2", "3"], truth, truth, None, "noise", iteration) for iteration in (0, 1)]
+    file = tmp_path / "predictions.csv"
+    pd.concat(steps).to_csv(file, index=False)
+    assert len(read_records([file])) == 6 * K
+    pd.concat(steps)[: 5 * K].to_csv(file, index=False)
+    with pytest.raises(InputError, match=r"predictions\.csv: not a readable record; remove it"):
+        read_records([file])
+
+
+@pytest.mark.parametrize("kind", ["test", "attack", "defence"])
+def test_a_damaged_record_is_refused_before_the_work(kind, trained, official, monkeypatch, run):
+    def attack_batch(*_, **__):
+        raise AssertionError("nothing is to be computed")
+
     monkeypatch.chdir(trained)
-    arguments = ["test.py", "--tag", "small", "--data", official, "--rand", "emptied", "--limit", 2, "--pictures", 0]
+    out = trained / f"damaged_{kind}"
+    arguments = ["test.py", "--tag", "small", "--data", official, "--rand", out, "--limit", 2, "--pictures", 0]
+    arguments += {"test": [], "attack": ["--attack", 1], "defence": ["--attack", 1, "--defence", "blur:1"]}[kind]
+    arguments += ["--steps", 2, "--batch-size", 1] if kind != "test" else []
     assert run(*arguments)[0] == 0
-    summary = (trained / "emptied" / "summary.csv").read_bytes()
-    (trained / "emptied" / "records" / "152.csv").write_bytes(b"")
-    assert_refused(run(*arguments), "emptied/records/152.csv: not a readable record")
-    assert (trained / "emptied" / "summary.csv").read_bytes() == summary
-    (trained / "emptied" / "records" / "152.csv").unlink()
+    names = {"test": "{}", "attack": "ATI-FGSM_{}", "defence": "blur_1_ATI-FGSM_{}"}
+    first, file = (out / "records" / f"{names[kind].format(id)}.csv" for id in ("151", "152"))
+    before, whole = (out / "summary.csv").read_bytes(), file.read_bytes()
+    (out / "summary.csv").unlink()
+    first.unlink()  # so that there is work to be done
+    file.write_bytes(b"" if kind == "test" else b"".join(whole.splitlines(keepends=True)[:-K]))
+    with monkeypatch.context() as context:
+        context.setattr(eval, "attack_batch", attack_batch)
+        result = run(*arguments)
+    assert_refused(
+        result, f"{file}: not a readable record; remove it and repeat the command", first, out / "summary.csv"
+    )
+    file.unlink()
     assert run(*arguments)[0] == 0
+    assert (out / "summary.csv").read_bytes() == before and file.read_bytes() == whole
+
+
+# --- names, pictures, output
+
+
+@pytest.mark.parametrize("kind", ["test", "attack"])
+def test_a_picture_that_fails_costs_no_record(kind, trained, official, monkeypatch, run):
+    def draw(path, *_):
+        if "152" in path.name:
+            raise RuntimeError("no\nfont")
+        return original(path, *_)
+
+    monkeypatch.chdir(trained)
+    out, original = trained / f"not_drawn_{kind}", figures.draw
+    arguments = ["test.py", "--tag", "small", "--data", official, "--split", "test1", "--rand", out, "--batch-size", 1]
+    arguments += ["--attack", 1, "--steps", 2] if kind == "attack" else []
+    with monkeypatch.context() as context:
+        context.setattr(figures, "draw", draw)
+        status, _, err = run(*arguments)
+    assert status == 0 and ".png: not drawn (no font); the record is kept" in err and "Traceback" not in err
+    assert len(list((out / "records").iterdir())) == 3 and len(list((out / "pictures").iterdir())) == 2
+    predictions = (out / "predictions.csv").read_bytes()
+    assert run(*arguments)[0] == 0
+    assert len(list((out / "pictures").iterdir())) == 3 and (out / "predictions.csv").read_bytes() == predictions
+
+
+NAMES = ("x$1_$", "a$b$c", "$\\frac$", "患者", "^_{", '"', "NA", "a,b", "a;b", "#1", "'", " a ", "_")
+
+
+def test_names_as_they_are(trained, official, monkeypatch, tmp_path, run):
+    monkeypatch.chdir(trained)
+    source, out = official / "RawImage" / "Test1Data" / "151.bmp", tmp_path / "out"
+    images = [shutil.copy(source, tmp_path / f"{name}.bmp") for name in NAMES]
+    arguments = ["test.py", "--tag", "small", "--image", *images, "--mm-per-px", 0.1, "--attack", 2, "--rand", out]
+    for _ in range(2):  # the records are read again
+        status, _, err = run(*arguments, "--targets", "shift")
+        assert status == 0 and "Glyph" not in err and "not drawn" not in err, err
+    assert {*read_records([out / "predictions.csv"])["image"]} == {*NAMES}
+    assert {file.name for file in (out / "pictures").iterdir()} == {f"{name}_FGSM.png" for name in NAMES}
+
+
+def picture(path, title, labels=("a",), save=figures.save):
+    figure, (panel,) = figures.panels(1)
+    figure.suptitle(title)
+    for label in labels:
+        panel.plot([1, 100], [1, 100], label=label)
+    panel.set(xscale="log", yscale="log")
+    panel.legend()
+    save(figure, path)
+    return np.asarray(Image.open(path))
+
+
+def test_texts_are_no_formulas_but_labels_of_logarithmic_ticks_are(tmp_path):
+    def escaped(figure, path):
+        figure.savefig(path, dpi=120)
+
+    plain = picture(tmp_path / "a.png", "a$b$c", ["$x$"])
+    assert np.array_equal(plain, picture(tmp_path / "b.png", r"a\$b\$c", [r"\$x\$"], escaped))
+    assert not np.array_equal(plain, picture(tmp_path / "c.png", "a$b$c", [r"\$x\$"], escaped))
+
+
+def test_output_that_cannot_show_a_name(tmp_path):
+    program = "from support import command; command.run(lambda: print('written to 患/'))"
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True)
+    assert done.returncode == 0 and done.stdout.strip() == b"written to ?/", done.stderr.decode()
 
 
 @pytest.mark.parametrize("name", ["config.json", "model_epoch_2.pth"])

@@ -192,6 +192,11 @@ SAME = {
     "EXIF orientation 8 in a compressed TIFF": turned(8, ".tif", compression="tiff_lzw"),
     "a webp that has been converted": lambda root: image_of(root).with_suffix(".webp").write_bytes(b"RIFF"),
     "a hidden file": lambda root: (image_of(root).parent / "._001.dcm").write_bytes(b"0"),
+    "folders in other capitals": lambda root: [
+        folder.rename(folder.with_name(folder.name.swapcase()))
+        for folder in (*root.glob("*/*"), *root.glob("*"))
+        if folder.is_dir()
+    ],
     "notes beside the images": lambda root: image_of(root).with_suffix(".txt").write_text("mild class II"),
     "annotations of absent test images": lambda root: shutil.rmtree(root / "RawImage" / "Test1Data"),
 }
@@ -240,6 +245,9 @@ SAME_KAGGLE = {
     "empty rows": rows(lambda table: joined(table) + "\n" + "," * 38 + "\n"),
     "decimals": rows(lambda table: joined([table[0], *[[row[0], *(f"{n}.0" for n in row[1:])] for row in table[1:]]])),
     "cepha400 twice": move("cepha400", "cepha400/cepha400"),
+    "tables and folder in other capitals": lambda root: [
+        path.rename(path.with_name(path.name.title())) for path in [*root.iterdir()]
+    ],
 }
 
 
@@ -366,6 +374,13 @@ SPACINGS = {
         {},
         [0.2] * 4,
     ),
+    "other capitals": ("Spacing.TXT", "0.25", {}, [0.25] * 4),
+    "files, in other capitals": (
+        "SPACING.CSV",
+        "image,mm_per_px\n001.bmp,0.1\nx/002.PNG,0.2\nC:\\x\\003.dcm,0.3\n004,0.4\n",
+        {},
+        [0.1, 0.2, 0.3, 0.4],
+    ),
     "argument before file": ("spacing.txt", "0.25", {"mm_per_px": 0.1}, [0.1] * 4),
     "the default said": ("spacing.txt", "0.1", {}, [0.1] * 4),
 }
@@ -416,6 +431,17 @@ BAD_SPACINGS = {
     "an image twice": ("spacing.csv", "image,mm_per_px\n001,0.1\n001,0.2\n", "line 3: a second row of image 001"),
     "a bad row": ("spacing.csv", "image,mm_per_px\n001,small\n", "line 2: 'small' is not"),
     "another header": ("spacing.csv", "image,mm\n001,0.1\n", "the header should be image,mm_per_px"),
+    "an image twice, as a file": (
+        "spacing.csv",
+        "image,mm_per_px\n001,0.1\n001.png,0.2\n",
+        "a second row of image 001",
+    ),
+    "another suffix": (
+        "Spacing.csv.txt",
+        "0.3",
+        "Spacing.csv.txt: is it the spacing? name it spacing.txt or spacing.csv",
+    ),
+    "two of a name": ("Spacing.txt", "0.3", "Spacing.txt and spacing.txt are in the same folder; remove one"),
 }
 
 
@@ -423,6 +449,9 @@ BAD_SPACINGS = {
 def test_bad_spacing(case, official_heads):
     file, text, message = BAD_SPACINGS[case]
     (official_heads / file).write_text(text)
+    if case == "two of a name":
+        (official_heads / "spacing.txt").write_text("0.3")
+        message = " are in the same folder; remove one"  # in whatever order
     assert message in refused(official_heads)
 
 
@@ -705,6 +734,14 @@ BAD_KAGGLE = {
         rows(lambda table: joined([*table, ["own.png", *table[1][1:]]])),
         "the image own of its list is missing in",
     ),
+    "an id with dots": (
+        rows(lambda table: joined([*table, ["1.2.840", *table[1][1:]]])),
+        "the image 1.2.840 of its list is missing in",
+    ),
+    "two tables of a name": (
+        lambda root: shutil.copy(root / "train_senior.csv", root / "Train_Senior.csv"),
+        "are in the same folder; remove one",
+    ),
     ".webp": (
         lambda root: (root / "cepha400" / "001.png").rename(root / "cepha400" / "001.webp"),
         "001.webp: .webp is not supported",
@@ -802,14 +839,20 @@ OWN = {
     "DICOM": (["a.dcm"], "a.dcm: .dcm is not supported; convert it to one of bmp, png, jpg, jpeg, tif, tiff"),
     "folder": (["folder"], "folder: an image without suffix is not supported"),
     "no image": (["a.png"], "a.png: not a readable image"),
+    "a decompression bomb": (["bomb.png"], "bomb.png: more pixels than a radiograph has, as in a decompression bomb"),
+    "no UTF-8": (["\udcbb\udcbc.png"], "its name is no UTF-8 or has a newline; rename it"),
+    "two lines": (["a\rb.png"], "its name is no UTF-8 or has a newline; rename it"),
     "two of a name": (["a.png", "folder/a.jpg"], "folder/a.jpg: a second image named a; rename one"),
 }
 
 
 @pytest.mark.parametrize("case", OWN)
-def test_bad_own_images(case, tmp_path):
+def test_bad_own_images(case, tmp_path, monkeypatch):
     names, message = OWN[case]
     (tmp_path / "folder").mkdir()
+    for name in ("\udcbb\udcbc.png", "a\rb.png", "bomb.png"):
+        Image.new("L", (8, 8) if name != "bomb.png" else (21, 10)).save(tmp_path / name)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 104)  # twice as many are refused
     for name in ("a.dcm", "a.png", "folder/a.jpg"):
         (tmp_path / name).write_text("nothing")
     with pytest.raises(InputError, match=message):
@@ -840,6 +883,10 @@ TARGETS = {
     "capitals": ("Landmark,X,Y\n8,130,190\n", same((8, 130, 190))),
     "Windows": ("\ufefflandmark,x,y\r\n8,130,190\r\n\r\n", same((8, 130, 190))),
     "outside, which is checked later": ("landmark,x,y\n8,-5,9999\n", same((8, -5, 9999))),
+    "images by their files": (
+        "image,landmark,x,y\nNA.png,8,130,190\nx/151.bmp,8,120,180\n",
+        {"151": [(8, 120, 180)], "NA": [(8, 130, 190)]},
+    ),
     "images": (
         "image,landmark,x,y\nNA,8,130,190\n151,8,120,180\n151,gonion,1,2\n",
         {"151": [(8, 120, 180), (10, 1, 2)], "NA": [(8, 130, 190)]},

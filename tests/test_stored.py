@@ -134,7 +134,10 @@ WRONG = {
         lambda folder: shutil.copy(folder.parent / "test.csv", folder / "in_memory.csv"),
         "not the record of an attack",
     ),
-    "no record": (lambda folder: (folder / "in_memory.csv").write_text("image\n"), "not the record of an attack"),
+    "no record": (
+        lambda folder: (folder / "in_memory.csv").write_text("image\n"),
+        "in_memory.csv: not a readable record",
+    ),
 }
 
 
@@ -142,7 +145,8 @@ WRONG = {
 def test_wrong_folders(case, attacked, official, tmp_path, run):
     spoil, message = WRONG[case]
     table = pd.read_csv(attacked / "predictions.csv", dtype=str)
-    table.drop(columns=["role", "method", "target_x_px0"]).to_csv(tmp_path / "test.csv", index=False)
+    clean = table[table["iteration"] == "0"].filter(regex="^(image|landmark|name|.*px0|radial_error_mm)$")
+    clean.drop(columns=["target_x_px0", "target_y_px0"]).to_csv(tmp_path / "test.csv", index=False)
     folder = shutil.copytree(attacked / "adversarial", tmp_path / "adversarial")
     spoil(folder)
     arguments = ["--tag", "small", "--data", official, "--rand", f"wrong {case}", "--adversarial", folder]
