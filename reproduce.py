@@ -4,7 +4,7 @@
     python reproduce.py --scale cpu                         # a quarter of the size; two cores, a night
     python reproduce.py --scale cpu-full                    # then at full size, on few images; another night
     python reproduce.py --scale quick --data phantoms       # to see that everything works
-    python reproduce.py --scale demo                        # on phantoms that it draws; two cores, twelve minutes
+    python reproduce.py --scale demo                        # on phantoms that it draws; two cores, twenty minutes
     python reproduce.py --scale cpu --only epsilon          # one experiment
     torchrun --nproc-per-node 4 reproduce.py --scale paper
 
