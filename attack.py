@@ -104,7 +104,7 @@ def check_images(image, epsilon, steps):
     check_tensors(image=(image, "BCHW", "float"))
     if not (image.abs() <= 1.001).all():
         raise ValueError(f"image must lie in [-1, 1]: its values are {image.min():g} to {image.max():g}")
-    if not 0 <= epsilon < math.inf or steps not in range(1, 2**63):
+    if not 0 <= epsilon < math.inf or steps < 1 or steps % 1:
         raise ValueError(f"epsilon must be a number from 0, steps whole and above 0: they are {epsilon}, {steps}")
 
 

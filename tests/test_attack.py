@@ -1,4 +1,5 @@
 import itertools
+import re
 from functools import partial
 
 import pytest
@@ -17,6 +18,7 @@ from attack import (
     landmarks_in_place,
     last,
     log_vote_share,
+    pgd,
     random_perturbations,
     run,
     vote_goal,
@@ -188,18 +190,103 @@ def test_results_carry_no_gradient_and_the_callers_mode_does_not_matter(small, i
         assert torch.equal(adversarial, again)
 
 
-@pytest.mark.parametrize(
-    "targets, targeted",
-    [
-        (TARGETS[:1], TARGETED),
-        (TARGETS, TARGETED[:, :2]),
-        (TARGETS[:, 0], TARGETED[:, 0]),
-        (TARGETS, TARGETED.float()),
-    ],
-)
-def test_what_does_not_fit_together_is_refused(small, image, targets, targeted):
-    with pytest.raises(ValueError, match="targeted"):
-        run(ATTACKS["I-FGSM"], small, image, targets, targeted)
+MAPS = torch.zeros(2, 3, K, 40, 32)
+FAR = TARGETS.masked_fill(TARGETS == 30, 400)  # px0, say
+REFUSED = {  # what is given instead, to whom; the message
+    "another B": ("run", {"targets": TARGETS[:1]}, "targets must be (B, K, 2), .* targeted is torch.bool (2, 4)"),
+    "another K": ("run", {"targeted": TARGETED[:, :2]}, "targets must be (B, K, 2)"),
+    "no K": (
+        "run",
+        {"targets": TARGETS[:, 0], "targeted": TARGETED[:, 0]},
+        "targeted must be (B, K), .* torch.bool (2,)",
+    ),
+    "a mask of numbers": ("run goal", {"targeted": TARGETED.long()}, "targeted must be (B, K), a tensor of kind bool"),
+    "a mask of 0 and 1": (
+        "run goal",
+        {"targeted": TARGETED.double()},
+        "targeted must be (B, K), a tensor of kind bool",
+    ),
+    "a list": ("run goal", {"targeted": TARGETED.tolist()}, "targeted is a list"),
+    "numpy": ("run goal", {"targets": TARGETS.numpy()}, "targets is a ndarray"),
+    "whole numbers": ("run goal", {"targets": TARGETS.long()}, "targets must be (B, K, 2), a tensor of kind float"),
+    "px0": ("run goal", {"targets": FAR}, "targets lie outside the input of 32 x 40 px: [5.0, 400.0], landmark 1"),
+    "y, x": (
+        "run goal",
+        {"targets": TARGETS.flip(-1) + 5},
+        "targets lie outside the input of 32 x 40 px: [35.0, 10.0]",
+    ),
+    "nan": ("run goal", {"targets": TARGETS.masked_fill(TARGETS == 30, torch.nan)}, "outside the input .* [5.0, nan]"),
+    "infinite": ("run goal", {"targets": TARGETS.masked_fill(TARGETS == 30, torch.inf)}, "outside the input"),
+    "nothing": (
+        "run goal",
+        {"targeted": TARGETED & False},
+        "targeted must have a landmark of each image: it has [0, 0]",
+    ),
+    "one without": ("run goal", {"targeted": TARGETED & torch.tensor([[True], [False]])}, "it has [1, 0]"),
+    "0 .. 255": ("run pgd", {"image": 255 * torch.rand(2, 3, 40, 32)}, "image must lie in [-1, 1]: its values are 0"),
+    "a nan in the image": ("run pgd", {"image": MAPS[:, :, 0] * torch.nan}, "image must lie in [-1, 1]"),
+    "bytes": ("run pgd", {"image": MAPS[:, :, 0].byte()}, "image must be (B, C, H, W), a tensor of kind float"),
+    "one image": ("run pgd", {"image": MAPS[0, :, 0]}, "image must be (B, C, H, W), .* torch.float32 (3, 40, 32)"),
+    "numpy image": ("run pgd", {"image": MAPS[:, :, 0].numpy()}, "image is a ndarray"),
+    "negative": ("run pgd", {"epsilon": -8}, "epsilon must be a number from 0, .* -8, 2"),
+    "no number": ("run pgd", {"epsilon": float("nan")}, "epsilon must be a number from 0"),
+    "no step": ("run pgd", {"steps": 0}, "steps whole and above 0: they are 8, 0"),
+    "half a step": ("run pgd", {"steps": 2.5}, "steps whole and above 0"),
+    "heatmaps only": (
+        "run goal",
+        {"maps": MAPS[:, 0]},
+        "maps must be (B, 3, K, H, W), .* torch.float32 (2, 4, 40, 32)",
+    ),
+    "K before 3": ("run goal", {"maps": MAPS.transpose(1, 2)}, "maps must be (B, 3, K, H, W)"),
+    "other landmarks": ("run goal", {"maps": MAPS[:, :, 1:]}, "targeted must be (B, K)"),
+    "dict": ("run goal pgd", {"maps": {"maps": MAPS}}, "maps is a dict"),
+    "list of dict": ("run goal pgd", {"maps": [{"maps": MAPS}]}, "maps is a list"),
+    "tuple": ("run goal pgd", {"maps": (MAPS, MAPS)}, "maps is a tuple"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("name", SINGLY)
+def test_what_does_not_fit_is_refused_at_the_door(small, image, name, case):
+    """By every function that takes it: of the argument's name, what it is and what it should be."""
+    whom, wrong, message = REFUSED[case]
+    pattern = re.escape(message).replace(re.escape(".*"), ".*")
+    given = {"image": image, "targets": TARGETS, "targeted": TARGETED, "epsilon": 8, "steps": 2} | wrong
+    maps, attack = given.pop("maps", None), ATTACKS[name]
+    model = small if maps is None else lambda _: maps
+    targeted = attack.goal in (goal_maps, vote_goal)
+    values = {"px0", "y, x", "nan", "infinite", "nothing", "one without"}
+    if "run" in whom and (targeted or not (maps is not None or case in values or case == "whole numbers")):
+        with pytest.raises(ValueError, match=pattern):
+            run(attack, model, **given)
+    if "goal" in whom and targeted:
+        with pytest.raises(ValueError, match=pattern):
+            attack.goal(MAPS if maps is None else maps, given["targets"], given["targeted"])
+    if "pgd" in whom:
+        options = {name: given[name] for name in ("image", "epsilon", "steps")}
+        with pytest.raises(ValueError, match=pattern):
+            last(pgd(model, loss=lambda maps: maps.sum(), **options))
+
+
+@pytest.mark.parametrize("maps", [MAPS[:, 0], {"maps": MAPS}, MAPS.transpose(1, 2), MAPS.long(), MAPS.numpy()])
+def test_what_is_decoded_is_maps(maps):
+    with pytest.raises(ValueError, match=r"maps must be \(B, 3, K, H, W\)"):
+        decode(maps)
+
+
+def test_targets_at_the_edges_are_inside(small, image):
+    """The edges lie half a pixel beyond the centres of pixels; what is not targeted may be anything."""
+    targets = torch.full((2, K, 2), torch.nan)
+    targets[:, 0], targets[:, 1] = torch.tensor([-0.5, -0.5]), torch.tensor([31.5, 39.5])
+    targeted = ~targets.isnan().any(-1)
+    for name in SINGLY:
+        assert last(run(ATTACKS[name], small, image, targets, targeted, steps=1))[1].isfinite().all()
+
+
+def test_an_untargeted_attack_needs_no_targets(small, image):
+    none = torch.zeros(2, K, dtype=torch.bool)
+    _, adversarial, _ = last(run(ATTACKS["untargeted-FGSM"], small, image, TARGETS * torch.nan, none))
+    assert (adversarial - image).abs().max() > 0.9 * 8 / 256
 
 
 def test_a_new_attack_is_a_row(small, image):
