@@ -11,7 +11,7 @@ from typing import NamedTuple
 from beyond.diagnosis import MEASURE_NAMES
 
 WORD = "MICCAI"
-DEMO_IMAGES = "151", "153", "156", "154"  # on which the demo writes its letters
+DEMO_IMAGES = "151", "153", "157", "154"  # on which the demo writes its letters
 INPUT_DEFENCES = "jpeg:75", "blur:1", "bits:4", "median:3", "resize:0.5", "noise:4"
 LETTERS = Path(__file__).parent / "letters"  # <letter>.csv: targets
 PAPER = "I-FGSM", "ATI-FGSM"
@@ -352,7 +352,7 @@ def demo(encoder_weights="none"):
     victim = "400x320"
     norm = {"encoder_batch_norm": True} if encoder_weights == "none" else {}
     near = {"attack": BEST, **NEAR, "epsilon": 8, "steps": 20, "limit": 3, "pictures": 3}
-    spell_one = partial(test, victim, attack="Vote-PGD", epsilon=8, steps=40)
+    spell_one = partial(test, victim, attack="Vote-PGD", epsilon=8, steps=50)
     experiments = {
         "detection": [
             draw(train=80, test1=20, test2=0),
