@@ -32,16 +32,52 @@ SUBPIXEL = 0.1  # in units of R: the distance from the pixel with most votes wit
 
 
 class ImageConv2d(nn.Conv2d):
-    """The first convolution, in the precision of the image even under autocast.
+    """The first convolution, of an image in [-1, 1] in all its precision, also under autocast and on a GPU.
 
-    bfloat16 has a spacing of 1/256 just below 1, which is the step of an attack with epsilon = 20.
+    bfloat16 has a spacing of 1/256 just below 1, which is the step of an attack with epsilon = 20; TF32 has 1/2048.
     """
 
     def forward(self, image):
-        device = image.device.type
-        with torch.autocast(device, enabled=False):
-            features = super().forward(image)
-        return features.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else features
+        if not (torch.is_autocast_enabled(image.device.type) or image.is_cuda):
+            return super().forward(image)
+        return F.conv2d(in_parts(image), F.pad(self.weight.repeat(1, 2, 1, 1), (0, 0, 0, 0, 0, 2)), self.bias, padding=1)
+
+
+def in_parts(image):
+    """A high part of the image that bfloat16 holds, the rest, which it holds to 2^-17, and channels to make eight.
+
+    The gradient is that of the rest, which is the image's. Eight channels are aligned for the kernels of GPUs.
+    """
+    high = (image.detach() * 128).round() / 128
+    return torch.cat([high, image - high, high[:, :2]], dim=1)
+
+
+def upsample(x):
+    """Bilinear interpolation to twice the height and width, corners aligned: (B, C, h, w) to (B, C, 2 h, 2 w)."""
+    if x.is_cuda:  # there, that of PyTorch adds gradients in random order and refuses 2^31 elements
+        return upsample_by_products(x)
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+
+
+def upsample_by_products(x):
+    """``upsample`` as two products with matrices, which are rounded so that bfloat16 holds them and rows sum to 1."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    unit = (torch.eye(n, dtype=dtype, device=x.device)[None] for n in x.shape[-2:])
+    lines, columns = (F.interpolate(e, scale_factor=2, mode="linear", align_corners=True)[0].T for e in unit)
+    if x.dtype == torch.bfloat16:
+        lines, columns = (lines * 256).round() / 256, (columns * 256).round() / 256
+    wide = columns.to(x.dtype) @ x.movedim(1, -1)  # (B, h, 2 w, C)
+    return (lines.to(x.dtype) @ wide.flatten(2)).unflatten(2, wide.shape[2:]).movedim(-1, 1)
+
+
+def product(conv, x):
+    """A 1 x 1 convolution as a product of matrices: (B, C, H, W) to (B, C', H, W), at least float32.
+
+    Each map is contiguous, without the copy that a convolution in channels last would need.
+    """
+    rows = x.movedim(1, -1).flatten(0, 2)  # (B H W, C), in channels last a view
+    maps = (conv.weight.flatten(1) @ rows.T).unflatten(1, (len(x), *x.shape[2:])).transpose(0, 1)
+    return maps + conv.bias.to(torch.promote_types(maps.dtype, torch.float32))[:, None, None]
 
 
 class Up(nn.Module):
@@ -60,7 +96,7 @@ class Up(nn.Module):
 
     def forward(self, x, size, skip=None):
         """Upsample x (B, C, h, w) to ``size`` (H, W) = (2h or 2h + 1, 2w or 2w + 1), after ``skip`` (B, C', H, W)."""
-        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+        x = upsample(x)
         if x.shape[-2:] != size:  # padding by zero would still copy
             x = F.pad(x, (0, size[1] - x.shape[-1], 0, size[0] - x.shape[-2]))
         return self.conv(x if skip is None else torch.cat([skip, x], dim=1))
@@ -125,8 +161,8 @@ class UNet(nn.Module):
             x = self.up3(x, f2.shape[-2:], f2)
             x = self.up4(x, f1.shape[-2:], f1)
             x = self.up5(x, image.shape[-2:])
-            maps = self.head(x).contiguous()
-        return maps.to(torch.promote_types(maps.dtype, torch.float32)).unflatten(1, (3, self.num_landmarks))
+            maps = product(self.head, x)
+        return maps.unflatten(1, (3, self.num_landmarks))
 
 
 def place(model, device, precision="fp32", training=False):
@@ -181,9 +217,7 @@ def instance_norm(batch_norm):
 
 
 def compile_network(model, image):
-    """``torch.compile`` a placed ``UNet``, with CUDA graphs on a GPU; if that fails, warn and return the model.
-
-    With CUDA graphs, each call overwrites the maps of the last.
+    """``torch.compile`` a placed ``UNet``; if that fails, warn and return the model.
 
     Args:
         image: (B, 3, H, W), a typical input; other shapes are compiled when they occur.
@@ -191,8 +225,7 @@ def compile_network(model, image):
     Returns:
         a callable like ``model``, tested on ``image`` forward and backward.
     """
-    mode = "reduce-overhead" if image.device.type == "cuda" else "default"
-    compiled = torch.compile(model, mode=mode, dynamic=False)
+    compiled = torch.compile(model, dynamic=False)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     image = image.detach().requires_grad_(not weights)
     statistics = [buffer.clone() for buffer in model.buffers()]
