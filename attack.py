@@ -212,8 +212,8 @@ def random_perturbations(model, image, epsilon, steps, seed):
     generator = torch.Generator().manual_seed(seed ^ (1 << 31))
     yield 0, image, model(image)
     for iteration in range(1, steps + 1):
-        noise = torch.rand(image.shape[1:], generator=generator, dtype=image.dtype)
-        delta = ((2 * noise - 1) * epsilon / 256).to(image.device)
+        noise = torch.rand(image.shape[1:], generator=generator, dtype=image.dtype, pin_memory=image.is_cuda)
+        delta = (2 * noise.to(image.device, non_blocking=True) - 1) * epsilon / 256
         yield iteration, *perturbed(model, image, delta)
 
 
@@ -241,7 +241,7 @@ def keep_best(iterates, score):
     for iteration, *found in iterates:
         found = [score(found[1]), *found]
         if best is None:
-            best = [new.clone() for new in found]  # with CUDA graphs, the next call of the model overwrites its maps
+            best = [new.clone() for new in found]  # the model may overwrite its maps, as with CUDA graphs
         else:
             better = found[0] >= best[0]
             best = [

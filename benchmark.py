@@ -203,7 +203,6 @@ def peak_memory(device):
 
 def matrix_peak(device, precision):
     """FLOP/s of a product of two large matrices; on a GPU "fp32" is TF32, as in its convolutions."""
-    torch.backends.cuda.matmul.allow_tf32 = True  # nothing else here has matrix products
     size, dtype = 8192 if device.type == "cuda" else 2048, torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     return 2 * size**3 / min(clock(partial(torch.matmul, a, b), device) for _ in range(5))

@@ -59,11 +59,12 @@ def predict_batches(model, images, batches, device, subpixel=False):
 
 def predict(model, images, batch_size, device, subpixel=False):
     """Landmarks of all images (N, K, 2) float32 px on the CPU, in every process, each of which takes its batches."""
-    points = torch.zeros(len(images), len(LANDMARKS), 2, device=device)
+    points = torch.zeros(len(images), len(LANDMARKS), 2)
     batches = distributed.shard(in_batches(list(range(len(images))), batch_size))
-    for batch, found, _ in predict_batches(model, images, batches, device, subpixel):
-        points[batch] = found
-    return distributed.all_reduce(points.cpu())
+    predicted = [(batch, found) for batch, found, _ in predict_batches(model, images, batches, device, subpixel)]
+    for batch, found in predicted:  # not before: a copy would wait for the device
+        points[batch] = found.cpu()
+    return distributed.all_reduce(points)
 
 
 def to_px0(points, data):

@@ -4,7 +4,7 @@
     python train.py --tag small --size 200 160 --encoder-weights none --epochs 60 --batch-size 4 --schedule cosine
     python train.py --tag baseline --resume                     # with the same arguments: continue after a stop
     python train.py --tag robust --adversarial --init runs/baseline/model_epoch_229.pth --lr 3e-4 --epochs 10
-    torchrun --nproc-per-node 4 train.py --tag baseline         # on four GPUs, the same training
+    torchrun --nproc-per-node 4 train.py --tag baseline         # on four GPUs, the same training up to rounding
 
 A training can be resumed after any stop: its whole state is written with each checkpoint, on SIGTERM, and at the step
 after which a minute has passed. Its random choices, the initial weights, the order of the images in each epoch and the
@@ -179,6 +179,7 @@ def train_one_epoch(network, state, data, args, device, bar, pause):
     distributed.all_reduce(state.terms)
     if not finished:
         state.terms *= is_main()  # other processes add their images to the sum so far
+    getattr(torch, device.type).synchronize()
     state.seconds = time.perf_counter() - begin
     return finished
 
@@ -218,22 +219,23 @@ def attack_images(model, image, landmarks, rngs, args):
     chosen = [b for b, rng in enumerate(rngs) if rng.random() >= args.clean_share]
     if not chosen:
         return image
-    clean, places, rngs, size = image[chosen], landmarks[chosen], [rngs[b] for b in chosen], image.shape[-2:]
+    rngs, size, bound = [rngs[b] for b in chosen], image.shape[-2:], args.epsilon / 256
+    index = torch.tensor(chosen).to(image.device, non_blocking=True)  # a list would wait for the device
+    clean, places = image[index], landmarks[index]
     towards = args.adversarial == "targeted"
     if towards:
         drawn = zip(*(random_targets(rng, places.shape[1], size) for rng in rngs), strict=True)
-        targets, targeted = (torch.from_numpy(np.stack(values)).to(image.device) for values in drawn)
+        targets, targeted = (torch.from_numpy(np.stack(v)).to(image.device, non_blocking=True) for v in drawn)
         places = torch.where(targeted[..., None], targets.to(places), places)
     loss = partial(paper_loss if towards else untargeted_loss, goal=encode(places, size))
-    noise = np.stack([rng.uniform(-1, 1, clean.shape[1:]) for rng in rngs])
-    start, steps = torch.from_numpy(noise).to(clean) * args.epsilon / 256, args.attack_steps
+    start, generator, steps = torch.empty_like(clean), torch.Generator(image.device), args.attack_steps
+    for noise, rng in zip(start, rngs, strict=True):
+        noise.uniform_(-bound, bound, generator=generator.manual_seed(int(rng.integers(2**63))))
     step_size = 1.25 if steps == 1 else 2.5 / steps
     model.eval()
     _, attacked, _ = last(pgd(model, clean, loss, args.epsilon, steps, step_size, start=start, last_maps=False))
     model.train()
-    image = image.clone()
-    image[chosen] = attacked
-    return image
+    return image.index_copy(0, index, attacked)
 
 
 def learning_rate(epoch, args):

@@ -75,8 +75,8 @@ def resize(image, scale):
 
 def noise(image, sigma, generator):
     """Gaussian noise of standard deviation sigma grey levels of 255, the same on all images of the batch."""
-    drawn = torch.randn(image.shape[1:], generator=generator)
-    return (image + drawn.to(image) * sigma / 127.5).clamp(-1, 1)
+    drawn = torch.randn(image.shape[1:], generator=generator, pin_memory=image.is_cuda)
+    return (image + drawn.to(image, non_blocking=True) * sigma / 127.5).clamp(-1, 1)
 
 
 def straight_through(image, transformed):

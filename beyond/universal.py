@@ -44,5 +44,6 @@ def training_batches(model, data, targets, device, channels, batch_size, seed):
     rng = np.random.default_rng(seed)
     while True:
         for batch in in_batches(rng.permutation(len(data)).tolist(), batch_size):
-            goal = vote_goal_at(places[batch].to(device), targets.targeted[batch].to(device), size)
+            aims = (values[batch].to(device, non_blocking=True) for values in (places, targets.targeted))
+            goal = vote_goal_at(*aims, size)
             yield to_input(data.images[batch], device)[:, :channels], goal

@@ -207,8 +207,7 @@ def add_device_arguments(parser):
     """--device and --compile."""
     devices = "auto (cuda if available), cpu, cuda, cuda:1, ..."
     parser.add_argument("--device", default="auto", may_change=True, help=devices)
-    text = "torch.compile the network, with CUDA graphs on a GPU"
-    parser.add_argument("--compile", action="store_true", may_change=True, help=text)
+    parser.add_argument("--compile", action="store_true", may_change=True, help="torch.compile the network")
 
 
 def add_compute_arguments(parser):
@@ -251,4 +250,5 @@ def find_device(name):
         )
     torch.cuda.set_device(index)
     torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # TF32, as in convolutions
     return torch.device(name)

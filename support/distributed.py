@@ -139,7 +139,9 @@ def data_parallel(model, device):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.__class__ = GlobalBatchNorm2d  # same parameters and buffers, another forward
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    network.broadcast_buffers = False  # copied once; then all processes change them alike
+    return network
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
