@@ -99,10 +99,10 @@ def run(attack, detector, image, targets, targeted, epsilon=8, steps=300, seed=0
     return keep_best(iterates, partial(attack.score, goal=goal)) if attack.score else iterates
 
 
-def check_images(image, epsilon, steps):
-    """Raise ValueError unless these are as ``run`` says."""
+def check_images(image, epsilon, steps, values=True):
+    """Raise ValueError unless these are as ``run`` says; the image's ``values`` wait for the device."""
     check_tensors(image=(image, "BCHW", "float"))
-    if not (image.abs() <= 1.001).all():
+    if values and not (image.abs() <= 1.001).all():
         raise ValueError(f"image must lie in [-1, 1]: its values are {image.min():g} to {image.max():g}")
     if not 0 <= epsilon < math.inf or steps < 1 or steps % 1:
         raise ValueError(f"epsilon must be a number from 0, steps whole and above 0: they are {epsilon}, {steps}")
@@ -142,7 +142,7 @@ def pgd(model, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentum=
     Yields:
         see ``run``; iteration 0 is the ``start``, if there is one.
     """
-    check_images(image, epsilon, steps)
+    check_images(image, epsilon, steps, values=start is None)  # a step of adversarial training shall not wait
     bound = epsilon / 256
     delta, velocity = torch.zeros_like(image) if start is None else start, torch.zeros_like(image)
     for iteration in range(steps):

@@ -28,6 +28,16 @@ TRAIN = ["train.py", "--tag", "small", "--size", 64, 48, "--encoder-weights", "n
 
 torch.set_num_threads(1)  # tests run in two workers; and so the commands that they start, for equal results
 os.environ["OMP_NUM_THREADS"] = "1"
+ENVIRONMENT = dict(os.environ)  # of processes that may see GPUs
+GPUS = torch.cuda.device_count()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_gpu():
+    """The suite runs on the CPU wherever it runs, and so the commands that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
 
 
 def draw_landmarks(rng):

@@ -663,7 +663,6 @@ def test_bad_arguments(case, official, here, run):
     assert sorted(here.rglob("*")) == before
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
 @pytest.mark.parametrize("command", [TRAIN, ["test.py", "--tag", "small"]])
 def test_cuda_that_is_not_there(command, here, official, run):
     assert_refused(run(*command, "--data", official, "--device", "cuda"), "--device cuda: CUDA finds 0 devices")
