@@ -202,9 +202,8 @@ def freeze(model, batch_statistics=False):
                 sequence[i] = instance_norm(module)
             elif isinstance(module, nn.BatchNorm2d):
                 sequence[i - 1], sequence[i] = fuse_conv_bn_eval(sequence[i - 1], module), nn.Identity()
-    if model.bf16:
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d) and not isinstance(module, ImageConv2d):
+        for module in sequence:
+            if model.bf16 and isinstance(module, nn.Conv2d) and not isinstance(module, ImageConv2d):
                 module.to(torch.bfloat16)
     return model
 

@@ -8,18 +8,23 @@ import torchvision
 from conftest import spread
 from torch import nn
 
+import model
 import train
 from container import Sequential
 from model import (
+    ImageConv2d,
     UNet,
     compile_network,
     decode,
     encode,
     freeze,
+    in_parts,
     landmark_loss,
     load_weights,
     loss_terms,
     place,
+    product,
+    upsample_by_products,
 )
 from support.checkpoints import write_tensors
 from support.errors import InputError
@@ -99,6 +104,70 @@ def trained(request):
             nn.init.uniform_(module.bias, -0.5, 0.5)
     model(torch.rand(4, 3, 64, 48) * 2 - 1)
     return model.eval()
+
+
+# --- kernels for GPUs
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 7), (25, 20), (50, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_products_interpolate(size, dtype):
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, *size, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    expected, found = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True), upsample_by_products(x)
+    weight = torch.rand_like(expected)
+    gradients = [torch.autograd.grad(y, x, weight)[0] for y in (expected, found)]
+    tolerance = {"rtol": 0, "atol": 2e-6 if dtype == torch.float32 else 1e-12}
+    torch.testing.assert_close(found, expected, **tolerance)
+    torch.testing.assert_close(*gradients, **tolerance)
+    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in (found, *gradients))  # as convolutions want
+
+
+def test_two_products_in_bfloat16_keep_a_constant():
+    x = torch.full((1, 2, 25, 20), 1.2265625).bfloat16()
+    assert torch.equal(upsample_by_products(x), x[..., :1, :1].expand(-1, -1, 50, 40))
+
+
+def test_the_network_with_the_kernels_of_a_gpu(trained, monkeypatch):
+    image = torch.rand(2, 3, 65, 47) * 2 - 1
+    with torch.no_grad():
+        expected = trained(image)
+        monkeypatch.setattr(model, "upsample", upsample_by_products)
+        found = trained(image)
+    assert 0 < (found - expected).abs().max() < 1e-4 * expected.std()
+
+
+def test_an_image_in_two_parts():
+    torch.manual_seed(0)
+    image = (torch.rand(2, 3, 40, 32) * 2 - 1).requires_grad_()
+    parts = in_parts(image)
+    high, low, others = parts.bfloat16().double().split([3, 3, 2], dim=1)
+    assert parts.shape[1] == 8 and torch.equal(high, parts[:, :3].double()) and torch.equal(others, high[:, :2])
+    assert (high + low - image).abs().max() <= 2**-17
+    conv = ImageConv2d(3, 4, 3, padding=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = conv(image)
+    exact = F.conv2d(image, conv.weight.bfloat16().float(), conv.bias, padding=1)
+    torch.testing.assert_close(found.float(), exact, rtol=2**-8, atol=5e-4)  # its bias and result are rounded
+    gradients = [torch.autograd.grad(y.sum(), image)[0] for y in (found, exact)]
+    torch.testing.assert_close(*gradients, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_head_is_a_convolution(layout):
+    torch.manual_seed(0)
+    head, x = nn.Conv2d(64, 57, 1), torch.rand(2, 64, 10, 9).contiguous(memory_format=layout).requires_grad_()
+    expected, found = head(x), product(head, x)
+    torch.testing.assert_close(found, expected)
+    assert all(image_map.is_contiguous() for maps in found for image_map in maps)
+    weight = torch.rand_like(expected)
+    inputs = x, head.weight, head.bias
+    for one, other in zip(*(torch.autograd.grad(y, inputs, weight) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+    assert product(head.bfloat16(), x.bfloat16()).dtype == torch.float32
+
+
+# --- frozen
 
 
 def test_freezing_changes_the_maps_by_rounding_only(trained):
