@@ -228,7 +228,7 @@ def attack_images(model, image, landmarks, rngs, args):
         targets, targeted = (torch.from_numpy(np.stack(v)).to(image.device, non_blocking=True) for v in drawn)
         places = torch.where(targeted[..., None], targets.to(places), places)
     loss = partial(paper_loss if towards else untargeted_loss, goal=encode(places, size))
-    start, generator, steps = torch.empty_like(clean), torch.Generator(image.device), args.attack_steps
+    start, generator, steps = clean.new_empty(clean.shape), torch.Generator(image.device), args.attack_steps
     for noise, rng in zip(start, rngs, strict=True):
         noise.uniform_(-bound, bound, generator=generator.manual_seed(int(rng.integers(2**63))))
     step_size = 1.25 if steps == 1 else 2.5 / steps

@@ -20,7 +20,7 @@ def make_step(name, device, size=(64, 48), batch=2, precision="fp32"):
     torch.manual_seed(0)
     model = place(UNet(), device, precision, training=name in TRAINING)
     images = torch.randint(256, (batch, *size), dtype=torch.uint8)
-    landmarks = torch.rand(batch, 19, 2) * min(size)
+    landmarks = torch.rand(batch, 19, 2) * (min(size) - 1)
     if name in TRAINING:
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
         step = partial(training_step, model, optimizer, images, landmarks, device, name == "adversarial training")

@@ -5,7 +5,9 @@ from functools import partial
 import pytest
 import torch
 from conftest import ROOT, spread
+from steps import NAMES, make_step
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attack import (
     ATTACKS,
@@ -418,3 +420,19 @@ def test_a_detector_without_offsets_is_attacked_by_its_own_loss_and_decoder():
     assert torch.equal(found(names["heatmaps"]), targets) and not torch.equal(found(model(image)), targets)
     assert torch.equal(model(names["adversarial"]), names["heatmaps"])
     assert (names["adversarial"] - image).abs().max() <= 64 / 256 + 1e-6
+
+
+class NoValues(TorchDispatchMode):
+    """Refuses what would wait for a GPU: a tensor's value in Python, or a shape that depends on values."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert not re.search("local_scalar|nonzero|masked_select|unique", str(function)), function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_waits_for_no_value(name):
+    step = make_step(name, "cpu", size=(32, 32))
+    with NoValues():
+        step()

@@ -114,6 +114,13 @@ def main():
         Path("written by 1").touch()
     assert distributed.on_main(Path("written by 1").exists)
     distributed.require_equal(number=1)
+    norm = torch.nn.BatchNorm2d(1)
+    norm.running_mean.fill_(5 + rank())
+    network = distributed.data_parallel(norm, torch.device("cpu"))
+    network(torch.arange(2.0 + 3 * rank()).view(-1, 1, 1, 1)).sum().backward()
+    statistics = distributed.gather((norm.running_mean.item(), norm.running_var.item()))
+    mean = torch.tensor([0.0, 1, 0, 1, 2, 3, 4]).mean()  # of all processes; and 5 is the main process's
+    assert statistics[0] == statistics[1] and abs(statistics[0][0] - (4.5 + 0.1 * mean)) < 1e-6
     {fault}
     print("never here")
 
