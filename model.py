@@ -40,7 +40,8 @@ class ImageConv2d(nn.Conv2d):
     def forward(self, image):
         if not (torch.is_autocast_enabled(image.device.type) or image.is_cuda):
             return super().forward(image)
-        return F.conv2d(in_parts(image), F.pad(self.weight.repeat(1, 2, 1, 1), (0, 0, 0, 0, 0, 2)), self.bias, padding=1)
+        weight = F.pad(self.weight.repeat(1, 2, 1, 1), (0, 0, 0, 0, 0, 2))
+        return F.conv2d(in_parts(image), weight, self.bias, padding=1)
 
 
 def in_parts(image):

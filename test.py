@@ -8,7 +8,7 @@
     python test.py --tag baseline --attack 1 --targets diagnosis --measure ANB       # a diagnosis is changed, see docs/
     python test.py --tag baseline --attack 1 4 --defence jpeg:75 blur:1 --rand safe  # attackers who know of a defence
     python test.py --tag baseline --image mine.png --attack 1 --targets shift        # own images, without annotation
-    torchrun --nproc-per-node 4 test.py --tag baseline --attack 1 --rand temp        # on four GPUs, the same up to rounding
+    torchrun --nproc-per-node 4 test.py --tag baseline --attack 1 --rand temp        # on four GPUs
 
 Writes into the folder --rand (default: one below runs/<tag>/): config.json, predictions.csv, summary.csv, pictures/,
 and records/, from which the same command resumes after a stop; measures.csv and diagnoses.csv, clinical measures and
