@@ -14,6 +14,7 @@ import torch
 from attack import grey_model, last, replay, run
 from dataset import in_batches, rescale, to_input
 from model import confidence, decode
+from readers import plausibility
 from readers.points import LANDMARKS
 from readers.spacing import MM_PER_PX0
 from support import distributed
@@ -22,17 +23,19 @@ from support.errors import InputError
 
 SDR_MM = (2, 2.5, 3, 4)
 RECORDED = (0, 1, 5, 10, 20, 30, 50, 99, 150, 200, 250, 299)  # iterations; the last one of an attack is recorded too
+APART_MM, APART_MAD = 10, 8  # see ``stand_apart``
+VOTES = 0.15  # median vote share of an image, below which no head is seen: real heads reach 0.33, other images 0.11
 SUCCESS_MM = 4  # the radial error up to which the paper counts an attack on a landmark as successful
 # columns of the summary
 LABELS = {"mre_mm": "MRE (mm)", "median_mm": "median radial error (mm)", "within_4mm_%": f"within {SUCCESS_MM} mm (%)"}
 ROLES = ("targeted", "stationary", "untargeted")  # of a landmark in an attack
-TEXT = ("image", "name", "method", "role", "defence", "attacker", "detector", "stored")
+TEXT = ("image", "name", "method", "role", "defence", "attacker", "detector", "stored", "seen")
 CONDITION = ("method", "iteration", "defence", "attacker", "detector", "stored")  # with the image: what K rows are of
 COLUMNS = (  # of a record, in this order; those of attacks and of single conditions are absent elsewhere
     *("image", "landmark", "name", "method", "iteration", "role"),
     *("x_px0", "y_px0", "true_x_px0", "true_y_px0", "radial_error_mm", "target_x_px0", "target_y_px0"),
     *("largest_change", "mm_per_px0", "heatmap_peak", "vote_share"),
-    *("defence", "attacker", "detector", "stored"),
+    *("defence", "attacker", "detector", "stored", "seen"),
 )
 
 
@@ -96,6 +99,82 @@ def metrics(errors):
     return table
 
 
+def stand_apart(errors):
+    """Images that may not fit their annotation: MRE above 10 mm, and 8 median absolute deviations above the median.
+
+    Args:
+        errors: array (N, K), radial errors in mm.
+
+    Returns:
+        (N,) bool.
+    """
+    mre = errors.mean(1)
+    above = mre - np.median(mre)
+    return (mre > APART_MM) & (above > APART_MAD * np.median(abs(above)))
+
+
+def accuracy_table(errors, ids):
+    """``metrics`` with a column for the landmarks' names; and last, those without the images that ``stand_apart``."""
+    table = metrics(errors).rename_axis("landmark").reset_index()
+    table.insert(1, "name", [*LANDMARKS, "all landmarks"])
+    warn_of_misfits(errors, ids)
+    if (apart := stand_apart(errors)).any():
+        name = f"all landmarks, without {listed(np.array(ids)[apart])}"
+        table.loc[len(table)] = {"landmark": "others", "name": name, **metrics(errors[~apart]).loc["all"]}
+    return table
+
+
+def warn_of_misfits(errors, ids):
+    """Name the images that ``stand_apart``, and the MRE with and without them; errors (N, K) in mm, N ids."""
+    apart, mre = stand_apart(errors), errors.mean(1)
+    if apart.any():
+        warnings.warn(
+            f"image and annotation may not belong together: {listed(np.array(ids)[apart])}, with an MRE of "
+            f"{mre[apart].min():.1f} mm or more, where the median of all images is {np.median(mre):.1f} mm; the MRE is "
+            f"{mre.mean():.2f} mm, and {mre[~apart].mean():.2f} mm without",
+            stacklevel=2,
+        )
+
+
+def listed(ids):
+    """Some ids as text; of many, only the first."""
+    return ", ".join(ids[:10]) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
+
+
+# --- what an image shows ---------------------------------------------------------------------------------------------
+
+SEEN = {  # what a detector sees in an image, other than a head: as in records, and in words
+    "no head": "the detector sees no head (few of the votes for a landmark agree)",
+    "faces left": "the head faces left, but the detector knows those that face right: it sees one in the mirror image",
+    "faces right": "the head faces right, but the detector knows those that face left: it sees one in the mirror image",
+    "odd shape": "the landmarks found are not those of a head",
+}
+
+
+@torch.inference_mode()
+def what_is_seen(model, image, points_px0, share):
+    """What a detector sees in clean images: "head", or a key of SEEN.
+
+    Args:
+        image: (B, C, H, W), input of the model.
+        points_px0: array (B, K, 2), what it found there, x, y in px0.
+        share: array (B, K), see ``model.confidence``.
+
+    Returns:
+        (B, 1) object.
+    """
+    strange = ~(plausibility.strangeness(points_px0) <= plausibility.STRANGE)
+    seen = np.where(strange, "odd shape", "head").astype(object)
+    few = np.median(share, axis=1) < VOTES
+    if few.any():
+        maps = model(image.flip(-1))
+        points = decode(maps)
+        mirrored = confidence(maps, points)[1].median(1).values.cpu().numpy()
+        side = np.where(plausibility.faces_left(points.cpu().numpy()), "faces right", "faces left")
+        seen[few] = np.where(mirrored < VOTES, "no head", side)[few]
+    return seen[:, None]
+
+
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
@@ -118,6 +197,14 @@ def record(data, points_px0, reference_px0=None, **columns):
     return pd.DataFrame(
         {name: np.broadcast_to(columns[name], points.shape[:2]).ravel() for name in COLUMNS if name in columns}
     )
+
+
+def record_clean(model, data, points, maps):
+    """``record`` of a test: the maps (B, 3, K, H, W) of clean images, and the points (B, K, 2) px found in them."""
+    peak, share = (values.cpu().numpy() for values in confidence(maps, points))
+    places = to_px0(points, data).numpy()
+    seen = what_is_seen(model, to_input(data.images, points.device), places, share)
+    return record(data, places, heatmap_peak=peak, vote_share=share, seen=seen)
 
 
 def record_attack(data, points_px0, targets, **columns):
@@ -252,6 +339,7 @@ def attack_batch(
 
     tables = {}
     tables[None], adversarial = observe(craft(wrap(model)), attack, data, targets, image, steps, subpixel)
+    tables[None] = with_seen(tables[None], wrap(model), image)
     for name, judge, attacked in defended:
         images = {"oblivious": adversarial} | ({} if attack.blind else {"adaptive": last(craft(wrap(attacked)))[1]})
         for attacker, seen in images.items():
@@ -259,6 +347,16 @@ def attack_batch(
             found, _ = observe(iterates, attack, data, targets, image, steps, subpixel)
             tables[name] = pd.concat([tables.get(name), found.assign(defence=name, attacker=attacker)])
     return tables, adversarial
+
+
+def with_seen(table, model, image):
+    """The records of an attack with the column seen, which is empty but for the clean images (B, C, H, W)."""
+    clean = table["iteration"] == 0
+    x, y, share = (
+        table.loc[clean, name].to_numpy().reshape(len(image), -1) for name in ("x_px0", "y_px0", "vote_share")
+    )
+    seen = what_is_seen(model, image, np.stack([x, y], axis=-1), share)
+    return table.assign(seen=np.where(clean, np.resize(seen.repeat(x.shape[1]), len(table)), ""))
 
 
 def observe(iterates, attack, data, targets, image, steps, subpixel):

@@ -24,6 +24,7 @@ from beyond import defences, diagnosis, stored, universal
 from dataset import Cephalograms, in_batches, to_input
 from eval import (
     LABELS,
+    accuracy_table,
     attack_batch,
     content_of,
     is_last,
@@ -32,11 +33,11 @@ from eval import (
     predict_batches,
     radial_errors,
     read_records,
-    record,
+    record_clean,
     summarize,
     to_px0,
 )
-from model import compile_network, confidence, load_detector
+from model import compile_network, load_detector
 from readers.layouts import SPLITS, list_images
 from readers.points import LANDMARKS
 from support import command, distributed, figures
@@ -374,8 +375,7 @@ def test(args, model, data, device, out):
     missing = {tuple(batch): images for _, batch, images in unfinished(args, data, out, [None])}
     for batch, points, maps in predict_batches(model, data.images, list(map(list, missing)), device, args.subpixel):
         part = data.select([data.ids[i] for i in batch])
-        peak, share = (values.cpu() for values in confidence(maps, points))
-        records = record(part, to_px0(points, part), heatmap_peak=peak, vote_share=share)
+        records = record_clean(model, part, points, maps)
         for i in missing[tuple(batch)]:
             id, rows = data.ids[i], records[records["image"] == data.ids[i]]
             write_table(record_file(out, id), rows)
@@ -410,8 +410,7 @@ def report_test(args, data, out):
         print(table[["image", "landmark", "name", "x_px0", "y_px0"]].to_string(index=False, float_format="%.1f"))
     else:
         errors = table["radial_error_mm"].to_numpy().reshape(len(data), -1)
-        summary = metrics(errors).rename_axis("landmark").reset_index()
-        summary.insert(1, "name", [*LANDMARKS, "all landmarks"])
+        summary = accuracy_table(errors, data.ids)
         write_table(out / "summary.csv", summary)
         print(summary.to_string(index=False, float_format="%.2f"))
     diagnosis.report_accuracy(table, data, out)

@@ -26,7 +26,7 @@ import torch
 
 from attack import last, paper_loss, pgd, untargeted_loss
 from dataset import Cephalograms, check_disjoint, in_batches, to_input
-from eval import metrics, predict, radial_errors
+from eval import metrics, predict, radial_errors, warn_of_misfits
 from model import LAMBDA, MIN_SIZE, UNet, compile_network, encode, freeze, load_weights, loss_terms, place
 from readers.layouts import available_splits
 from readers.points import LANDMARKS
@@ -127,6 +127,7 @@ def main(argv=None):
         network = compile_network(state.model, to_input(data.images[: args.batch_size], device))
     with command.sigterm_event() as stop:
         train(network, state, data, monitor, args, device, folder, stop)
+        distributed.on_main(warn_of_misfits, errors_on(data, state, args, device), data.ids)
     distributed.on_main(print, f"written to {folder}/")
 
 
@@ -264,8 +265,14 @@ def evaluate(state, monitor, args, device):
     """{name: metric} on the monitored split after an epoch that gets a checkpoint; else, or without a split, empty."""
     if monitor is None or not is_checkpoint(state.epoch, args):
         return {}
-    points = predict(freeze(copy.deepcopy(state.model)), monitor.images, args.batch_size, device)
-    return {"monitored_split": monitor.split} | metrics(radial_errors(points, monitor).numpy()).loc["all"].to_dict()
+    found = metrics(errors_on(monitor, state, args, device))
+    return {"monitored_split": monitor.split} | found.loc["all"].to_dict()
+
+
+def errors_on(data, state, args, device):
+    """Radial errors (N, K) in mm of the network as it is, on images."""
+    points = predict(freeze(copy.deepcopy(state.model)), data.images, args.batch_size, device)
+    return radial_errors(points, data).numpy()
 
 
 def end_epoch(state, monitored, images):

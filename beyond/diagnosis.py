@@ -5,6 +5,8 @@ The ISBI 2015 challenge reads eight angles, ratios and distances off the landmar
 those of its evaluation code: FMA is measured from the line sella-nasion, not from the Frankfort plane, and MW has class
 3 for everything from 0 to 2 mm too.
 
+Formulas are those of a head that faces right: others are mirrored first (``turned_right``).
+
     values = measures(landmarks_px0, mm_per_px0)  # (N, 8), in the order of MEASURES
     found = classes(values)                       # (N, 8)
     print(MEASURES[0].words[found[0, 0].item()])  # skeletal class II
@@ -18,7 +20,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from eval import is_last
+from eval import SEEN, is_last, listed
+from readers.plausibility import faces_left
 from readers.points import LANDMARKS
 from support.errors import InputError
 from support.files import write_table
@@ -63,11 +66,25 @@ MEASURE_NAMES = tuple(measure.name for measure in MEASURES)
 # --- measures and classes --------------------------------------------------------------------------------------------
 
 
+def turned_right(points_px0, reference_px0):
+    """Landmarks of heads that face right: those of heads that face left, mirrored. Mirrors them back, too.
+
+    Args:
+        points_px0: (N, 19, 2) or (N, D, 19, 2) float x, y in px0.
+        reference_px0: (N, 19, 2), by which it is decided where the head of an image faces: its truth or, without, its
+            clean prediction, so that no attacked landmark turns it.
+    """
+    left = torch.from_numpy(faces_left(reference_px0.cpu().numpy())).to(points_px0.device)
+    left = left.reshape(-1, *[1] * (points_px0.dim() - 1))
+    return torch.where(left, points_px0 * points_px0.new_tensor([-1, 1]), points_px0)
+
+
 def measures(points_px0, mm_per_px0):
     """The eight measures, differentiable.
 
     Args:
-        points_px0: (N, 19, 2) float x, y in px0, in the order of ``readers.points.LANDMARKS``.
+        points_px0: (N, 19, 2) float x, y in px0, of heads that face right, in the order of
+            ``readers.points.LANDMARKS``.
         mm_per_px0: (N,) or a number.
 
     Returns:
@@ -137,7 +154,7 @@ def least_movement(points_px0, mm_per_px0, measure, to=None, margin_mm=MARGIN_MM
     local, from the given landmarks; those that would move less than ``MOVED_MM`` stay.
 
     Args:
-        points_px0: (N, 19, 2) float x, y in px0.
+        points_px0: (N, 19, 2) float x, y in px0, of heads that face right.
         mm_per_px0: (N,).
         measure: index in ``MEASURES``.
         to: the class that it should have afterwards; None: the nearest other one.
@@ -221,8 +238,9 @@ def diagnosis_targets(clean, data, measure, to):
     Raises:
         InputError: there are none.
     """
-    places, moved = least_movement(clean, data.mm_per_px0, MEASURE_NAMES.index(measure), to)
-    places = places.round(decimals=4)  # as stored
+    facing = turned_right(clean, data.reference_px0)
+    places, moved = least_movement(facing, data.mm_per_px0, MEASURE_NAMES.index(measure), to)
+    places = turned_right(places, data.reference_px0).round(decimals=4)  # as stored
     outside = ((places < 0) | (places > data.sizes.flip(-1)[:, None] - 1)).any(-1)
     possible = moved.any(-1) & ~(outside & moved).any(-1)
     ids = [id for id, attacked in zip(data.ids, possible.tolist(), strict=True) if attacked]
@@ -246,25 +264,34 @@ def diagnose(records):
 
     Returns:
         DataFrame with a row for each measure of each image (and method and iteration): value, class and meaning; where
-        there is a ground truth also its value and class.
+        there is a ground truth also its value and class; and what was seen in the clean image.
     """
     keys = [name for name in ("method", "iteration", "image") if name in records]
     records = records.sort_values([*keys, "landmark"], kind="stable")
     heads = records.iloc[:: len(LANDMARKS)]
     mm_per_px0 = torch.tensor(heads["mm_per_px0"].to_numpy())
+    found, truth = (
+        torch.tensor(records[[*columns]].to_numpy(float)).unflatten(0, (-1, len(LANDMARKS)))
+        for columns in (("x_px0", "y_px0"), ("true_x_px0", "true_y_px0"))
+    )
+    known = not truth.isnan().any()
+    # the first row of an image, of the first iteration
+    _, first, image = np.unique(heads["image"].to_numpy(str), return_index=True, return_inverse=True)
+    reference = (truth if known else found)[first][image]
 
-    def read(*columns):
-        points = torch.tensor(records[[*columns]].to_numpy(float)).unflatten(0, (-1, len(LANDMARKS)))
-        values = measures(points, mm_per_px0)
+    def read(points):
+        values = measures(turned_right(points, reference), mm_per_px0)
         return values.flatten().numpy(), classes(values).flatten().numpy()
 
     table = pd.DataFrame({name: np.repeat(heads[name].to_numpy(), len(MEASURES)) for name in keys})
     table["measure"] = [measure.name for measure in MEASURES] * len(heads)
     table["unit"] = [measure.unit for measure in MEASURES] * len(heads)
-    table["value"], table["class"] = read("x_px0", "y_px0")
+    table["value"], table["class"] = read(found)
     table["meaning"] = [MEASURES[i % len(MEASURES)].words.get(c, "undefined") for i, c in enumerate(table["class"])]
-    if records["true_x_px0"].notna().all():
-        table["true_value"], table["true_class"] = read("true_x_px0", "true_y_px0")
+    if known:
+        table["true_value"], table["true_class"] = read(truth)
+    if "seen" in heads:
+        table["seen"] = np.repeat(heads["seen"].fillna("").to_numpy(), len(MEASURES))
     return table
 
 
@@ -286,7 +313,8 @@ def summarize_diagnoses(table, doctors_px0, mm_per_px0):
         found = table[table["measure"] == measure.name]
         pairs = {"": tuple(torch.tensor(found[c].to_numpy()) for c in ("true_value", "true_class", "value", "class"))}
         if doctors_px0.shape[1] == 2:
-            values = [measures(points, mm_per_px0) for points in doctors_px0.unbind(1)]
+            marks = turned_right(doctors_px0, doctors_px0.mean(1))
+            values = [measures(points, mm_per_px0) for points in marks.unbind(1)]
             pairs["doctors_"] = tuple(v[:, j] for value in values for v in (value, classes(value)))
         row = {"measure": measure.name, "unit": measure.unit, "patients": len(found)}
         for of, (true_value, true_class, value, one_class) in pairs.items():
@@ -332,8 +360,17 @@ def summarize_changes(changed):
     return table.sort_values(["method", "iteration"], kind="stable")
 
 
+def warn_of_images(records):
+    """Name the images of records in which the detector sees something else than a head, see ``eval.what_is_seen``."""
+    for seen, words in SEEN.items():
+        ids = records.loc[records.reindex(columns=["seen"])["seen"] == seen, "image"].unique()
+        if len(ids):
+            warnings.warn(f"{listed(ids)}: {words}; landmarks and diagnoses mean nothing there", stacklevel=2)
+
+
 def report_accuracy(records, data, out):
     """measures.csv of a test, and where there is a ground truth, diagnoses.csv."""
+    warn_of_images(records)
     table = diagnose(records)
     write_table(out / "measures.csv", table)
     if "true_class" in table:
@@ -344,6 +381,7 @@ def report_accuracy(records, data, out):
 
 def report_changes(records, measure, to, out):
     """measures.csv and diagnoses.csv of an attack, see ``changed_diagnoses``."""
+    warn_of_images(records)
     table = diagnose(records)
     changes = summarize_changes(changed_diagnoses(table, measure, to))
     write_table(out / "measures.csv", table)

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from beyond.diagnosis import MEASURE_NAMES, changed_diagnoses, classes, diagnose, measures
+from beyond.diagnosis import MEASURE_NAMES, changed_diagnoses, classes, diagnose, measures, turned_right
 from eval import named
 from experiments.markdown import fold_intervals, markdown
 from experiments.results import Result, clean_and_last, last, of_role, rate, read_marks
@@ -137,7 +137,7 @@ def compute_doctors(records, changed, data):
     spacing = records.groupby("image")["mm_per_px0"].first()
     marks = read_marks(data, "test", spacing.index)
     points = torch.tensor(np.reshape([*marks.values()], (-1, 2, len(LANDMARKS), 2)))
-    mm_per_px0 = torch.tensor(spacing[[*marks]].to_numpy())
+    mm_per_px0, points = torch.tensor(spacing[[*marks]].to_numpy()), turned_right(points, points.mean(1))
     senior, junior = (classes(measures(marked, mm_per_px0)).numpy() for marked in points.unbind(1))
     differ = pd.DataFrame(senior != junior, [*marks], MEASURE_NAMES)
     rows = []

@@ -10,9 +10,15 @@ extent       landmarks span less than 0.2 of the image in both axes (0.41 or mor
 mean shape   after the alignment of ``align``, residuals are relative to the landmarks' root-mean-square distance from
              their centre: a shape with a median below 0.35 (0.17; as a mirror image 0.65 or more) counts as a head; one
              landmark of a head is off by more than 0.75 (0.30); the same positions in another order: ``is_permuted``
+population   the squared Mahalanobis distance of the shape (``strangeness``) above 300 (XX)
+order        the log-likelihood ratio of two landmarks being exchanged (``exchanges``), of one image or of all together:
+             above 10 refused, above 5 warned of (XX)
 """
 
+import functools
+import itertools
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +31,11 @@ DOCTORS_LANDMARK, DOCTORS_IMAGE, DOCTORS_SPLIT = 0.3, 0.05, 0.035
 EXTENT = 0.2
 HEAD = 0.35
 OUTLIER = 0.75
+MARKS = 20  # px0 of the mean shape: standard deviation of marks that the population's modes do not explain
+STRANGE = 300
+EXCHANGED, SUSPECTED = 16, 8
 SAME_PLACES, OTHER_ORDER = 0.25, 0.5
+NO_HEAD = "the landmarks are not those of a head, or not in the order of ISBI 2015"
 TURNS = {  # (mirrored, quarter turns from the mean shape, clockwise): what is wrong
     (False, 1): "the head is turned by 90 degrees clockwise",
     (False, 2): "the head is upside down",
@@ -46,21 +56,24 @@ def check(entries, doctors, sizes):
     """
     points = doctors.mean(1)
 
-    def refuse(bad, reason):
-        """Raise InputError if any of (N,) bool is true. ``reason``: text, or a function of the image's index."""
+    def refuse(bad, reason, certain=True):
+        """Raise InputError, or warn, if any of (N,) bool is true; ``reason``: text, or a function of an index."""
         if bad.any():
             i = int(bad.argmax())
             annotation = entries[i].annotations[0]
             where = f"{annotation[0]}: line {annotation[1]}" if isinstance(annotation, tuple) else annotation
-            raise InputError(
-                f"{where}: {reason(i) if callable(reason) else reason} ({bad.sum()} of {len(bad)} images); correct it, "
-                "or add --unusual if the data is right (docs/data.md)"
-            )
+            text = f"{where}: {reason(i) if callable(reason) else reason} ({bad.sum()} of {len(bad)} images)"
+            if certain:
+                raise InputError(f"{text}; correct it, or add --unusual if the data is right (docs/data.md)")
+            warnings.warn(f"{text}; compare them with an image (docs/data.md)", stacklevel=2)
 
     if doctors.shape[1] > 1:
         check_doctors(doctors, refuse)
     check_extent(points, np.array(sizes), refuse)
     check_shape(points, refuse)
+    for marks in np.moveaxis(doctors, 1, 0):
+        check_order(marks, refuse)
+    refuse(~(strangeness(points) <= STRANGE), NO_HEAD)
 
 
 def named(k):
@@ -93,7 +106,7 @@ def check_extent(points, sizes, refuse):
 
 def check_shape(points, refuse):
     """Refuse heads that are turned or have a landmark far off, and the landmarks of a head in another order."""
-    shape = np.array(json.loads(SHAPE.read_text(encoding="utf-8"))["mean"]) @ (1, 1j)
+    shape, _ = population()
     places = points @ np.array((1, 1j))
     residuals, turns = zip(*(align(places, mean) for mean in (shape, -shape.conj())), strict=True)
     medians = np.median(residuals, axis=2)  # (2, N): facing right as the mean shape, mirrored
@@ -107,6 +120,7 @@ def check_shape(points, refuse):
         lambda i: f"landmark {named(worst[i])} is far from its position relative to the others",
     )
     refuse(~is_head & is_permuted(places, shape), "the landmarks of a head, but not in the order of ISBI 2015")
+    refuse(~is_head, NO_HEAD)
 
 
 def align(places, mean, iterations=20):
@@ -141,3 +155,59 @@ def is_permuted(places, mean):
     distance = abs(places[:, :, None] - mean)  # (N, K, K)
     nearest = np.maximum(distance.min(1).mean(1), distance.min(2).mean(1))
     return (nearest < SAME_PLACES) & (abs(places - mean).mean(1) > OTHER_ORDER)
+
+
+# --- the population of shapes ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def population():
+    """The mean shape (K,) complex x + iy in px0, around 0, and the inverse (2K, 2K) of the shapes' covariance.
+
+    Position, size and rotation do not count, nor does a stretch along an axis: images may have other proportions.
+    """
+    content = json.loads(SHAPE.read_text(encoding="utf-8"))
+    mean = np.array(content["mean"]) @ (1, 1j)
+    mean -= mean.mean()
+    modes = np.reshape(content["modes"], (-1, 2 * len(mean)))
+    covariance = (modes.T * np.square(content["mode_std"])) @ modes + MARKS**2 * np.eye(2 * len(mean))
+    free = np.stack([np.ones_like(mean), mean, mean.conj()])
+    free = np.concatenate([free, 1j * free[:2]]).view(float)
+    inverse = np.linalg.inv(covariance)
+    hidden = inverse @ free.T
+    return mean, inverse - hidden @ np.linalg.solve(free @ hidden, hidden.T)
+
+
+def faces_left(points):
+    """Which heads face left: the mirrored mean shape fits them better. points: (N, K, 2) px0 -> (N,) bool."""
+    mean, _ = population()
+    places = points @ np.array((1, 1j))
+    places = places - places.mean(-1, keepdims=True)
+    return abs(places @ mean) > abs(places @ mean.conj())
+
+
+def strangeness(points):
+    """Squared Mahalanobis distances (N,) of shapes from the population; points: (N, K, 2) px0, facing either side."""
+    mean, inverse = population()
+    places = (points * np.where(faces_left(points), -1, 1)[:, None, None] ** (1, 0)) @ np.array((1, 1j))
+    places -= places.mean(1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):  # landmarks in one place have no shape: nan
+        aligned = places * ((abs(mean) ** 2).sum() / (places @ mean.conj()))[:, None]
+    deviation = (aligned - mean).view(float)
+    return (deviation @ inverse * deviation).sum(1)
+
+
+def check_order(points, refuse):
+    """Refuse two landmarks that are exchanged, by one image or by all together; warn where this is only likely."""
+    pairs = np.array([*itertools.combinations(range(len(LANDMARKS)), 2)])
+    orders = np.tile(np.arange(len(LANDMARKS)), (len(pairs), 1))
+    np.put_along_axis(orders, pairs, pairs[:, ::-1], axis=1)
+    exchanged = np.stack([strangeness(points[:, order]) for order in orders], axis=1)  # (N, pairs)
+    ratio = np.where(exchanged <= STRANGE, (strangeness(points)[:, None] - exchanged) / 2, 0)
+    evidence = np.maximum(ratio.sum(0), ratio.max(0))
+    pair = evidence.argmax()
+    one, other = map(named, pairs[pair])
+    for certain, bound in ((True, EXCHANGED), (False, SUSPECTED)):
+        if evidence[pair] > bound:
+            images = ratio[:, pair] > (0 if ratio[:, pair].sum() > bound else bound)
+            refuse(images, f"landmarks {one} and {other} seem to be exchanged", certain)

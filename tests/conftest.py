@@ -1,6 +1,7 @@
 """Small data that the tests draw, in all three layouts, and a fixture that runs the commands."""
 
 import csv
+import json
 import os
 import runpy
 import shutil
@@ -15,12 +16,14 @@ import torch
 from PIL import Image
 
 from eval import record_attack
+from phantom import SHAPE, sample_landmarks
 from readers.layouts import FOLDERS
 from targets import Targets
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("ISBI2015", ROOT.parent / "shared" / "isbi2015"))  # the real data, if present
 SIZE0 = (300, 240)  # H0, W0
+SCALE = 8  # times as small as real images
 IDS = {"train": ("001", "002", "003", "004"), "test1": ("151", "152", "153"), "test2": ("301",)}
 K = 19
 
@@ -41,9 +44,8 @@ def no_gpu():
 
 
 def draw_landmarks(rng):
-    """A jittered grid of 19 landmarks in whole numbers, as doctors mark them."""
-    grid = np.stack(np.meshgrid(np.linspace(50, 190, 4), np.linspace(60, 240, 5)), axis=-1).reshape(-1, 2)[:K]
-    return (grid + rng.uniform(-20, 20, 2) + rng.uniform(-4, 4, (K, 2))).round()
+    """The landmarks of a patient of the population in whole numbers, as doctors mark them."""
+    return (sample_landmarks(rng, json.loads(SHAPE.read_text()))[0] / SCALE).round()
 
 
 def draw_image(rng, landmarks, size0=SIZE0):
