@@ -125,13 +125,14 @@ def accuracy_table(errors, ids):
 
 
 def warn_of_misfits(errors, ids):
-    """Name the images that ``stand_apart``, and the MRE with and without them; errors (N, K) in mm, N ids."""
+    """Name the images that ``stand_apart``, and the MRE with and without; errors: array (N, K) in mm, ids: N."""
     apart, mre = stand_apart(errors), errors.mean(1)
     if apart.any():
+        found = [f"{ids[i]} (MRE {mre[i]:.1f} mm)" for i in np.flatnonzero(apart)]
+        others = mre[~apart]
         warnings.warn(
-            f"image and annotation may not belong together: {listed(np.array(ids)[apart])}, with an MRE of "
-            f"{mre[apart].min():.1f} mm or more, where the median of all images is {np.median(mre):.1f} mm; the MRE is "
-            f"{mre.mean():.2f} mm, and {mre[~apart].mean():.2f} mm without",
+            f"{listed(found)}: image and annotation may not belong together (median of the others "
+            f"{np.median(others):.1f} mm); the MRE of all is {mre.mean():.2f} mm, without {others.mean():.2f} mm",
             stacklevel=2,
         )
 
@@ -144,9 +145,9 @@ def listed(ids):
 # --- what an image shows ---------------------------------------------------------------------------------------------
 
 SEEN = {  # what a detector sees in an image, other than a head: as in records, and in words
-    "no head": "the detector sees no head (few of the votes for a landmark agree)",
-    "faces left": "the head faces left, but the detector knows those that face right: it sees one in the mirror image",
-    "faces right": "the head faces right, but the detector knows those that face left: it sees one in the mirror image",
+    "no head": "the detector sees no head",
+    "faces left": "the head faces left, but the detector knows those that face right",
+    "faces right": "the head faces right, but the detector knows those that face left",
     "odd shape": "the landmarks found are not those of a head",
 }
 

@@ -363,9 +363,13 @@ def summarize_changes(changed):
 def warn_of_images(records):
     """Name the images of records in which the detector sees something else than a head, see ``eval.what_is_seen``."""
     for seen, words in SEEN.items():
-        ids = records.loc[records.reindex(columns=["seen"])["seen"] == seen, "image"].unique()
-        if len(ids):
-            warnings.warn(f"{listed(ids)}: {words}; landmarks and diagnoses mean nothing there", stacklevel=2)
+        share = records[records.reindex(columns=["seen"])["seen"] == seen].groupby("image")["vote_share"].median()
+        if len(share):
+            warnings.warn(
+                f"{listed([*share.index])}: {words} (median vote share at most {share.max():.2f}); landmarks and "
+                "diagnoses there mean nothing",
+                stacklevel=2,
+            )
 
 
 def report_accuracy(records, data, out):

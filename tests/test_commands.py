@@ -423,7 +423,8 @@ def test_attacks_compared_on_the_same_targets_go_on_after_a_stop(here, official,
 
     assert_refused(run("test.py", *arguments, "--epsilon", 4), "epsilon was 8.0, now it is 4.0")
     other = shutil.copytree(official, tmp_path / "data")
-    replace_line(annotation(other), 7, "100,100")
+    x, y = annotation(other).read_text().splitlines()[6].split(",")
+    replace_line(annotation(other), 7, f"{int(x) + 1},{y}")
     assert_refused(run("test.py", *arguments[:3], other, *arguments[4:]), "the content of the data has changed")
 
 

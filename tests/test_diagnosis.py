@@ -16,6 +16,7 @@ from beyond.diagnosis import (
     changed_diagnoses,
     classes,
     diagnose,
+    diagnosis_targets,
     least_movement,
     measures,
     reachable_classes,
@@ -113,6 +114,58 @@ def test_invariance():
     assert torch.allclose(scaled[:, ~others], 1.5 * values[:, ~others])
     turn = torch.tensor([[math.cos(0.3), math.sin(0.3)], [-math.sin(0.3), math.cos(0.3)]], dtype=torch.float64)
     assert torch.allclose(measures(points @ turn, 0.1)[:, others], values[:, others])  # the sign of MW is that of x
+
+
+def mirrored(points):
+    return points * np.array([-1, 1]) + np.array([1934, 0])
+
+
+def test_measures_of_a_head_that_faces_left_by_hand():
+    """The measures of the mirrored patient; the lower incisor is 3 mm right of the upper one: an overjet of 3 mm."""
+    truth = overjets(-3, 3, 6)
+    assert (mirrored(truth)[:, 11, 0] - mirrored(truth)[:, 10, 0]).round().tolist() == [30, -30, -60]
+    found = diagnose(record(images(["1", "2", "3"], mirrored(truth)), mirrored(truth + 5)))
+    mw = found[found["measure"] == "MW"]
+    assert mw["true_value"].tolist() == pytest.approx([-3, 3, 6]) and mw["true_class"].tolist() == [3, 1, 4]
+    assert mw["value"].tolist() == pytest.approx([-3, 3, 6])
+    right = diagnose(record(images(["1", "2", "3"], truth), truth + 5))
+    pd.testing.assert_frame_equal(found, right)
+    doctors = torch.tensor(np.stack([truth, overjets(3, 3, 3)], axis=1))
+    spacing = torch.full((3,), 0.1)
+    summaries = [
+        summarize_diagnoses(right, marks, spacing) for marks in (doctors, torch.tensor(mirrored(doctors.numpy())))
+    ]
+    pd.testing.assert_frame_equal(*summaries)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_no_attacked_landmark_turns_a_head(known):
+    """Where a head faces follows from the truth, else from the clean prediction, though an attack mirrors the head."""
+    for clean, sign in ((overjets(3), 1), (mirrored(overjets(3)), -1)):
+        truth = clean if known else np.full_like(clean, np.nan)
+        if not known:
+            attack_of = [(0, clean), (20, mirrored(clean))]
+        else:
+            attack_of = [(0, mirrored(clean)), (20, mirrored(clean))]
+        records = pd.concat(attack_record(["1"], points, truth, None, "I-FGSM", i) for i, points in attack_of)
+        table = diagnose(records)
+        assert table[table["measure"] == "MW"]["value"].tolist() == pytest.approx([3 if not known else -3, -3]), sign
+
+
+def test_targets_of_a_head_that_faces_left_are_the_mirrored_ones():
+    found = {}
+    for name, place in (
+        ("right", lambda points: points),
+        ("left", lambda points: torch.tensor(mirrored(points.numpy()))),
+    ):
+        points = place(plausible(6))
+        data = images([*"abcdef"], points.numpy())
+        data.sizes, data.landmarks_px0 = torch.tensor([[2400, 1935]] * 6), None
+        ids, targets = diagnosis_targets(points, data, "APDI", 3)
+        found[name] = ids, place(targets.places), targets.targeted
+    assert found["right"][0] == found["left"][0] and len(found["left"][0]) >= 3
+    assert torch.allclose(found["right"][1], found["left"][1], atol=2e-4)
+    assert torch.equal(found["right"][2], found["left"][2])
 
 
 def test_gradients_against_finite_differences():

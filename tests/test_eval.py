@@ -1,10 +1,14 @@
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import attack_record
+from conftest import K, attack_record
 
-from eval import metrics, summarize
+from eval import accuracy_table, metrics, stand_apart, summarize, what_is_seen
+from model import decode, radius_of
+from phantom import SHAPE
 
 
 def test_official_metrics_by_hand():
@@ -38,3 +42,63 @@ def test_untargeted_records_measure_to_the_truth():
     assert table["radial_error_mm"].tolist() == [3.0] and table["role"].tolist() == ["untargeted"]
     assert pd.isna(table["target_x_px0"]).all()
     assert summarize(table)["mre_mm"].tolist() == [pytest.approx(3.0)]
+
+
+# --- images that do not fit
+
+
+@pytest.mark.parametrize(
+    ("mre", "apart"),
+    [
+        ([1, 1.2, 1.4, 1.6, 50], [False, False, False, False, True]),  # median 1.4, MAD 0.2
+        ([1, 1.2, 1.4, 1.6, 10.1], [False, False, False, False, True]),
+        ([1, 1.2, 1.4, 1.6, 9.9], [False] * 5),  # not above 10 mm
+        ([12, 14, 16, 18, 31], [False] * 5),  # median 16, MAD 2: 15 above it
+        ([12, 14, 16, 18, 33], [False, False, False, False, True]),
+        ([30, 60], [False, False]),
+        ([np.nan, np.nan], [False, False]),
+    ],
+)
+def test_images_that_stand_apart_by_hand(mre, apart):
+    errors = np.array(mre)[:, None] + [-0.5, 0.5]
+    assert stand_apart(errors).tolist() == apart
+
+
+def test_the_accuracy_without_images_that_do_not_fit():
+    errors = np.full((5, K), 1.0)
+    errors[2] = 60
+    with pytest.warns(UserWarning) as said:
+        table = accuracy_table(errors, [*"abcde"]).set_index("landmark")
+    assert table.loc["all", "mre_mm"] == pytest.approx(12.8) and table.loc["others", "mre_mm"] == 1
+    assert table.loc["others", "name"] == "all landmarks, without c"
+    assert str(said[0].message) == (
+        "c (MRE 60.0 mm): image and annotation may not belong together (median of the others 1.0 mm); the MRE of all is "
+        "12.80 mm, without 1.00 mm"
+    )
+    assert "others" not in set(accuracy_table(np.delete(errors, 2, 0), [*"abde"])["landmark"])
+
+
+def test_what_is_seen():
+    """A network that finds a head where the image brightens to its left, votes that scatter elsewhere."""
+    size = (60, 48)
+    head = torch.tensor(json.loads(SHAPE.read_text())["mean"]) / 40
+    jumbled = head[torch.randperm(K, generator=torch.Generator().manual_seed(0))]
+
+    def model(image):
+        rows, columns = torch.meshgrid(*map(torch.arange, size), indexing="ij")
+        pixels = torch.stack([columns, rows])[None]  # (1, 2, H, W)
+        maps = []
+        for grey in image[:, 0]:
+            places = (jumbled if grey.std() > 0.5 else head)[..., None, None]
+            offset = (places - pixels) / radius_of(size)  # all votes agree
+            if grey[:, 0].mean() <= grey[:, -1].mean():
+                offset = 0 * offset
+            maps.append(torch.cat([-offset.norm(dim=1)[None], offset.transpose(0, 1)]))
+        return torch.stack(maps)
+
+    ramp = torch.linspace(1, 0, size[1]).expand(*size)
+    image = torch.stack([ramp, ramp.flip(-1), torch.zeros(size), 3 * ramp])[:, None].repeat(1, 3, 1, 1)
+    points = decode(model(image))
+    share = np.array([[0.9], [0.05], [0.05], [0.9]]).repeat(K, 1)
+    seen = what_is_seen(model, image, points.numpy().astype(float), share)
+    assert seen.tolist() == [["head"], ["faces left"], ["no head"], ["odd shape"]]

@@ -1,6 +1,7 @@
 """Inputs as people have them: what is read must have the right values, anything else is refused in one line."""
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ from conftest import IDS, REAL, ROOT, K, draw_image, write_kaggle, write_officia
 from PIL import Image, TiffImagePlugin
 
 from dataset import Cephalograms, check_disjoint
+from phantom import SHAPE, sample_landmarks
 from readers import plausibility
 from readers.images import read_image
 from readers.layouts import Entry, index
@@ -505,6 +507,33 @@ def more_landmarks(count):
     return each_text(lambda text: "\n".join((text.splitlines()[:K] * 2)[:count]) + "\n")
 
 
+def other_points(places):
+    """Replace the annotations of each image: places(a patient's landmarks (K, 2), rng) -> (K, 2)."""
+
+    def spoil(root):
+        for i, (senior, junior) in enumerate(
+            zip(annotations(root, ["senior"]), annotations(root, ["junior"]), strict=True)
+        ):
+            points = np.loadtxt(senior, delimiter=",", max_rows=K)
+            text = "\n".join(f"{x:.0f},{y:.0f}" for x, y in places(points, np.random.default_rng(i)))
+            senior.write_text(text)
+            junior.write_text(text)
+
+    return spoil
+
+
+def exchange(one, other, doctors=("senior", "junior")):
+    """Exchange two landmarks, counted from 1, in all images."""
+    order = list(range(K))
+    order[one - 1], order[other - 1] = other - 1, one - 1
+    return lines_in_order(order, doctors)
+
+
+# another list: sella, nasion, orbitale, A, B, posterior and anterior nasal spine, incisors, menton, molars, ...
+LIST = [1, 2, 3, 5, 6, 17, 18, 12, 11, 8, 12, 11, 10, 7, 9, 19, 19, 4, 10]
+NO_HEAD = (
+    "the landmarks are not those of a head, or not in the order of ISBI 2015 (4 of 4 images); correct it, or add --un"
+)
 REFUSED = {
     # other sets of landmarks
     "20 landmarks": (more_landmarks(20), "400_senior/001.txt: 20 landmarks, the 19 of ISBI 2015 are needed"),
@@ -572,6 +601,30 @@ REFUSED = {
         lambda root: [one_line(8, "12,200", doctor)(root) for doctor in ("senior", "junior")],
         "002.txt: landmark 8 (menton) is far from its position relative to the others (1 of 4 images)",
     ),
+    "another list": (other_points(lambda points, rng: points[np.array(LIST) - 1] + rng.normal(0, 3, (K, 2))), NO_HEAD),
+    "at random": (other_points(lambda points, rng: rng.uniform((5, 5), (188, 235), (K, 2))), NO_HEAD),
+    "on a circle": (
+        other_points(lambda points, rng: 100 + 80 * np.stack([np.cos(np.arange(K) / 3), np.sin(np.arange(K) / 3)], 1)),
+        NO_HEAD,
+    ),
+    "five other landmarks": (
+        other_points(lambda points, rng: points + np.outer(np.isin(range(K), [4, 8, 9, 12, 17]), (-16, 8))),
+        "the landmarks are not those of a head, or not in the order of ISBI 2015",
+    ),
+    # two exchanged
+    "menton and gnathion": (
+        exchange(8, 9),
+        "001.txt: landmarks 8 (menton) and 9 (gnathion) seem to be exchanged (4 of 4 images); correct it, or add --unusual",
+    ),
+    "pogonion and gnathion": (exchange(7, 9), "landmarks 7 (pogonion) and 9 (gnathion) seem to be exchanged"),
+    "porion and articulare": (exchange(4, 19), "landmarks 4 (porion) and 19 (articulare) seem to be exchanged"),
+    "A and anterior nasal spine": (exchange(5, 18), "landmarks 5 (subspinale (A)) and 18 (anterior nasal spine) seem"),
+    "lips": (exchange(13, 14), "landmarks 13 (upper lip) and 14 (lower lip) seem to be exchanged"),
+    "a doctor's lips": (
+        exchange(13, 14, ["junior"]),
+        "landmarks 13 (upper lip) and 14 (lower lip) seem to be exchanged",
+    ),
+    "three exchanged": (lines_in_order([*range(6), 7, 8, 6, *range(9, K)]), "seem to be exchanged (4 of 4 images)"),
     # doctors
     "a doctor's reverse order": (lines_in_order(range(K)[::-1], ["junior"]), "001.txt: the doctors are "),
     "a doctor's mm": (each_line(lambda k, x, y: f"{x / 10},{y / 10}", ["junior"]), "px apart in landmark"),
@@ -659,6 +712,8 @@ PLAUSIBILITY = [
     "y upwards",
     "reverse order",
     "a digit less",
+    "another list",
+    "menton and gnathion",
     "a doctor's mm",
 ]
 
@@ -676,6 +731,36 @@ def test_unusual_does_not_make_wrong_data_right(case, official_heads):
     spoil, message = REFUSED[case]
     spoil(official_heads)
     assert message in refused(official_heads, unusual=True)
+
+
+def patients(count):
+    """Annotations (N, 1, K, 2) of patients of the population, and what else ``plausibility.check`` takes."""
+    shape = json.loads(SHAPE.read_text())
+    points = np.stack([sample_landmarks(np.random.default_rng(i), shape)[0] for i in range(count)])
+    return [Entry(str(i), None, (Path(f"{i}.txt"),)) for i in range(count)], points[:, None], [(2400, 1935)] * count
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "counts"),  # so many images are accepted, warned of, refused
+    [(11, 12, (1, 4, 20)), (8, 9, (1, 3, 5)), (7, 9, (1, 3, 5)), (5, 18, (None, None, 2)), (4, 19, (None, None, 1))],
+)
+def test_exchanged_landmarks_are_found_in_the_images_together(one, other, counts):
+    for accepted, count in zip((True, None, False), counts, strict=True):
+        entries, points, sizes = patients(count or 1)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            plausibility.check(entries, points, sizes)
+            plausibility.check(entries, (points * 0.7 - (1934, 0)) * (-1, 1), sizes)  # smaller, and facing left
+            assert not said
+            points[:, :, [one - 1, other - 1]] = points[:, :, [other - 1, one - 1]]
+            message = rf"txt: landmarks {one} \(.*\) and {other} \(.*\) seem to be exchanged \(\d+ of {count} images\)"
+            if accepted is False:
+                with pytest.raises(InputError, match=message):
+                    plausibility.check(entries, points, sizes)
+            elif count:
+                plausibility.check(entries, points, sizes)
+                assert len(said) == (accepted is None)
+                assert all(re.search(message, str(warning.message)) for warning in said)
 
 
 BAD_KAGGLE = {
@@ -980,7 +1065,9 @@ def test_real_annotations_are_plausible_with_a_margin():
         entries = index(REAL, split)
         doctors = np.stack([read_doctors(entry, (2400, 1935)) for entry in entries])
         sizes = [(2400, 1935)] * len(entries)
-        plausibility.check(entries, doctors, sizes)
+        with warnings.catch_warnings(action="error"):
+            plausibility.check(entries, doctors, sizes)
+            plausibility.check(entries, doctors * (1, 0.8), sizes)  # stretched
         truth = doctors.mean(1, keepdims=True)
         plausibility.check(entries, truth + 1.5 * (doctors - truth), sizes)
         plausibility.check(entries, doctors + 0.5 * (truth - truth.mean(0)), sizes)
