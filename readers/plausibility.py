@@ -33,7 +33,7 @@ HEAD = 0.35
 OUTLIER = 0.75
 LEFT = 0.5  # of the variance: heads reach 0.90, points at random 0.39
 MARKS = 20  # px0 of the mean shape: standard deviation of marks that the population's modes do not explain
-STRANGE = 300
+STRANGE, STRANGE_SPLIT = 200, 80
 EXCHANGED, SUSPECTED = 16, 8
 SAME_PLACES, OTHER_ORDER = 0.25, 0.5
 NO_HEAD = "the landmarks are not those of a head, or not in the order of ISBI 2015"
@@ -74,7 +74,9 @@ def check(entries, doctors, sizes):
     check_shape(points, refuse)
     for marks in np.moveaxis(doctors, 1, 0):
         check_order(marks, refuse)
-    refuse(~(strangeness(points) <= STRANGE), NO_HEAD)
+    strange = strangeness(points)
+    refuse(~(strange <= STRANGE), NO_HEAD)
+    refuse((strange > STRANGE_SPLIT) & (len(strange) >= 5) & (strange.mean() > STRANGE_SPLIT), NO_HEAD)
 
 
 def named(k):

@@ -72,8 +72,8 @@ def test_the_accuracy_without_images_that_do_not_fit():
     assert table.loc["all", "mre_mm"] == pytest.approx(12.8) and table.loc["others", "mre_mm"] == 1
     assert table.loc["others", "name"] == "all landmarks, without c"
     assert str(said[0].message) == (
-        "c (MRE 60.0 mm): image and annotation may not belong together (median of the others 1.0 mm); the MRE of all is "
-        "12.80 mm, without 1.00 mm"
+        "c (MRE 60.0 mm): image and annotation may not belong together (median of the others 1.0 mm); the MRE of all "
+        "is 12.80 mm, without 1.00 mm"
     )
     assert "others" not in set(accuracy_table(np.delete(errors, 2, 0), [*"abde"])["landmark"])
 
