@@ -148,7 +148,7 @@ SEEN = {  # what a detector sees in an image, other than a head: as in records, 
     "no head": "the detector sees no head",
     "faces left": "the head faces left, but the detector knows those that face right",
     "faces right": "the head faces right, but the detector knows those that face left",
-    "odd shape": "the landmarks found are not those of a head",
+    "odd shape": "the landmarks found are not those of a head, some are far off",
 }
 
 

@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT, TRAIN, Code, K, assert_refused
 from PIL import Image
 
+import eval
 from eval import metrics, read_records, summarize
 from model import UNet, load_weights
 from support.command import find_device, progress
@@ -231,6 +232,29 @@ def test_diagnoses_of_a_test(here, official, run):
     assert "true_class" in found and "true_class" not in own
     pd.testing.assert_frame_equal(own, found.iloc[:8][[*own]])
     assert own["meaning"][0] in out
+
+
+def test_what_is_seen_is_recorded_and_said(here, run):
+    """A blank image; of an attack, what the clean image shows."""
+    Image.new("L", (240, 300)).save(here / "blank.png")
+    arguments = ["test.py", "--tag", "small", "--image", "blank.png"]
+    for name, attack in (("blank", []), ("blank_attacked", ["--attack", 2, "--targets", "shift"])):
+        status, out, err = run(*arguments, *attack, "--rand", name)
+        assert status == 0, err
+        assert len(re.findall("blank: the detector sees no head .median vote share at most 0.[01]", err)) == 1
+        records, table = (pd.read_csv(here / name / f"{file}.csv") for file in ("predictions", "measures"))
+        for found in (records, table):
+            clean = found["iteration"] == 0 if attack else found["image"] == "blank"
+            assert (found["seen"][clean] == "no head").all() and found["seen"][~clean].isna().all()
+        assert attack or "no head" in out
+
+
+def test_training_images_that_stand_apart_are_named(here, official, monkeypatch, run):
+    errors = torch.ones(4, K)
+    errors[2] = 60
+    monkeypatch.setattr(eval, "radial_errors", lambda points, data: errors[: len(data)])
+    status, _, err = run(*TRAIN, "--data", official, "--epochs", 3, "--checkpoint-every", 2, "--resume")
+    assert status == 0 and err.count("003 (MRE 60.0 mm): image and annotation may not belong together") == 1, err
 
 
 def test_own_images_without_annotation(here, official, run):
