@@ -127,7 +127,7 @@ def main(argv=None):
         network = compile_network(state.model, to_input(data.images[: args.batch_size], device))
     with command.sigterm_event() as stop:
         train(network, state, data, monitor, args, device, folder, stop)
-        distributed.on_main(warn_of_misfits, errors_on(data, state, args, device), data.ids)
+    distributed.on_main(warn_of_misfits, errors_on(data, state, args, device), data.ids)
     distributed.on_main(print, f"written to {folder}/")
 
 

@@ -58,11 +58,11 @@ def check(entries, doctors, sizes):
     """
     points = doctors.mean(1)
 
-    def refuse(bad, reason, certain=True):
+    def refuse(bad, reason, doctor=0, certain=True):
         """Raise InputError, or warn, if any of (N,) bool is true; ``reason``: text, or a function of an index."""
         if bad.any():
             i = int(bad.argmax())
-            annotation = entries[i].annotations[0]
+            annotation = entries[i].annotations[doctor]
             where = f"{annotation[0]}: line {annotation[1]}" if isinstance(annotation, tuple) else annotation
             text = f"{where}: {reason(i) if callable(reason) else reason} ({bad.sum()} of {len(bad)} images)"
             if certain:
@@ -73,8 +73,7 @@ def check(entries, doctors, sizes):
         check_doctors(doctors, refuse)
     check_extent(points, np.array(sizes), refuse)
     check_shape(points, refuse)
-    for marks in np.moveaxis(doctors, 1, 0):
-        check_order(marks, refuse)
+    check_order(doctors, refuse)
     strange = strangeness(points)
     refuse(~(strange <= STRANGE), NO_HEAD)
     refuse((strange > STRANGE_SPLIT) & (len(strange) >= 5) & (strange.mean() > STRANGE_SPLIT), NO_HEAD)
@@ -209,17 +208,19 @@ def strangeness(points):
     return (deviation @ inverse * deviation).sum(1)
 
 
-def check_order(points, refuse):
-    """Refuse two landmarks that are exchanged, by one image or by all together; warn where this is only likely."""
+def check_order(doctors, refuse):
+    """Refuse two landmarks that a doctor exchanged, by one image or by all together; warn where this is only likely."""
     pairs = np.array([*itertools.combinations(range(len(LANDMARKS)), 2)])
     orders = np.tile(np.arange(len(LANDMARKS)), (len(pairs), 1))
     np.put_along_axis(orders, pairs, pairs[:, ::-1], axis=1)
-    exchanged = np.stack([strangeness(points[:, order]) for order in orders], axis=1)  # (N, pairs)
-    ratio = np.where(exchanged <= STRANGE, (strangeness(points)[:, None] - exchanged) / 2, 0)
-    evidence = np.maximum(ratio.sum(0), ratio.max(0))
-    pair = evidence.argmax()
-    one, other = map(named, pairs[pair])
+    marks = doctors.reshape(-1, *doctors.shape[2:])
+    exchanged = np.stack([strangeness(points[orders]) for points in marks])  # (N * D, pairs)
+    ratio = np.where(exchanged <= STRANGE, (strangeness(marks)[:, None] - exchanged) / 2, 0)
+    ratio = ratio.reshape(*doctors.shape[:2], -1)
+    evidence = np.maximum(ratio.sum(0), ratio.max(0))  # (D, pairs)
+    doctor, pair = np.unravel_index(evidence.argmax(), evidence.shape)
+    ratio, (one, other) = ratio[:, doctor, pair], map(named, pairs[pair])
     for certain, bound in ((True, EXCHANGED), (False, SUSPECTED)):
-        if evidence[pair] > bound:
-            images = ratio[:, pair] > (0 if ratio[:, pair].sum() > bound else bound)
-            refuse(images, f"landmarks {one} and {other} seem to be exchanged", certain)
+        if evidence[doctor, pair] > bound:
+            images = ratio > (0 if ratio.sum() > bound else bound)
+            refuse(images, f"landmarks {one} and {other} seem to be exchanged", doctor, certain)

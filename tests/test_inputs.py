@@ -604,6 +604,7 @@ REFUSED = {
     ),
     "another list": (other_points(lambda points, rng: points[np.array(LIST) - 1] + rng.normal(0, 3, (K, 2))), ORDER),
     "at random": (other_points(lambda points, rng: rng.uniform((5, 5), (188, 235), (K, 2))), NO_HEAD),
+    "x of a smaller copy": (each_line(lambda k, x, y: f"{x / 5},{y}"), NO_HEAD),
     "on a circle": (
         other_points(lambda points, rng: 100 + 80 * np.stack([np.cos(np.arange(K) / 3), np.sin(np.arange(K) / 3)], 1)),
         NO_HEAD,
@@ -623,7 +624,7 @@ REFUSED = {
     "lips": (exchange(13, 14), "landmarks 13 (upper lip) and 14 (lower lip) seem to be exchanged"),
     "a doctor's lips": (
         exchange(13, 14, ["junior"]),
-        "landmarks 13 (upper lip) and 14 (lower lip) seem to be exchanged",
+        "400_junior/001.txt: landmarks 13 (upper lip) and 14 (lower lip) seem to be exchanged",
     ),
     "three exchanged": (lines_in_order([*range(6), 7, 8, 6, *range(9, K)]), "seem to be exchanged (4 of 4 images)"),
     # doctors
