@@ -366,8 +366,8 @@ def warn_of_images(records):
         share = records[records.reindex(columns=["seen"])["seen"] == seen].groupby("image")["vote_share"].median()
         if len(share):
             warnings.warn(
-                f"{listed([*share.index])}: {words} (median vote share at most {share.max():.2f}); landmarks and "
-                "diagnoses there mean nothing",
+                f"{listed([*share.index])}: {words} (median vote share at most {share.max():.2f}); do not trust "
+                "landmarks and diagnoses there",
                 stacklevel=2,
             )
 
