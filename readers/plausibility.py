@@ -10,10 +10,10 @@ extent       landmarks span less than 0.2 of the image in both axes (0.41 or mor
 mean shape   after the alignment of ``align``, residuals are relative to the landmarks' root-mean-square distance from
              their centre: a shape with a median below 0.35 (0.17; as a mirror image 0.65 or more) counts as a head; one
              landmark of a head is off by more than 0.75 (0.30); the same positions in another order: ``is_permuted``
-population   the squared Mahalanobis distance of the shape (``strangeness``): above 200 (57), or above 80 in the mean over
-             5 images or more (17)
-order        the logarithm of how much likelier a doctor's landmarks are with two of them exchanged (``check_order``), in
-             an image or summed over all: above 16 refused, above 8 warned of (4.8)
+population   the squared Mahalanobis distance of the shape (``strangeness``): above 200 (57), or above 80 in the mean
+             over 5 images or more (17)
+order        the logarithm of how much likelier a doctor's landmarks are with two of them exchanged (``check_order``),
+             in an image or summed over all: above 16 refused, above 8 warned of (4.8)
 """
 
 import functools

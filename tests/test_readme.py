@@ -131,7 +131,7 @@ def test_the_python_example_attacks_one_image(data, tmp_path, monkeypatch, capsy
         file.unlink()
     data.rename(tmp_path / "dataset")
     (run / "config.json").write_text(json.dumps({"size": [32, 32]}))
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # by which menton is not found at the lower edge
     torch.save(UNet().state_dict(), run / "model_epoch_229.pth")
     monkeypatch.chdir(tmp_path)
     found = {}
