@@ -14,6 +14,8 @@ Images are copies of a phantom; weights are random without --weights.
 Writes into --out: table.csv, table.md, config.json.
 """
 
+import support.early  # noqa: F401  for Ctrl-C while the rest is imported
+
 import copy
 import itertools
 import shutil
@@ -34,13 +36,13 @@ from attack import ATTACKS, goal_maps, last, run
 from dataset import Cephalograms, to_input
 from experiments.costs import Step
 from experiments.markdown import markdown
-from model import MIN_SIZE, UNet, compile_network, decode, encode, freeze, load_weights, place
+from model import MAX_SIZE, MIN_SIZE, UNet, compile_network, decode, encode, freeze, load_weights, place
 from phantom import draw_patient
 from readers.images import cores
 from readers.points import LANDMARKS
 from support import command
 from support.command import positive_int, progress
-from support.files import make_folder, save_config, write_text
+from support.files import own_folder, save_config, write_text
 from train import image_order, train_step
 
 PARTS = ("loading", "training", "attack", "test")
@@ -66,8 +68,8 @@ def make_parser():
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
-    if min(args.size) < MIN_SIZE:
-        parser.error(f"--size: at least {MIN_SIZE} {MIN_SIZE}")
+    if not MIN_SIZE <= min(args.size) <= max(args.size) <= MAX_SIZE:
+        parser.error(f"--size: at least {MIN_SIZE} {MIN_SIZE}, at most {MAX_SIZE} {MAX_SIZE}")
     if args.images < max(args.batch_size):
         parser.error(f"--images {args.images}: fewer than --batch-size {max(args.batch_size)}")
     device, out = command.find_device(args.device), Path(args.out)
@@ -75,11 +77,10 @@ def main(argv=None):
     model = UNet()
     if args.weights:
         load_weights(model, args.weights)
-    make_folder(out)
-    (out / "config.json").unlink(missing_ok=True)
-    save_config(out / "config.json", {**vars(args), "threads": torch.get_num_threads()}, device)
+    config = {**vars(args), "threads": torch.get_num_threads()}
     tables = []
-    with tempfile.TemporaryDirectory() as folder:
+    with own_folder(out, "benchmark.py", "--out", "config.json", "repeats"), tempfile.TemporaryDirectory() as folder:
+        save_config(out / "config.json", config, device, update=[*config, "versions"])
         draw_images(Path(folder), args.images)
         data = Cephalograms(folder, "train", args.size)
         for table in time_all(args, model, data, device, Path(folder)):

@@ -6,7 +6,6 @@ found, decoded and checked: readers/, and docs/data.md.
 
 import copy
 import hashlib
-import re
 import warnings
 from pathlib import Path
 
@@ -36,6 +35,7 @@ class Cephalograms:
         ids: only these images, in this order.
         mm_per_px: mm per px0 of all images; None: from a spacing file in ``root``, else 0.1.
         unusual: leave out the checks of plausibility.
+        max_pixels: that an image may have, see ``readers.images.opened``.
         progress: wraps the iteration over the images, like tqdm: progress(iterable, total=N, desc=text).
 
     Attributes:
@@ -56,8 +56,10 @@ class Cephalograms:
             file.
     """
 
-    def __init__(self, root, split, size, limit=None, ids=None, mm_per_px=None, unusual=False, progress=None):
-        self.split = split
+    def __init__(
+        self, root, split, size, limit=None, ids=None, mm_per_px=None, unusual=False, progress=None, max_pixels=None
+    ):
+        self.split, self.max_pixels = split, max_pixels
         found = contents(root)
         entries = entries_of(root, found, split)
         if ids is not None:
@@ -70,7 +72,7 @@ class Cephalograms:
         self.ids = [entry.id for entry in entries]
         self.files = [entry.image for entry in entries]
         spacing, source = read_spacing(Path(root), self.ids, mm_per_px)
-        self.images, sizes = read_images(self.files, size, "L", progress, f"loading {split}")
+        self.images, sizes = read_images(self.files, size, "L", progress, f"loading {split}", max_pixels)
         doctors = np.stack([read_doctors(entry, size0) for entry, size0 in zip(entries, sizes, strict=True)])
         if not unusual:
             plausibility.check(entries, doctors, sizes)
@@ -84,32 +86,30 @@ class Cephalograms:
             )
 
     @classmethod
-    def from_files(cls, files, size, mm_per_px=None, progress=None):
+    def from_files(cls, files, size, mm_per_px=None, progress=None, max_pixels=None):
         """Images without annotation, in any folders: ids are the file names without suffix, landmarks are nan.
 
         Args:
             files: N paths.
-            size, mm_per_px, progress: see the class.
+            size, mm_per_px, progress, max_pixels: see the class.
 
         Raises:
             InputError: unreadable, of an unsupported suffix, two of the same name, or a name that is no UTF-8.
         """
         self = cls.__new__(cls)
-        self.split = "image"
+        self.split, self.max_pixels = "image", max_pixels
         self.files = [Path(file) for file in files]
         self.ids = [file.stem for file in self.files]
         for i, id in enumerate(self.ids):
-            if id in self.ids[:i]:
+            if id.casefold() in map(str.casefold, self.ids[:i]):  # A and a are one name on many systems
                 raise InputError(f"{self.files[i]}: a second image named {id}; rename one")
         spacing, source = read_spacing(None, self.ids, mm_per_px)
-        self.images, sizes = read_images(self.files, size, "L", progress, "loading")
+        self.images, sizes = read_images(self.files, size, "L", progress, "loading", max_pixels)
         self._set(np.full((len(files), 1, len(LANDMARKS), 2), np.nan), sizes, size, spacing)
         self._warn_of_spacing("images", source)
         return self
 
     def _set(self, doctors_px0, sizes, size, mm_per_px0):
-        if odd := [id for id in self.ids if re.search(r"[\r\n\ud800-\udfff]", id)]:  # surrogates stand for other bytes
-            raise InputError(f"{self.files[self.ids.index(odd[0])]}: its name is no UTF-8 or has a newline; rename it")
         self.doctors_px0, self.sizes = torch.from_numpy(doctors_px0), torch.tensor(sizes)
         self.landmarks_px0 = torch.from_numpy(doctors_px0.mean(1))
         self.mm_per_px0 = torch.from_numpy(mm_per_px0)

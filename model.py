@@ -18,11 +18,13 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from container import Sequential
-from support.checkpoints import load_tensors
+from support.checkpoints import checked, load_tensors
 from support.errors import InputError, check_tensors
 from support.files import read_config
 
 MIN_SIZE = 32  # px: five poolings leave one pixel
+MAX_SIZE = 2**14  # px
+LARGEST = 1e6  # number in the maps of a network of any use
 SIZE_2020 = (800, 640)  # (H, W) px of the 2020 code's input
 LAMBDA = 2.0  # weight of the heatmap's cross-entropy against the offsets' L1
 SUBPIXEL = 0.1  # in units of R: the distance from the pixel with most votes within which votes are averaged
@@ -268,31 +270,25 @@ def load_encoder(encoder, source, name):
         state = load_tensors(source)
     state = {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")}
     try:
-        encoder.load_state_dict(state)
-    except RuntimeError:
+        encoder.load_state_dict(checked(source, state, encoder.state_dict()))
+    except InputError as error:
         text = f"not the state dict of torchvision's {name.lower()}"
-        raise InputError(f"--encoder-weights {source}: {text}") from None
+        raise InputError(f"--encoder-weights {source}: {text} ({error})") from None
 
 
 def load_weights(model, path):
     """Load a ``UNet`` checkpoint into the model.
 
     Raises:
-        InputError: unreadable, of another network or for another number of landmarks, or not finite.
+        InputError: unreadable, for another number of landmarks, or see ``checkpoints.checked``.
     """
     state = names_from_2020(load_tensors(path))
     expected = model.state_dict()
-    if missing := expected.keys() ^ state.keys():
-        raise InputError(f"{path}: weights of another network: {len(missing)} names differ, {min(missing)} is one")
-    if state["head.bias"].shape != expected["head.bias"].shape:
+    if expected.keys() == state.keys() and state["head.bias"].shape != expected["head.bias"].shape:
         raise InputError(
             f"{path}: weights for {state['head.bias'].numel() // 3} landmarks, {model.num_landmarks} are needed"
         )
-    if wrong := [key for key in expected if expected[key].shape != state[key].shape]:
-        raise InputError(f"{path}: weights of another network: {wrong[0]} is of shape {tuple(state[wrong[0]].shape)}")
-    if damaged := [key for key in expected if not state[key].isfinite().all()]:
-        raise InputError(f"{path}: weights that are nan or inf: {damaged[0]}")
-    model.load_state_dict(state)
+    model.load_state_dict(checked(path, state, expected))
 
 
 def names_from_2020(state):
@@ -324,7 +320,11 @@ def load_detector(checkpoint, device="cpu", precision="fp32", batch_statistics=F
         model = UNet(encoder_batch_norm=encoder_batch_norm)
     model.to_empty(device="cpu")
     load_weights(model, checkpoint)
-    return freeze(place(model, device, precision), batch_statistics), size
+    freeze(place(model, device, precision), batch_statistics)
+    maps = model(torch.linspace(-1, 1, 3 * 64 * 64, device=device).view(1, 3, 64, 64))
+    if not maps.abs().amax() < LARGEST or (maps[:, 0].amax((-2, -1)) == maps[:, 0].amin((-2, -1))).all():
+        raise InputError(f"{checkpoint}: weights that compute nothing: maps that are nan, huge or constant")
+    return model, size
 
 
 def read_architecture(folder):
@@ -336,7 +336,9 @@ def read_architecture(folder):
         return SIZE_2020, False
     config = read_config(path)
     size, encoder_batch_norm = config.get("size"), config.get("encoder_batch_norm", False)
-    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n >= MIN_SIZE for n in size)):
+    if not (
+        isinstance(size, list) and len(size) == 2 and all(type(n) is int and MIN_SIZE <= n <= MAX_SIZE for n in size)
+    ):
         raise InputError(f'{path}: not the configuration of a run: "size" should be two numbers of px')
     if not isinstance(encoder_batch_norm, bool):
         raise InputError(f'{path}: not the configuration of a run: "encoder_batch_norm" should be true or false')

@@ -10,6 +10,8 @@ patients.
 Annotations are x, y in px0 (0.1 mm), the atlas is in units of 0.25 mm.
 """
 
+import support.early  # noqa: F401  for Ctrl-C while the rest is imported
+
 import hashlib
 import json
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -24,7 +26,7 @@ from readers.layouts import DOCTORS, FOLDERS, IDS
 from support import command
 from support.command import natural_int, progress
 from support.errors import InputError
-from support.files import atomic, check_same_config, make_folder, write_json, write_text
+from support.files import atomic, check_same_config, own_folder, write_json, write_text
 
 WIDTH, HEIGHT = 1935, 2400  # px0
 UNIT = 2.5  # px0 per unit of the atlas
@@ -434,33 +436,28 @@ def main(argv=None):
         raise InputError("--train, --test1, --test2: nothing to draw; at least one of them must be positive")
     sources = Path(__file__), SHAPE, ATLAS  # decide how a phantom looks
     config["program_sha256"] = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
-    prepare_folder(root, config, parser.defaults())
+    with own_folder(root, "phantom.py", "--out", "phantom.json"):
+        draw(root, config, args.seed, parser.defaults())
+    print(f"written to {root}/")
 
+
+def draw(root, config, seed, defaults):
+    """The patients that the folder does not have yet.
+
+    Raises:
+        InputError: it holds phantoms of another configuration, or a process was killed.
+    """
+    check_same_config(root / "phantom.json", config, defaults, [], "--out")
+    write_json(root / "phantom.json", config)
     folders = {split: root / "RawImage" / FOLDERS[split] for split in IDS}
     files = [folders[split] / f"{id:03d}.bmp" for split in IDS for id in IDS[split][: config[split]]]
     files = [file for file in files if not file.exists()]  # a repeated command continues
     try:
         with ProcessPoolExecutor(min(cores(), len(files) or 1)) as pool:
-            drawn = pool.map(partial(draw_patient, args.seed), files)
+            drawn = pool.map(partial(draw_patient, seed), files)
             list(progress(drawn, "drawing", len(files), unit="image", disable=not files))
     except BrokenExecutor:
         raise InputError(f"--out {root}: a process that draws was killed; repeat the command to continue") from None
-    print(f"written to {root}/")
-
-
-def prepare_folder(root, config, defaults):
-    """Create the folder with its phantom.json.
-
-    Raises:
-        InputError: it holds other files than phantoms of the same configuration.
-    """
-    file = root / "phantom.json"
-    if file.exists():
-        check_same_config(file, config, defaults, [], "--out")
-    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise InputError(f"--out {root}: exists already and was not made by phantom.py; choose another folder")
-    make_folder(root)
-    write_json(file, config)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ repeated: the same command resumes after a stop. Writes results/<name>/report.md
 detectors and their results are in runs/<name>-<detector>/.
 """
 
+import support.early  # noqa: F401  for Ctrl-C while the rest is imported
+
 import shlex
 import time
 import warnings
@@ -36,7 +38,7 @@ from support import command, distributed
 from support.checkpoints import checkpoint_epochs, checkpoint_path
 from support.distributed import is_main
 from support.errors import InputError
-from support.files import RUNS, make_folder, read_config
+from support.files import RUNS, own_folder, read_config
 
 RESULTS = Path("results")
 PROGRAMS = {"phantom.py": phantom, "train.py": train, "test.py": test}
@@ -82,23 +84,24 @@ def main():
         distributed.on_main(show_costs, plan, args)
     if args.list:
         return
-    distributed.on_main(make_folder, plan.out)
-    for name in plan.chosen:
-        start = time.perf_counter()
-        commands = plan.commands(name)
-        say(f"\n=== {report.EXPERIMENTS[name].TITLE} ({name}), {len(commands)} commands")
-        for program, *argv in commands:
-            say(f"\npython {program} {shlex.join(argv)}")
-            PROGRAMS[program].main(argv)
-        shown = [f"python {shlex.join(line)}" for line in commands]
-        distributed.on_main(report.publish, name, plan.results(name), plan.data, shown, plan.out)
-        victim = plan.folder(plan.scale.victim)
-        if args.scale != "demo":
-            distributed.on_main(report.assemble, args.scale, plan.scale.experiments, victim, plan.out)
-        elif name == "fancy":
-            (tested,), (attacked,) = plan.results("detection"), plan.results("attack")
-            print("", *demo.publish(tested, attacked, plan.results(name), plan.out), sep="\n")
-        say(f"{name}: {(time.perf_counter() - start) / 60:.1f} minutes")
+    with distributed.held_by_main(own_folder(plan.out, "reproduce.py", "--name", "report.md")):
+        for name in plan.chosen:
+            start = time.perf_counter()
+            commands = plan.commands(name)
+            say(f"\n=== {report.EXPERIMENTS[name].TITLE} ({name}), {len(commands)} commands")
+            for program, *argv in commands:
+                say(f"\npython {program} {shlex.join(argv)}")
+                PROGRAMS[program].main(argv)
+            distributed.on_main((plan.out / "report.md").touch)  # by which the folder is known
+            shown = [f"python {shlex.join(line)}" for line in commands]
+            distributed.on_main(report.publish, name, plan.results(name), plan.data, shown, plan.out)
+            victim = plan.folder(plan.scale.victim)
+            if args.scale != "demo":
+                distributed.on_main(report.assemble, args.scale, plan.scale.experiments, victim, plan.out)
+            elif name == "fancy":
+                (tested,), (attacked,) = plan.results("detection"), plan.results("attack")
+                print("", *demo.publish(tested, attacked, plan.results(name), plan.out), sep="\n")
+            say(f"{name}: {(time.perf_counter() - start) / 60:.1f} minutes")
     say(f"\nwritten to {plan.out}/report.md")
 
 
@@ -217,7 +220,7 @@ def make_plan(args):
     for name in chosen:
         if name not in scale.experiments:
             raise InputError(f"--only {name}: not part of --scale {args.scale}; {', '.join(scale.experiments)} are")
-    options = {name: getattr(args, name) for name in ("precision", "device", "mm_per_px", "unusual")}
+    options = {name: getattr(args, name) for name in ("precision", "device", "mm_per_px", "max_pixels", "unusual")}
     options = {name: value for name, value in options.items() if value not in ("auto", None, False)}
     plan = Plan(scale, chosen, args.name, args.data, args.encoder_weights, options)
     if not args.list:

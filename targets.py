@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from dataset import rescale
-from readers.points import LANDMARKS, read_targets
+from readers.points import LANDMARKS, finder, read_targets
 from readers.tables import read_table
 from support.errors import InputError
 from support.files import write_table
@@ -179,7 +179,7 @@ def read_stored_targets(file, data):
         InputError: they are of images that ``data`` does not have.
     """
     rows = read_table(file, ["image", "landmark", "x", "y"], "image,landmark,x,y")
-    ids = list(dict.fromkeys(row["image"] for _, row in rows))
+    ids = list(dict.fromkeys(map(finder(data.ids), [row["image"] for _, row in rows])))
     if unknown := [id for id in ids if id not in data.ids]:
         raise InputError(f"{file}: has targets of image {unknown[0]}, which is not attacked; choose another --rand")
     return ids, Targets(*map(torch.from_numpy, read_targets(file, ids, len(LANDMARKS))))

@@ -15,6 +15,8 @@ and records/, from which the same command resumes after a stop; measures.csv and
 how often their classes are right or changed; for an attack also line charts and adversarial/.
 """
 
+import support.early  # noqa: F401  for Ctrl-C while the rest is imported
+
 import argparse
 import warnings
 from pathlib import Path
@@ -44,7 +46,7 @@ from support import command, distributed, figures
 from support.checkpoints import find_checkpoint, sha256
 from support.command import natural_int, positive_int
 from support.errors import InputError
-from support.files import check_same_config, make_folder, run_folder, save_config, write_table
+from support.files import check_same_config, own_folder, run_folder, save_config, write_table
 from targets import DRAWN, choose_targets, read_stored_targets, write_targets
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -60,12 +62,12 @@ def attack_name(text):
 
 
 def defence(text):
-    """A value of --defence."""
+    """A value of --defence, its number written in one way."""
     try:
-        defences.parse_defence(text)
+        _, number = defences.parse_defence(text)
     except InputError as error:
         raise argparse.ArgumentTypeError(error) from None
-    return text
+    return f"{text.partition(':')[0]}:{int(number) if number.is_integer() else number}"
 
 
 def class_or_any(text):
@@ -76,7 +78,7 @@ def class_or_any(text):
 def make_parser():
     parser = command.Parser("Test a trained detector, or attack it.", retired={"restarts": 1})
     add = parser.add_argument
-    add("--tag", type=command.tag, required=True, help="the run: runs/TAG/, as trained by train.py")
+    add("--tag", type=command.tag, required=True, may_change=True, help="the run: runs/TAG/, as trained by train.py")
     epoch = "the checkpoint after this epoch, counted from 0 (default: the newest)"
     add("--iteration", type=natural_int, metavar="EPOCH", help=epoch)
     command.add_data_arguments(parser)
@@ -180,10 +182,20 @@ def main(argv=None):
     with distributed.guard():
         device = command.find_device(args.device)
         epoch, checkpoint = find_checkpoint(run_folder(args.tag), args.iteration)
+        out = Path(args.rand) if args.rand else run_folder(args.tag) / default_name(args, epoch)
+    with distributed.held_by_main(own_folder(out, "test.py", "--rand", "config.json", "rand")):
+        begin(args, parser, device, epoch, checkpoint, out)
+    distributed.on_main(print, f"written to {out}/")
+
+
+def begin(args, parser, device, epoch, checkpoint, out):
+    """Load everything, check it, and test or attack."""
+    with distributed.guard():
         model, data = load(checkpoint, args, device)
-        others = [(tag, *load(find_checkpoint(run_folder(tag))[1], args, device)) for tag in args.transfer or []]
-    distributed.require_equal(data=data.sha256)  # nothing is written before all processes have the same
-    out = Path(args.rand) if args.rand else run_folder(args.tag) / default_name(args, data, epoch)
+        checkpoints = {tag: find_checkpoint(run_folder(tag))[1] for tag in args.transfer or []}
+        others = [(tag, *load(file, args, device)) for tag, file in checkpoints.items()]
+    # nothing is written before all processes have the same
+    distributed.require_equal(data=data.sha256, transfer=[sha256(file) for file in checkpoints.values()])
     if args.image:
         find_references(args, model, [data, *(other for *_, other in others)], device)
     targets = None
@@ -194,7 +206,9 @@ def main(argv=None):
         training = load_training(args, data.images.shape[-2:])
         config = vars(args) | {"iteration": epoch, "size": list(data.images.shape[-2:])}
         config |= fingerprints(args, checkpoint, data, targets, training)
-        check_output(out, config, parser)
+        # of a file of targets, targets_sha256 is a hash of the content
+        may_change = parser.may_change | ({"targets"} if args.targets not in (*DRAWN, "diagnosis") else set())
+        check_same_config(out / "config.json", config, parser.defaults(), may_change, "--rand")
     distributed.require_equal(configuration=config)
     if args.compile:
         model = compile_network(model, to_input(data.images[: args.batch_size], device))
@@ -214,7 +228,6 @@ def main(argv=None):
         table = read_back(out / "adversarial")
     if table is not None:
         distributed.on_main(stored.report_stored, table, out)
-    distributed.on_main(print, f"written to {out}/")
 
 
 # --- preparation -----------------------------------------------------------------------------------------------------
@@ -228,7 +241,7 @@ def load(checkpoint, args, device):
 
 def load_data(args, size, split=None):
     """The images to test or attack, or those of another split, at an input size (H, W)."""
-    options = {"mm_per_px": args.mm_per_px, "progress": command.loading_bar}
+    options = {"mm_per_px": args.mm_per_px, "max_pixels": args.max_pixels, "progress": command.loading_bar}
     if args.image:
         return Cephalograms.from_files(args.image, size, **options)
     chosen = {} if split else {"limit": args.limit, "ids": args.images}
@@ -281,11 +294,10 @@ def make_targets(args, model, data, device, file):
     return distributed.on_main(find)
 
 
-def default_name(args, data, epoch):
+def default_name(args, epoch):
     what = "attack" if args.attack else "read_back" if args.adversarial else "test"
-    first, *others = data.ids
-    images = f"{first}_and_{len(others)}_more" if others else first
-    return f"{what}_{images if args.image else args.split}_{epoch}"
+    first, *others = [Path(file).stem for file in args.image] if args.image else [args.split]
+    return f"{what}_{f'{first}_and_{len(others)}_more' if others else first}_{epoch}"
 
 
 def fingerprints(args, checkpoint, data, targets, training):
@@ -296,18 +308,7 @@ def fingerprints(args, checkpoint, data, targets, training):
     return {f"{name}_sha256": value for name, value in found.items() if value}
 
 
-def check_output(out, config, parser):
-    """Raise InputError where the output folder holds anything but earlier results of the same configuration."""
-    if (out / "config.json").exists():
-        # of a file of targets, targets_sha256 is a hash of the content
-        may_change = parser.may_change | ({"targets"} if config["targets"] not in (*DRAWN, "diagnosis") else set())
-        check_same_config(out / "config.json", config, parser.defaults(), may_change, "--rand")
-    elif out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out}: holds other files than results of test.py; choose another --rand")
-
-
 def prepare_output(out, config, device, ids, targets):
-    make_folder(out)
     save_config(out / "config.json", config, device)
     if config["measure"]:
         write_targets(out / "targets.csv", ids, targets)
@@ -343,22 +344,21 @@ def unfinished(args, data, out, methods):
         InputError: a record of an earlier call is not whole.
     """
 
-    def is_unfinished(method, i, existing):
+    def is_unfinished(method, i):
         files = [record_file(out, data.ids[i], method)]
         files += [record_file(out, data.ids[i], method, name) for name in args.defence if method]
         if i < args.pictures:
             files.append(picture_file(out, data.ids[i], method))
         if args.save_adversarial:
             files += stored.stored_files(out / "adversarial", method, data.ids[i])
-        return not existing.issuperset(files)
+        return not all(file.exists() for file in files)
 
     def find():
-        existing = set(out.rglob("*"))
         records = record_files(args, data, out, (None, *args.defence))
-        if earlier := {file: content for file, content in records.items() if file in existing}:
+        if earlier := {file: content for file, content in records.items() if file.exists()}:
             read_records(earlier)  # refused before the work, not after it
         jobs = [
-            (method, batch, [i for i in batch if is_unfinished(method, i, existing)])
+            (method, batch, [i for i in batch if is_unfinished(method, i)])
             for method in methods
             for batch in in_batches(list(range(len(data))), args.batch_size)
         ]
@@ -424,8 +424,7 @@ def attack_all(args, model, data, targets, training, device, out):
     attacks = {name: ATTACKS[name] for name in args.attack}
     options = {name: getattr(args, name) for name in ("epsilon", "steps", "seed", "grey")} | {"device": device}
     for name in (name for name, attack in attacks.items() if attack.universal):
-        file = out / "universal_perturbation.pth"
-        delta = universal.find_perturbation(file, attacks[name], model, *training, args.batch_size, **options)
+        delta = universal.find_perturbation(out, attacks[name], model, *training, args.batch_size, **options)
         attacks[name] = attacks[name]._replace(delta=delta)
     jobs = unfinished(args, data, out, attacks)
     with command.progress(jobs, desc="attacking", unit="batch", disable=not jobs) as bar:

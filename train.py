@@ -13,6 +13,8 @@ starts of attacks on them, follow from --seed. On SIGTERM it exits with status 1
 Writes into runs/<tag>/: config.json, model_epoch_<e>.pth (weights), resume.pth, train_log.csv, train_log.png.
 """
 
+import support.early  # noqa: F401  for Ctrl-C while the rest is imported
+
 import copy
 import math
 import time
@@ -27,25 +29,26 @@ import torch
 from attack import last, paper_loss, pgd, untargeted_loss
 from dataset import Cephalograms, check_disjoint, in_batches, to_input
 from eval import metrics, predict, radial_errors, warn_of_misfits
-from model import LAMBDA, MIN_SIZE, UNet, compile_network, encode, freeze, load_weights, loss_terms, place
+from model import LAMBDA, MAX_SIZE, MIN_SIZE, UNet, compile_network, encode, freeze, load_weights, loss_terms, place
 from readers.layouts import available_splits
 from readers.points import LANDMARKS
 from support import command, distributed, figures
-from support.checkpoints import checkpoint_epochs, checkpoint_path, load_file, write_tensors
+from support.checkpoints import checked, checkpoint_epochs, checkpoint_path, load_file, sha256, write_tensors
 from support.command import half_grey_levels, positive_float, positive_int, progress
 from support.distributed import is_main, world_size
 from support.errors import InputError, Stopped
-from support.files import RUNS, atomic, check_same_config, make_folder, read_config, save_config
+from support.files import RUNS, atomic, check_same_config, own_folder, read_config, results, save_config
 from targets import random_targets
 
 SAVE_SECONDS = 60  # between writings of resume.pth, beside those at checkpoints and at SIGTERM
+SAVED = ("epoch", "step", "terms", "seconds", "rows", "config")  # of the state, beside weights and moments
 WARMUP = 0.05  # fraction of a cosine schedule in which the learning rate rises
 
 
 def make_parser():
     parser = command.Parser("Train the landmark detector.")
     add = parser.add_argument
-    add("--tag", type=command.tag, help="name of the run, whose files go to runs/TAG/ (default: the time)")
+    add("--tag", type=command.tag, may_change=True, help="name of the run, in runs/TAG/ (default: the time)")
     command.add_data_arguments(parser)
     add("--size", type=positive_int, nargs=2, metavar=("H", "W"), default=[800, 640], help="network input in px")
     add("--epochs", type=positive_int, default=230, may_change=True, help="passes over the training images")
@@ -74,8 +77,8 @@ def parse_arguments(parser, argv):
     for name in ("epsilon", "attack_steps", "clean_share"):
         if not args.adversarial and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')}: needs --adversarial")
-    if min(args.size) < MIN_SIZE:
-        parser.error(f"--size: at least {MIN_SIZE} {MIN_SIZE}")
+    if not MIN_SIZE <= min(args.size) <= max(args.size) <= MAX_SIZE:
+        parser.error(f"--size: at least {MIN_SIZE} {MIN_SIZE}, at most {MAX_SIZE} {MAX_SIZE}")
     if args.batch_size < world_size():
         parser.error(f"--batch-size {args.batch_size}: fewer images than the {world_size()} processes")
     if args.compile and world_size() > 1:
@@ -98,6 +101,7 @@ class State:
     terms: torch.Tensor = field(default_factory=lambda: torch.zeros(3))  # of the loss, summed over the epoch's images
     seconds: float = 0.0  # spent on the epoch
     rows: list = field(default_factory=list)  # of the log
+    config: dict = field(default_factory=dict)  # see config.json
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -112,23 +116,33 @@ def main(argv=None):
         if is_main():
             print(f"--tag {args.tag}")
     folder = RUNS / args.tag
+    with distributed.held_by_main(own_folder(folder, "train.py", "--tag", "config.json", "checkpoint_every")):
+        begin(args, parser, folder)
+    distributed.on_main(print, f"written to {folder}/")
+
+
+def begin(args, parser, folder):
+    """Load everything, check it, and train."""
     with distributed.guard():
         device = command.find_device(args.device)
         check_folder(folder, args.resume)
         data, monitor = load_data(args)
         config = {name: value for name, value in vars(args).items() if name != "resume"} | {"data_sha256": data.sha256}
-        check_config(folder, config, parser)
+        if (folder / "config.json").exists():
+            check_config(folder, read_config(folder / "config.json"), config, parser)
         state = initial_state(args, folder, device)
+        check_config(folder, state.config or config, config, parser)  # config.json may be another run's
+        resumed = (folder / "resume.pth").exists() and sha256(folder / "resume.pth")
     # nothing is written before all processes have the same
-    distributed.require_equal(data=[data.sha256, monitor and monitor.sha256], state=(state.epoch, state.step))
-    distributed.on_main(prepare_folder, folder, config, device, state)
+    distributed.require_equal(data=[data.sha256, monitor and monitor.sha256], state=resumed)
+    state.config = config
+    distributed.on_main(prepare_folder, folder, config, device, state, args)
     network = distributed.data_parallel(state.model, device)
     if args.compile:
         network = compile_network(state.model, to_input(data.images[: args.batch_size], device))
-    with command.sigterm_event() as stop:
+    with command.late_stop() as stop:
         train(network, state, data, monitor, args, device, folder, stop)
     distributed.on_main(warn_of_misfits, errors_on(data, state, args, device), data.ids)
-    distributed.on_main(print, f"written to {folder}/")
 
 
 def train(network, state, data, monitor, args, device, folder, stop):
@@ -147,8 +161,7 @@ def train(network, state, data, monitor, args, device, folder, stop):
                 end_epoch(state, evaluate(state, monitor, args, device), len(data))
                 bar.set_postfix({"last loss": f"{state.rows[-1]['loss']:.3f}"}, refresh=False)
             stopping = distributed.any_process(stop.is_set())
-            # after the first epoch too: checkpoints without a state cannot be resumed
-            if stopping or not finished or state.epoch == 1 or is_checkpoint(state.epoch - 1, args):
+            if stopping or not finished or is_checkpoint(state.epoch - 1, args):
                 with distributed.guard():
                     save(state, folder, args)
                 saved = time.monotonic()
@@ -297,7 +310,7 @@ def end_epoch(state, monitored, images):
 
 def check_folder(folder, resume):
     """Raise InputError where the run's folder is in use, or cannot be resumed."""
-    if folder.is_dir() and any(folder.iterdir()) and not resume:
+    if results(folder) and not resume:
         raise InputError(f"{folder}: this --tag is in use; add --resume to continue, or choose another")
     epochs = checkpoint_epochs(folder)
     if epochs and not (folder / "resume.pth").exists():
@@ -327,31 +340,28 @@ def initial_state(args, folder, device):
 
 def load_data(args):
     """The training images, and those of the first test split that exists, or None, for monitoring."""
-    options = {"mm_per_px": args.mm_per_px, "unusual": args.unusual, "progress": command.loading_bar}
+    options = {"mm_per_px": args.mm_per_px, "max_pixels": args.max_pixels, "progress": command.loading_bar}
     monitored = next((split for split in available_splits(args.data) if split != "train"), None)
-    data = Cephalograms(args.data, "train", args.size, **options)
-    monitor = Cephalograms(args.data, monitored, args.size, **options) if monitored else None
+    data = Cephalograms(args.data, "train", args.size, unusual=args.unusual, **options)
+    monitor = Cephalograms(args.data, monitored, args.size, unusual=args.unusual, **options) if monitored else None
     if monitor:
         check_disjoint(data, monitor)
     return data, monitor
 
 
-def prepare_folder(folder, config, device, state):
-    make_folder(folder)
+def prepare_folder(folder, config, device, state, args):
     save_config(folder / "config.json", config, device, update=["epochs"])
-    save_log(state.rows, folder)  # a kill may have come between resume.pth and its log
+    save_results(state, folder, args)  # a kill may have come after resume.pth
 
 
-def check_config(folder, config, parser):
+def check_config(folder, kept, config, parser):
     """Raise InputError where the run was begun with other arguments; --epochs may only grow, on a schedule of steps."""
-    file = folder / "config.json"
-    if file.exists():
-        check_same_config(file, config, parser.defaults(), parser.may_change, "--tag")
-        epochs, cosine = read_config(file).get("epochs", config["epochs"]), config["schedule"] == "cosine"
-        if epochs > config["epochs"] or (cosine and epochs < config["epochs"]):
-            new = f", where --schedule cosine ends; else --init {checkpoint_path(folder, epochs - 1)} for a new --tag"
-            more = new if cosine else " or more"
-            raise InputError(f"{folder}: was begun with --epochs {epochs}; --resume takes as many{more}")
+    check_same_config(folder / "config.json", config, parser.defaults(), parser.may_change, "--tag", kept)
+    epochs, cosine = kept.get("epochs", config["epochs"]), config["schedule"] == "cosine"
+    if epochs > config["epochs"] or (cosine and epochs < config["epochs"]):
+        new = f", where --schedule cosine ends; else --init {checkpoint_path(folder, epochs - 1)} for a new --tag"
+        more = new if cosine else " or more"
+        raise InputError(f"{folder}: was begun with --epochs {epochs}; --resume takes as many{more}")
 
 
 def save(state, folder, args):
@@ -363,22 +373,20 @@ def save(state, folder, args):
         )
     if not is_main():
         return
-    weights, checkpoint = state.model.state_dict(), state.step == 0 and is_checkpoint(state.epoch - 1, args)
-    if checkpoint:
-        write_tensors(checkpoint_path(folder, state.epoch - 1), weights)
-    content = {"epoch": state.epoch, "step": state.step, "terms": state.terms.cpu(), "seconds": state.seconds}
-    content |= {"rows": state.rows, "model": weights, "optimizer": state.optimizer.state_dict()}
-    write_tensors(folder / "resume.pth", content)
-    save_log(state.rows, folder, chart=checkpoint)
+    content = {name: getattr(state, name) for name in SAVED} | {"terms": state.terms.cpu()}
+    content |= {"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}
+    write_tensors(folder / "resume.pth", content)  # first: checkpoints without a state cannot be resumed
+    save_results(state, folder, args)
 
 
-def save_log(rows, folder, chart=True):
-    """train_log.csv and its chart, if an epoch is finished."""
-    if rows:
-        log = pd.DataFrame(rows)
+def save_results(state, folder, args):
+    """After an epoch that gets them, its checkpoint and the chart of the log; the log, if an epoch is finished."""
+    if state.rows:
+        log = pd.DataFrame(state.rows)
         with atomic(folder / "train_log.csv") as temporary:
             log.to_csv(temporary, index=False)
-        if chart:
+        if state.step == 0 and is_checkpoint(state.epoch - 1, args):
+            write_tensors(checkpoint_path(folder, state.epoch - 1), state.model.state_dict())
             figures.plot_training(log, folder / "train_log.png")
 
 
@@ -390,17 +398,17 @@ def load_state(state, path):
     """
     try:
         content = load_file(path)
-        state.model.load_state_dict(content["model"])
+        state.model.load_state_dict(checked(path, content["model"], state.model.state_dict()))
         state.optimizer.load_state_dict(content["optimizer"])
         for weight, moments in state.optimizer.state.items():  # they may come from another memory layout
             for name in ("exp_avg", "exp_avg_sq"):
                 moments[name] = torch.empty_like(weight, requires_grad=False).copy_(moments[name])
-        for name in ("epoch", "step", "terms", "seconds", "rows"):
-            setattr(state, name, content[name])
-    except Exception as error:  # of many types, see load_file
-        raise InputError(
-            f"{path}: not the state of a training, or damaged ({type(error).__name__}); use another --tag"
-        ) from None
+        for name in SAVED:
+            if type(content.get(name, {})) is not type(getattr(state, name)):
+                raise TypeError(name)
+            setattr(state, name, content.get(name, {}))  # older ones have no config
+    except Exception as error:  # of many types
+        raise InputError(f"{path}: not the state of a training ({error!r:.200}); use another --tag") from None
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from PIL import Image
 
 from eval import SUCCESS_MM, summarize
 from support.errors import InputError
-from support.files import write_table
+from support.files import load_table, write_table
 
 DRAWS = 4  # of a random defence, in each pass of an attack on it
 SHAPE = Path(__file__).parent.parent / "assets" / "shape_model.json"
@@ -154,7 +154,7 @@ def both_sides(model, names, seed):
 
 def is_complete(file, names):
     """Whether defences_summary.csv of a test has these defences."""
-    return file.exists() and {"none", *names} == {*pd.read_csv(file)["defence"]}
+    return file.exists() and {"none", *names} == {*load_table(file, ["defence"])["defence"]}
 
 
 def report_accuracy(file, plain, rows):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from attack import ATTACKS
 from eval import predict, read_records, record_attack, summarize, to_px0
 from readers.images import read_image, read_images, read_size
 from support import distributed
@@ -56,7 +57,7 @@ def save_adversarial(folder, method, data, adversarial):
         InputError: the original no longer exists, or the file cannot be written.
     """
     adversarial = (adversarial.cpu() + 1) * 127.5
-    original, size0 = read_image(data.files[0], None)
+    original, size0 = read_image(data.files[0], None, max_pixels=data.max_pixels)
     delta = F.interpolate((adversarial - data.images[0])[None], size0, mode="nearest-exact")[0]
     for size, image in zip(SIZES, (adversarial.numpy(), original + delta.numpy()), strict=True):
         levels = image.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
@@ -92,7 +93,7 @@ def read_in_memory(folder, data):
     """
     file = find_in_memory(folder)
     table, attacks = read_records([file]), []
-    if not {"method", "iteration", "role", "target_x_px0", "target_y_px0"} <= set(table):
+    if not {*table.get("method", [""])} <= {*ATTACKS}:  # a method becomes a path of images
         raise InputError(f"{file}: not the record of an attack; --adversarial takes the folder of --save-adversarial")
     for method, rows in table.groupby("method", sort=False):
         ids = list(rows["image"].unique())
@@ -130,7 +131,7 @@ def predict_stored(detectors, folder, batch_size, device, subpixel=False):
             for name, model, data in detectors:
                 files = [stored_file(folder, method, size, id, suffix) for id in ids]
                 with distributed.guard():
-                    if size == "input" and read_size(files[0]) != tuple(data.images.shape[-2:]):
+                    if size == "input" and read_size(files[0], data.max_pixels) != tuple(data.images.shape[-2:]):
                         continue
                     part = data.select(ids)
                     images, norms = load_stored(files, part, size)
@@ -160,16 +161,16 @@ def stored_forms(folder, method, ids):
 
 def load_stored(files, data, size):
     """Stored images (N, H, W, 3) uint8 at the input's size, and their L-infinity norms (N,) in grey levels."""
-    images, _ = read_images(files, data.images.shape[-2:], "RGB")
+    images, _ = read_images(files, data.images.shape[-2:], "RGB", max_pixels=data.max_pixels)
     with ThreadPoolExecutor() as pool:
         clean = data.images.numpy() if size == "input" else data.files
-        return images, np.array(list(pool.map(largest_change, clean, files)))
+        return images, np.array(list(pool.map(largest_change, clean, files, [data.max_pixels] * len(files))))
 
 
-def largest_change(clean, file):
+def largest_change(clean, file, max_pixels=None):
     """L-infinity distance in grey levels of a stored image from a clean one, (H, W) uint8 or its file."""
-    clean = clean if isinstance(clean, np.ndarray) else read_image(clean, None)[0]
-    attacked, _ = read_image(file, None, "RGB")
+    clean = clean if isinstance(clean, np.ndarray) else read_image(clean, None, max_pixels=max_pixels)[0]
+    attacked, _ = read_image(file, None, "RGB", max_pixels)
     if attacked.shape[:2] != clean.shape:
         raise InputError(
             f"{file}: size {attacked.shape[:2]} (H, W), but the clean image has {clean.shape}; use a detector of the "

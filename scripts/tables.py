@@ -14,10 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project, when this file is run by its path
 
+import support.early  # noqa: F401  for Ctrl-C while the rest is imported
+
 from experiments import attack, defence, diagnosis
 from experiments.results import Result
 from support import command
-from support.files import make_folder, write_text
+from support.files import own_folder, write_json, write_text
 
 EXPERIMENTS = {"attack": attack, "diagnosis": diagnosis, "defence": defence}
 
@@ -39,8 +41,9 @@ def main(argv=None):
         return
     experiment, out = EXPERIMENTS[args.experiment], Path(args.out)
     results = experiment.check(results)
-    make_folder(out)
-    write_text(out / f"{args.experiment}.md", experiment.publish(results, args.data, out))
+    with own_folder(out, "scripts/tables.py", "--out", "config.json", "folders"):
+        write_json(out / "config.json", vars(args))
+        write_text(out / f"{args.experiment}.md", experiment.publish(results, args.data, out))
     print(f"written to {out}/")
 
 

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from support.distributed import is_main, rank, world_size
-from support.errors import InputError, Stopped
+from support.distributed import is_main, launched, rank, world_size
+from support.errors import CONTROL, UNFIT, InputError, Stopped
 
-STOPPED = 128 + signal.SIGTERM  # exit status
+STOPPED = 128 + signal.SIGTERM  # exit status; SIGHUP counts as SIGTERM
+WINDOWS = re.compile(r'(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*[<>:"|?*].*|.*[. ]', re.I)  # no names of folders there
 TRY_AGAIN = 75  # exit status EX_TEMPFAIL of sysexits.h
 
 
@@ -50,14 +51,35 @@ def loading_bar(iterable, **options):
 
 
 @contextlib.contextmanager
-def sigterm_event():
-    """An event that SIGTERM sets, instead of ending the command at once: a step can be finished first."""
+def late_stop():
+    """An event that SIGTERM sets, instead of ending the command at once: a step can be finished first.
+
+    Raises:
+        Stopped: at the end of the block, if it has come.
+    """
     event = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: event.set())
     try:
         yield event
     finally:
         signal.signal(signal.SIGTERM, before)
+    if event.is_set():
+        stop()
+
+
+def stop(*_):
+    raise Stopped("stopped by SIGTERM; finished work is kept")
+
+
+def one_line(text):
+    """A text without line ends, and without what a terminal would obey: names in files may hold anything."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], " ".join(text.split()))
+
+
+def say(message):
+    """A line on standard error."""
+    with contextlib.suppress(OSError):  # a terminal that is closed
+        print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,7 +103,7 @@ class Parser(argparse.ArgumentParser):
         return action
 
     def error(self, message):
-        line = f"{self.prog}: error: {message} (--help lists all arguments)\n"
+        line = f"{self.prog}: error: {one_line(message)} (--help lists all arguments)\n"
         self.exit(2, line if is_main() else None)
 
     def defaults(self):
@@ -93,20 +115,19 @@ def run(main):
     """Call a command's ``main()``; errors become one line on standard error and an exit status.
 
     2: wrong input, or another condition that the user must resolve (a full disk); 75: another process was lost; 130:
-    Ctrl-C; 143: SIGTERM. An error that all processes have is reported by the main process only.
+    Ctrl-C; 143: SIGTERM or SIGHUP. An error that all processes have is reported by the main process only.
     """
-    name = Path(sys.argv[0]).name
     with contextlib.suppress(AttributeError):  # no console
         sys.stdout.reconfigure(errors="replace")  # names that it cannot show; standard error escapes them itself
     warnings.filterwarnings("ignore", module="PIL")  # about damaged images, which are refused by name
-    warnings.showwarning = lambda message, *_: is_main() and print(f"{name}: warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: is_main() and say(f"warning: {message}")
     # PyTorch then requests huge pages from Linux: a tenth of all time on CPUs is the first touch of large tensors
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-    def stop(*_):
-        raise Stopped("stopped by SIGTERM; finished work is kept")
-
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in the background of a script
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # instead of support.early's
     before = signal.signal(signal.SIGTERM, stop)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not after nohup
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))  # a terminal is closed
     try:
         status, message = 0, None
         try:
@@ -117,7 +138,7 @@ def run(main):
             status, message = explain(error)
         gc.collect()  # closes the progress bars that the error holds, each of which ends its line
         if message:
-            print(f"{name}: {message}", file=sys.stderr, flush=True)
+            say(message)
         if dist.is_initialized():
             if status == 0:
                 with contextlib.suppress(RuntimeError):  # another process may be gone
@@ -133,7 +154,7 @@ def run(main):
 def explain(error):
     """(exit status, line) of an error that is not a bug; any other is raised again."""
     if isinstance(error, (InputError, OSError)):  # an OSError names its file
-        return 2, f"error: {' '.join(str(error).split())}"
+        return 2, f"error: {error}"
     if isinstance(error, SystemExit):  # already reported
         return error.code or 0, None
     if isinstance(error, Stopped):
@@ -186,7 +207,8 @@ def half_grey_levels(text):
 
 def tag(text):
     """A run's name: one folder below runs/."""
-    if text in ("", ".", "..") or {*"/\\\0"} & {*text} or text.encode(errors="ignore").decode() != text:  # no UTF-8
+    reserved = sys.platform == "win32" and WINDOWS.fullmatch(text)
+    if text in ("", ".", "..") or {*"/\\"} & {*text} or UNFIT.match(text) or reserved:
         raise argparse.ArgumentTypeError(f"{text!r} is not a plain name")
     return text
 
@@ -195,11 +217,12 @@ def tag(text):
 
 
 def add_data_arguments(parser):
-    """--data, --mm-per-px and --unusual."""
+    """--data, --mm-per-px, --max-pixels and --unusual."""
     add = parser.add_argument
     add("--data", default="dataset", may_change=True, help="folder of the ISBI 2015 data, see docs/data.md")
     spacing = "pixel spacing of the original images (default: the data's spacing file, else 0.1)"
     add("--mm-per-px", type=positive_float, metavar="MM", help=spacing)
+    add("--max-pixels", type=positive_int, metavar="N", may_change=True, help="of an image (default: 40 million)")
     add("--unusual", action="store_true", may_change=True, help="skip the checks for implausible annotations")
 
 
@@ -242,7 +265,7 @@ def find_device(name):
     if world_size() > 1:
         if kind[1]:
             raise InputError(f"--device {name}: several processes cannot use one GPU; use --device cuda")
-        index = int(os.environ["LOCAL_RANK"])  # of torchrun
+        index = launched("LOCAL_RANK", 0)
         name = f"cuda:{index}"
     if index >= torch.cuda.device_count():
         raise InputError(

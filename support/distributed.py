@@ -8,6 +8,7 @@ here does anything. All processes must see the same files.
 
 import contextlib
 import os
+import socket
 from datetime import timedelta
 
 import torch
@@ -17,15 +18,32 @@ from torch.nn.parallel import DistributedDataParallel
 
 from support.errors import InputError
 
+WITHOUT = "unset TORCHELASTIC_RUN_ID to run without torchrun"
+DAY = timedelta(days=1)  # a process may wait for the others for hours; if one dies, torchrun ends the rest
+
+
+def launched(name, default):
+    """A whole number that torchrun gives its processes in the environment, at least ``default``; this without torchrun.
+
+    Raises:
+        InputError: it is no such number, so that the variables are not torchrun's, or of another start.
+    """
+    if not dist.is_torchelastic_launched():
+        return default
+    text = os.environ.get(name, "")
+    if not text.isdecimal() or int(text) < default:
+        raise InputError(f"{name}={text} in the environment is not as torchrun sets it; {WITHOUT}")
+    return int(text)
+
 
 def rank():
     """Index of this process among those that torchrun started, over all machines."""
-    return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
+    return launched("RANK", 0)
 
 
 def world_size():
     """Number of processes over all machines."""
-    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+    return launched("WORLD_SIZE", 1)
 
 
 def is_main():
@@ -34,11 +52,22 @@ def is_main():
 
 
 def start():
-    """Initialise the process group, once."""
-    if world_size() > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        # a process may wait for the others for hours; if one dies, torchrun ends the rest
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+    """Initialise the process group, once.
+
+    Raises:
+        InputError: the environment is not that of torchrun, or the other processes do not appear.
+    """
+    if world_size() == 1 or dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun itself listens: is it there?
+            socket.create_connection((os.environ["MASTER_ADDR"], launched("MASTER_PORT", 1)), 60).close()
+        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise InputError(f"process {rank()} of {world_size()} finds no other ({error!s:.200}); {WITHOUT}") from None
+    store.set_timeout(DAY)
+    dist.init_process_group(backend, timeout=DAY, store=store, rank=rank(), world_size=world_size())
 
 
 @contextlib.contextmanager
@@ -80,6 +109,14 @@ def on_main(function, *args):
     with guard():
         result = function(*args) if is_main() else None
     return broadcast(result)
+
+
+@contextlib.contextmanager
+def held_by_main(context):
+    """A context that the main process enters and leaves, for all of them; its errors end all."""
+    with contextlib.ExitStack() as stack:
+        on_main(stack.enter_context, context)
+        yield
 
 
 def gather(value):

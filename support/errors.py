@@ -1,8 +1,13 @@
 """The exceptions that a command reports in one line, see ``command.run``; and what functions refuse in Python."""
 
+import re
+
 import torch
 
 KINDS = {"float": torch.is_floating_point, "bool": lambda value: value.dtype == torch.bool, "number": torch.is_tensor}
+# characters that change what a terminal shows, and surrogates, which stand for bytes that are no UTF-8
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+UNFIT = re.compile(f"[=+@-]|.*{CONTROL.pattern}", re.DOTALL)  # as names in tables: spreadsheets run =1+1
 
 
 class InputError(Exception):
@@ -10,7 +15,7 @@ class InputError(Exception):
 
 
 class Stopped(BaseException):
-    """SIGTERM arrived. Not an Exception, so that no ``except Exception`` swallows it."""
+    """SIGTERM or SIGHUP arrived. Not an Exception, so that no ``except Exception`` swallows it."""
 
 
 def check_tensors(**tensors):

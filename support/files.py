@@ -4,16 +4,25 @@ import contextlib
 import json
 import os
 import platform
-import tempfile
+import re
+import secrets
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import torch
 
 from support.errors import InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 RUNS = Path("runs")
+LOCK = ".lock"  # in a folder that a command uses
+PART = re.compile(r"\..+\.part(\.[^.]*)?")  # names of temporary files
 
 
 @contextlib.contextmanager
@@ -23,15 +32,16 @@ def atomic(path):
         with atomic("runs/a/chart.png") as temporary:
             figure.savefig(temporary)
 
-    The folder is created. A killed process may leave the temporary file, which the next attempt overwrites.
+    The folder is created. A killed process may leave the temporary file, which the next ``own_folder`` removes.
 
     Raises:
         InputError: an OSError in the block, or in renaming.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.part{path.suffix}")  # the suffix tells some writers the format
+    temporary = path.with_name(f".{secrets.token_hex(6)}.part{path.suffix}")  # its suffix tells writers the format
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)  # not through a link
         yield temporary
         with open(temporary, "r+b") as file:  # for update: Windows flushes no handle that was opened for reading
             os.fsync(file.fileno())  # the content is on the disk before the name is
@@ -60,62 +70,125 @@ def write_json(path, content):
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def make_folder(path):
-    """Create a folder, parents included, and check that it is writable.
+def load_table(path, columns):
+    """A table of an earlier call as a DataFrame.
 
     Raises:
-        InputError: it is not.
+        InputError: missing, or not a table with these columns and a row.
     """
+    with contextlib.suppress(OSError, ValueError):
+        table = pd.read_csv(path)
+        if len(table) and set(columns) <= set(table):
+            return table
+    raise InputError(f"{path}: not a readable table; remove it and repeat the command that writes it")
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def own_folder(folder, program, remedy, mark, sign=None):
+    """A folder of results for one command alone, as long as the block lasts; if nothing is written, it is as before.
+
+    What killed commands left half written is removed. The lock ends with the process, however that ends; on Windows and
+    on file systems without locks there is none.
+
+    Args:
+        folder: Path; created, parents included.
+        program: name of the command.
+        remedy: the argument that chooses another folder, for the message.
+        mark: the file that the command writes first.
+        sign: an argument that no other command has, if the mark is a configuration, which names it.
+
+    Raises:
+        InputError: another process uses it, another command began it, it holds other files, or is not writable.
+    """
+    names, path = results(folder), folder / LOCK
+    if names and (mark not in names or (sign and sign not in read_config(folder / mark))):
+        raise InputError(f"{folder}: holds files, but no {mark} of {program}; choose another {remedy}")
+    made = [parent for parent in path.parents if not parent.exists()]
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0))
     except OSError as error:
-        raise InputError(f"{path}: cannot be used as output folder ({error})") from None
+        raise InputError(f"{folder}: cannot be used as output folder ({error})") from None
+    with open(lock, "r+b", buffering=0) as file:
+        if fcntl and is_locked(file, path):
+            raise InputError(f"{folder}: in use by {file.read(200).decode()}; wait for it, or choose another {remedy}")
+        try:
+            file.truncate()
+            file.write(f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}".encode())
+            remove_parts(folder)
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                for parent in made:  # that is empty
+                    parent.rmdir()
+
+
+def is_locked(file, path):
+    """Lock an open file, or return that another process has. (Not ``flock``: forked children would keep that.)"""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return not os.path.samestat(os.fstat(file.fileno()), os.stat(path))  # removed just now
+    except OSError as error:  # others: a file system without locks
+        return isinstance(error, (BlockingIOError, PermissionError, FileNotFoundError))
+
+
+def results(folder):
+    """Names of what a folder holds, but for locks and temporary files; [] without a folder."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    return [name for name in names if name != LOCK and not PART.fullmatch(name)]
+
+
+def remove_parts(folder):
+    """Remove temporary files, but in subfolders that a command uses."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not Path(place, name, LOCK).exists()]
+        for name in filter(PART.fullmatch, names):
+            Path(place, name).unlink(missing_ok=True)
+
+
+# --- configurations --------------------------------------------------------------------------------------------------
 
 
 def save_config(path, config, device, update=()):
     """Write a configuration as JSON with the versions of what it runs on; in an existing one change ``update`` only."""
-    if path.exists():
-        kept = read_config(path)
-        changed = {name: config[name] for name in update if kept.get(name) != config[name]}
-        if changed:
-            write_json(path, kept | changed)
-        return
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": version("torchvision"),
-        "numpy": np.__version__,
-        "platform": platform.platform(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-    }
-    write_json(path, {**config, "versions": versions})
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()}
+    versions |= {name: version(name) for name in ("torchvision", "numpy")}
+    versions["gpu"] = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    config = {**config, "versions": versions}
+    kept = read_config(path) if path.exists() else config
+    write_json(path, kept | {name: config[name] for name in update})
 
 
 def read_config(path):
     """Read a configuration.
 
     Raises:
-        InputError: missing or not JSON of an object.
+        InputError: missing or not JSON of an object, or its epochs are no number.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a readable configuration ({error})") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: not a configuration: a JSON object is needed")
+    if not isinstance(config, dict) or not isinstance(config.get("epochs", 0), int):
+        raise InputError(f"{path}: not a configuration: a JSON object is needed, its epochs a number")
     return config
 
 
-def check_same_config(path, config, defaults, ignore, remedy):
-    """Raise InputError unless the configuration in ``path`` equals ``config``, except for the names in ``ignore``.
+def check_same_config(path, config, defaults, ignore, remedy, kept=None):
+    """Raise InputError where the configuration in ``path``, if any, differs from ``config``, except in ``ignore``.
 
     Args:
+        kept: the configuration, if ``path`` is another kind of file.
         defaults: {name: value} of the command's arguments; an argument that the file does not have, since it was
             written before the argument existed, counts as having its default.
         remedy: name of the argument that chooses another folder, for the message.
     """
-    kept, config = defaults | read_config(path), defaults | config
+    kept = kept or (read_config(path) if path.exists() else config)
+    kept, config = defaults | kept, defaults | config
     kept, config = (json.loads(json.dumps(content)) for content in (kept, config))  # tuples become lists, as on disk
     names = sorted((config.keys() | kept.keys()) - {*ignore, "versions"}, key=lambda name: name.endswith("_sha256"))
     differences = [

@@ -2,6 +2,7 @@
 
     python tests/faults.py                       # all of it, with a line for each
     python tests/faults.py kills --times 20      # SIGKILL at random moments of a training and of an attack
+    python tests/faults.py together              # two equal trainings and two equal attacks at once, one folder each
     python tests/faults.py disk                  # a disk that fills up (a small tmpfs, which only root can mount)
     python tests/faults.py workers               # SIGKILL for one of two processes under torchrun, which restarts them
     python tests/faults.py slurm                 # slurm.sh, between stand-ins for srun and scontrol
@@ -12,6 +13,7 @@ Each ends with the weights, logs and records of an unbroken run, or the script w
 import argparse
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -28,7 +30,7 @@ TRAIN = "train.py --tag small --size 64 48 --encoder-weights none --batch-size 2
 TRAIN += " --checkpoint-every 2 --data ../data"
 ATTACK = "test.py --tag small --attack 0 1 --targets shift --steps 8 --batch-size 2 --rand attack --save-adversarial"
 ATTACK += " --data ../data"
-PARTS = ("kills", "disk", "workers", "slurm")
+PARTS = ("kills", "together", "disk", "workers", "slurm")
 
 
 def start(command, folder, launcher=(), **environment):
@@ -126,6 +128,19 @@ def kill(process, seconds):
     return time.perf_counter() - begin
 
 
+def together(root):
+    """Of two equal commands at once, one says that the other is at work, and since when, and that one ends as alone."""
+    trained, _ = train_unbroken(root)
+    for command, folder in (TRAIN, root / "together"), (ATTACK, root / "unbroken"):
+        first, second = (start(command, folder) for _ in range(2))
+        ends = sorted([finish(first), finish(second)], key=lambda end: end[0])
+        assert [status for status, _ in ends] == [0, 2], ends
+        assert re.search(r": in use by process \d+ on .* since 20\d\d-", ends[1][1]), ends
+        print(f"together: {ends[1][1]}")
+    assert_same(contents(root / "together" / "runs"), trained)
+    assert not [*root.rglob(".lock")]
+
+
 def disk(root):
     """A disk that fills up at the second resume.pth."""
     if os.geteuid() != 0:
@@ -141,7 +156,7 @@ def disk(root):
             err
         )
         assert not [file for file in (folder / "runs").rglob(".*")]
-        assert torch.load(folder / "runs" / "small" / "resume.pth", weights_only=True)["epoch"] == 1
+        assert torch.load(folder / "runs" / "small" / "resume.pth", weights_only=True)["epoch"] == 2
         print(f"full disk: {err}")
         subprocess.run(["mount", "-o", "remount,size=2g", folder], check=True)
         status, err = finish(start(TRAIN, folder))

@@ -1,6 +1,8 @@
 """The commands on drawn data: from training to the comparison of attacks, and every kind of wrong input."""
 
+import argparse
 import json
+import os
 import pickle
 import re
 import shutil
@@ -8,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from datetime import datetime
 from pathlib import Path
 
@@ -22,6 +25,8 @@ import eval
 from eval import metrics, read_records, summarize
 from model import UNet, load_weights
 from support.command import find_device, progress
+from support.command import tag as run_name
+from test import defence
 
 pytestmark = pytest.mark.slow
 
@@ -160,16 +165,29 @@ def test_vote_pgd_and_one_perturbation_for_all_images(here, official, run):
     for axis in "xy":
         displacement = moved[f"target_{axis}_px0"] - moved[f"true_{axis}_px0"]
         assert (displacement.groupby(moved["landmark"]).agg(np.ptp) < 1e-3).all()
-    delta = torch.load(folder / "universal_perturbation.pth", weights_only=True)["delta"]
+    file = folder / "universal_perturbation.pth"
+    delta = torch.load(file, weights_only=True)["delta"]
     assert delta.shape == (1, 3, 64, 48) and 0 < delta.abs().max() <= 8 / 256
     changes = table[(table["method"] == "universal-Vote-PGD") & (table["iteration"] == 4)]["largest_change"]
     assert np.allclose(changes, delta.abs().max() * 127.5, atol=0.1)
 
-    stamp = (folder / "universal_perturbation.pth").stat().st_mtime_ns
+    stamp = file.stat().st_mtime_ns
     (folder / "records" / "universal-Vote-PGD_301.csv").unlink()
     assert run(*arguments)[0] == 0
-    assert (folder / "universal_perturbation.pth").stat().st_mtime_ns == stamp
+    assert file.stat().st_mtime_ns == stamp
     pd.testing.assert_frame_equal(pd.read_csv(folder / "predictions.csv"), table)
+
+    content = torch.load(file, weights_only=True)
+    for wrong, message in (
+        (content | {"delta": 30 * delta}, "exceeds --epsilon"),
+        (content | {"delta": delta[:, :1]}, "delta is of shape (1, 1, 64, 48)"),
+        (content | {"made_from": content["made_from"][:-2]}, "of another configuration"),
+        ([1], "not a state dict"),
+    ):
+        torch.save(wrong, file)
+        assert_refused(run(*arguments), message)
+    torch.save({"delta": delta}, file)  # as older versions write it
+    assert run(*arguments)[0] == 0
 
 
 def test_an_attack_on_a_diagnosis(here, official, run):
@@ -340,7 +358,7 @@ def test_spacing_scales_every_millimetre(here, official, run):
     assert np.allclose(np.hypot(*way.T), 10, atol=1e-3)  # 3 mm
 
 
-@pytest.mark.parametrize("name", ["NA", "null", "nan", "007"])
+@pytest.mark.parametrize("name", ["NA", "null", "nan", "007", " a b "])
 def test_ids_stay_text(name, data, here, run):
     for file in [*data.rglob("151.*")]:
         file.rename(file.with_stem(name))
@@ -664,6 +682,8 @@ BAD_ARGUMENTS = {
     "unknown tag": (["--tag", "large"], "no such run (existing runs: "),
     "path as tag": (["--tag", "../small"], "is not a plain name"),
     "tag of other bytes": (["--tag", "\udcbb"], "is not a plain name"),
+    "tag for the terminal": (["--tag", "\x1b[2J"], "is not a plain name"),
+    "tag for a spreadsheet": (["--tag", "=1+1"], "is not a plain name"),
     "unknown iteration": (
         ["--iteration", 77],
         "model_epoch_77.pth: no such checkpoint; --iteration takes one of: 1, 2",
@@ -674,8 +694,8 @@ BAD_ARGUMENTS = {
     "seed too large": (["--seed", 2**64], "--seed"),
     "seed negative": (["--seed", -1], "--seed"),
     "folder below a file": (["--rand", "runs/small/config.json/bad"], "cannot be used as output folder"),
-    "folder of a training": (["--rand", "runs/small"], "holds results of another configuration"),
-    "folder of something else": (["--rand", "."], "holds other files than results of test.py"),
+    "folder of a training": (["--rand", "runs/small"], "runs/small: holds files, but no config.json of test.py"),
+    "folder of something else": (["--rand", "."], "holds files, but no config.json of test.py"),
 }
 
 
@@ -695,6 +715,7 @@ def test_cuda_that_is_not_there(command, here, official, run):
 
 BAD_TRAINING = {
     "size": (["--size", 31, 64], "--size: at least 32 32"),
+    "a huge size": (["--size", 64, 10**30], "--size: at least 32 32, at most 16384 16384"),
     "epochs": (["--epochs", 0], "--epochs"),
     "learning rate": (["--lr", -1], "--lr"),
     "fewer epochs": (
@@ -781,6 +802,42 @@ def write_checkpoint(kind, path, trap):
         torch.save(UNet(K).state_dict() | {"head.bias": torch.zeros(3 * K).to_sparse()}, path)
     elif kind == "another width":
         torch.save(UNet(K).state_dict() | {"up1.conv.0.bias": torch.zeros(7)}, path)
+    elif kind == "compressed":
+        torch.save({"junk": torch.zeros(5_000_000)}, path.with_name("stored"))
+        with (
+            zipfile.ZipFile(path.with_name("stored")) as stored,
+            zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as zip,
+        ):
+            for name in stored.namelist():
+                zip.writestr(name, stored.read(name))
+    elif kind == "a large file":
+        with open(path, "wb") as file:
+            file.truncate(2**30 + 1)  # takes no room on the disk
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    else:
+        weights = UNet(K).state_dict()
+        torch.save(weights | ODD_WEIGHTS[kind](weights), path)
+
+
+def one(change, name="head.bias"):
+    return lambda weights: {name: change(weights[name])}
+
+
+ODD_WEIGHTS = {
+    "variance": one(lambda value: value - 2, "up3.conv.1.running_var"),
+    "too large": one(lambda value: torch.full_like(value, 1e300, dtype=torch.float64)),
+    "complex": one(lambda value: value.to(torch.complex64)),
+    "bool": one(lambda value: value > 0),
+    "int8": one(lambda value: value.to(torch.int8)),
+    "float8": one(lambda value: value.to(torch.float8_e4m3fn)),
+    "a counter in floats": one(torch.Tensor.float, "up1.conv.1.num_batches_tracked"),
+    "nowhere": one(lambda value: value.to("meta")),
+    "repeated without end": one(lambda value: value[:1].expand(10**12)),
+    "huge": one(lambda value: torch.full_like(value, 1e30), "up5.conv.1.weight"),
+    "nothing": lambda weights: {name: torch.zeros_like(value) for name, value in weights.items()},
+    "a name for the terminal": lambda weights: {"\x1b[2J\n": torch.zeros(1)},
+}
 
 
 BAD_CHECKPOINTS = {
@@ -794,6 +851,21 @@ BAD_CHECKPOINTS = {
     "names that are numbers": "not a state dict",
     "sparse": "not a state dict",
     "another width": "up1.conv.0.bias is of shape (7,)",
+    "compressed": "weights are not compressed",
+    "a large file": "at most 1073741824 bytes",
+    "a pipe": "no such file, or no regular one",
+    "variance": "variances below 0: up3.conv.1.running_var",
+    "too large": "weights that are nan or inf: head.bias",
+    "complex": "head.bias is of type torch.complex64",
+    "bool": "head.bias is of type torch.bool",
+    "int8": "head.bias is of type torch.int8",
+    "float8": "head.bias is of type torch.float8_e4m3fn",
+    "a counter in floats": "num_batches_tracked is of type torch.float32",
+    "nowhere": "not a state dict",
+    "repeated without end": "weights for 333333333333 landmarks",
+    "huge": "weights that compute nothing",
+    "nothing": "weights that compute nothing",
+    "a name for the terminal": "1 names differ, \\x1b[2J is one",
 }
 
 
@@ -817,7 +889,12 @@ def test_a_run_without_a_checkpoint(official, tmp_path, monkeypatch, run):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "{}", '{"size": [64]}', '{"size": [8, 8]}', "[]", '{"size": [64, 48], "encoder_batch_norm": 1}']
+    "text",
+    [
+        *["{", "{}", '{"size": [64]}', '{"size": [8, 8]}', "[]", '{"size": [64, 48], "encoder_batch_norm": 1}'],
+        *["[" * 100_000, '{"size": [64.0, 48]}', '{"size": [1%s, 64]}' % ("0" * 30), '{"size": [64, "48"]}'],
+        '{"size": [64, 48], "epochs": "many"}',
+    ],
 )
 def test_bad_configuration(text, official, tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
@@ -834,6 +911,21 @@ def test_a_damaged_resume_state(official, tmp_path, monkeypatch, run):
     assert run(*arguments)[0] == 0
     cut(tmp_path / "runs" / "small" / "resume.pth", 1000)
     assert_refused(run(*arguments, "--resume"), "resume.pth: not the state of a training")
+
+
+@pytest.mark.parametrize("tag", ["CON", "nul.txt", "C:x", "a ", "a.", "a?"])
+def test_tags_that_windows_has_no_folder_for(tag, monkeypatch):
+    assert run_name(tag) == tag
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert run_name("console") == "console"
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a plain name"):
+        run_name(tag)
+
+
+def test_a_defence_is_named_in_one_way():
+    assert [defence(text) for text in ("jpeg:75.0", "jpeg:7_5", "blur:1e0", "resize:.50")] == [
+        *["jpeg:75", "jpeg:75", "blur:1", "resize:0.5"]
+    ]
 
 
 def test_a_gpu_is_chosen_by_its_number(monkeypatch):

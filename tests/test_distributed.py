@@ -8,9 +8,12 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, assert_refused
 
-from support.distributed import guard
+from readers.images import cores
+from support import distributed
+from support.checkpoints import sha256
+from support.distributed import guard, rank, world_size
 
 pytestmark = pytest.mark.slow
 TRAIN = ["train.py", "--size", 64, 48, "--encoder-weights", "none", "--lr", 1e-3, "--epochs", 3]
@@ -159,6 +162,52 @@ def test_what_several_processes_cannot_do(monkeypatch, official, tmp_path, run):
     ]:
         status, _, err = run(*TRAIN, "--tag", "bad", "--data", official, *wrong)
         assert status == 2 and message in err and err.count("\n") == 1
+
+
+LAUNCHED = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"RANK": None}, "RANK= in the environment is not as torchrun sets it; unset TORCHELASTIC_RUN_ID"),
+        ({"RANK": "-1"}, "RANK=-1 in"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in"),
+        ({"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0 in"),
+        (
+            {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"},
+            "Connection refused",
+        ),
+        ({}, "process 0 of 2 finds no other (Error initializing torch.distributed using env:// rendezvous"),
+    ],
+)
+def test_variables_of_a_torchrun_that_is_gone(changes, message, trained, official, monkeypatch, run):
+    monkeypatch.chdir(trained)
+    for name, value in {**LAUNCHED, **changes}.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    result = run("test.py", "--tag", "of_1", "--data", official, "--rand", "stale")
+    assert_refused(result, message, trained / "stale")
+
+
+@pytest.mark.parametrize("value", ["0", "many"])
+def test_without_torchrun_its_variables_count_for_nothing(value, monkeypatch):
+    for name in LAUNCHED.keys() - {"TORCHELASTIC_RUN_ID"}:
+        monkeypatch.setenv(name, value)
+    assert (rank(), world_size(), cores()) == (0, 1, os.cpu_count())
+
+
+def test_another_state_on_another_machine(trained, official, monkeypatch, run):
+    """Each process reads resume.pth by itself: equal steps are not enough."""
+    seen = []
+    monkeypatch.chdir(trained)
+    monkeypatch.setattr(distributed, "require_equal", lambda **values: seen.append(values))
+    arguments = [*TRAIN, "--tag", "of_1", "--data", official, "--batch-size", 3, "--resume", "--epochs", 4]
+    assert run(*arguments)[0] == 0
+    state = trained / "runs" / "of_1" / "resume.pth"
+    assert seen[0]["state"] != sha256(state)  # of before it went on
+    assert run(*arguments)[0] == 0 and seen[1]["state"] == sha256(state)
 
 
 def test_alone_an_error_passes_as_it_is():

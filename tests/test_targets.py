@@ -55,6 +55,7 @@ def test_targets_from_a_file_and_back(official, tmp_path):
     assert targets.targeted.nonzero().tolist() == [[i, k] for i in range(3) for k in (1, 18)]
     assert targets.places[2, 18].tolist() == [10, 20.5] and targets.places[0, 1].tolist() == [0, 299]
     assert targets.or_nan().isnan().any(-1).sum(-1).tolist() == [17] * 3
+    data.ids[:2] = ["a b", " c "]
     write_targets(tmp_path / "stored.csv", data.ids[:2], targets.of([0, 1]))
     ids, stored = read_stored_targets(tmp_path / "stored.csv", data)
     assert ids == data.ids[:2] and stored.sha256() == targets.of([0, 1]).sha256()
