@@ -102,8 +102,7 @@ def compute_accuracy(labels, result):
     if file.exists():
         table = load_table(file, [*ACCURACY, "defence"])
     else:
-        table = load_table(result.folder / "summary.csv", [*ACCURACY, "landmark"])
-        table = table.query("landmark == 'all'").assign(defence="none")
+        table = load_table(result.folder / "summary.csv", ACCURACY).query("landmark == 'all'").assign(defence="none")
     table = table.assign(detector=labels["detector"], images=result.predictions()["image"].nunique())
     return table[["detector", "images", "defence", *ACCURACY]]
 

@@ -41,8 +41,7 @@ def count_images(result):
 
 
 def describe_detection(tested):
-    metrics = load_table(tested.folder / "summary.csv", ["landmark", "mre_mm", "sdr_2mm_%"])
-    metrics = metrics.set_index("landmark").loc["all"]
+    metrics = load_table(tested.folder / "summary.csv", ["landmark", "mre_mm"]).set_index("landmark").loc["all"]
     return (
         f"A detector, trained on others in minutes, finds {len(LANDMARKS)} landmarks on {count_images(tested)} of them "
         f"with a mean radial error of {metrics['mre_mm']:.2f} mm, {metrics['sdr_2mm_%']:.0f} % within 2 mm."

@@ -132,4 +132,4 @@ def check_suffix(path):
             f"{', '.join(supported[1:] for supported in SUFFIXES)}"
         )
     if UNFIT.match(path.stem) or len(os.fsencode(path.stem)) > MAX_NAME:
-        raise InputError(f"{path}: rename it; no UTF-8, control characters, > {MAX_NAME} bytes, or = + - @ at first")
+        raise InputError(f"{path}: rename it: not UTF-8, control characters, > {MAX_NAME} bytes, or = + - @ at first")
