@@ -179,7 +179,7 @@ def test_vote_pgd_and_one_perturbation_for_all_images(here, official, run):
 
     content = torch.load(file, weights_only=True)
     for wrong, message in (
-        (content | {"delta": 30 * delta}, "exceeds --epsilon"),
+        (content | {"delta": 30 * delta}, "or above --epsilon"),
         (content | {"delta": delta[:, :1]}, "delta is of shape (1, 1, 64, 48)"),
         (content | {"made_from": content["made_from"][:-2]}, "of another configuration"),
         ([1], "not a state dict"),
