@@ -5,24 +5,27 @@ others ("stationary") where they are, by a perturbation of L-infinity norm at mo
 (epsilon = 8: 4 of 255 grey levels). After "Miss the Point: Targeted Adversarial Attack on Multiple Landmark Detection"
 (MICCAI 2020), called "the paper" below.
 
-    for iteration, adversarial, maps in run(ATTACKS["ATI-FGSM"], model, image, targets, targeted):
-        ...                                # iteration 0 is the clean image; maps are the model's maps of `adversarial`
+    for iteration, adversarial, outputs in run(ATTACKS["ATI-FGSM"], detector, image, targets, targeted):
+        ...                                # iteration 0 is the clean image; outputs are the detector's of `adversarial`
 
 A new attack is a row of ATTACKS, with its loss: the command line, tables, charts and tests take it from there.
 """
 
 import itertools
 import math
+import random
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from model import Goal, decode, encode, landmark_loss, mean_weights, offsets_at, pixel_positions, radius_of
-from support.errors import check_tensors
+from detectors import Detector, VotingGoal, check_places, voting
+from model import radius_of
+from support.errors import check_tensors, describe
 
 STEP_SIZE = 0.05  # in units of epsilon; the paper's eta
 TOLERANCE = 1 / 3  # in units of R, 4 mm in the ISBI 2015 images: up to it, a goal position counts as reached
@@ -37,19 +40,57 @@ class Attack(NamedTuple):
     """An attack, as data for ``run``."""
 
     name: str
-    goal: Callable | None  # (clean maps, targets, targeted) -> goal, what ``loss`` and ``score`` compare maps with
-    loss: Callable | None  # (maps, goal) -> (B,), which is minimised; None: every iterate is a random perturbation
+    loss: Callable | None  # (outputs, aim) -> (B,), which is minimised; None: the loop needs none
     steps: int | None = None  # None: as many as the caller says
-    options: dict = {}  # noqa: RUF012 never changed; of ``pgd``
-    score: Callable | None = None  # (maps, goal) -> (B,): of each image the best iterate so far counts, not the last
+    options: dict = {}  # noqa: RUF012 never changed; of the loop; its seed is that of ``run``
+    score: Callable | None = None  # (outputs, aim) -> (B,): of each image the best iterate so far counts, not the last
     targeted: bool = True  # False: all landmarks shall leave their places
-    universal: bool = False  # one perturbation for all images, with ``vote_goal`` as goal,
+    universal: bool = False  # one perturbation for all images,
     delta: torch.Tensor | None = None  # (1, C, H, W), if it is known
+    loop: Callable | None = None  # (network, image, loss, epsilon, steps, **options) -> iterates; None: ``pgd``
+    votes: bool = False  # only on detectors by voting
 
     @property
     def blind(self):
         """Whether its perturbation is made without the detector and the image that are attacked."""
-        return self.goal is None or self.universal
+        return self.universal or self.loss is self.score is None
+
+
+class Aim(NamedTuple):
+    """What an attack on some images aims at; losses and scores compare outputs with it."""
+
+    detector: Detector
+    places: torch.Tensor  # (B, K, 2) x, y in px: targets, and the clean predictions of the others
+    targeted: torch.Tensor  # (B, K) bool
+    tolerance: float  # px, up to which a place counts as reached
+    goal: Any  # the detector's
+
+    def losses(self, outputs):
+        """The detector's loss of each landmark: (B, K)."""
+        return self.detector.loss(outputs, self.goal)
+
+    def distances(self, outputs):
+        """Distances (B, K) of the landmarks from their places, in tolerances."""
+        return (self.detector.landmarks(outputs) - self.places).norm(dim=-1) / self.tolerance
+
+
+@torch.no_grad()
+def aim_at(detector, image, targets, targeted, untargeted=False):
+    """The ``Aim`` of an attack, from the outputs on the clean image; arguments as in ``run``.
+
+    Args:
+        untargeted: the goal is that all landmarks are where they are, which the loss then raises. At the detector's own
+            clean outputs its gradient would be zero.
+    """
+    clean = detector.network(image)
+    if not torch.is_tensor(clean):
+        text = "the network must return one tensor: attack one that does, such as lambda image: network(image)[0]"
+        raise ValueError(f"{text}; it returns {describe(clean)}")
+    found = detector.landmarks(clean)
+    check_tensors(landmarks=(found, "BK2", "float"), targeted=(targeted, "BK", "bool"))
+    places = torch.where(targeted[..., None] & (not untargeted), targets, found)
+    goal = detector.goal(clean, places, targeted | untargeted)
+    return Aim(detector, places, targeted, TOLERANCE * radius_of(image.shape[-2:]), goal)
 
 
 def run(attack, detector, image, targets, targeted, epsilon=8, steps=300, seed=0):
@@ -57,9 +98,9 @@ def run(attack, detector, image, targets, targeted, epsilon=8, steps=300, seed=0
 
     Args:
         attack: a row of ``ATTACKS``.
-        detector: callable, (B, C, H, W) -> (B, 3, K, H, W): heatmap logits, x- and y-offsets, see ``model.UNet``;
-            freeze its weights, so that only the gradient of the image is computed.
-        image: (B, C, H, W) float32 clean images in [-1, 1]; C = 3, or 1 with ``grey_model``.
+        detector: detectors.Detector; or the network of a voting one, (B, C, H, W) -> (B, 3, K, H, W), see
+            ``model.UNet``. Freeze its weights, so that only the gradient of the image is computed.
+        image: (B, C, H, W) float32 clean images in [-1, 1]; C = 3, or 1 with ``grey_detector``.
         targets: (B, K, 2) x, y in px of the input; those of stationary landmarks are ignored.
         targeted: (B, K) bool.
         epsilon: L-infinity norm of the perturbation in half grey levels (1/256 of the [-1, 1] scale).
@@ -67,36 +108,35 @@ def run(attack, detector, image, targets, targeted, epsilon=8, steps=300, seed=0
         seed: of random perturbations.
 
     Yields:
-        (iteration, adversarial, maps) for iteration 0 .. steps: int, like ``image``, (B, 3, K, H, W), without gradient.
-        0 is the clean image. With a score, they are of the best iterate so far.
+        (iteration, adversarial, outputs) for iteration 0 .. steps: int, like ``image``, the network's, without
+        gradient. 0 is the clean image. With a score, they are of the best iterate so far.
 
     Raises:
         ValueError: shapes or types that do not fit together, an image outside [-1, 1], a target that is nan or outside
-            the input, an image without a targeted landmark, a negative epsilon, no step.
-
-    Example:
-        >>> for iteration, adversarial, maps in run(ATTACKS["I-FGSM"], model, image, targets, targeted, epsilon=4):
-        ...     pass
-        >>> points = decode(maps)  # of the last adversarial images
+            the input, an image without a targeted landmark, a negative epsilon, no step, a network without a gradient
+            or in training mode.
     """
+    detector = detector if isinstance(detector, Detector) else voting(detector)
     check_images(image, epsilon, steps)
+    network, steps = detector.network, attack.steps or steps
     check_tensors(image=(image, "BCHW", "float"), targeted=(targeted, "BK", "bool"), targets=(targets, "BK2", "number"))
+    check_network(network, image)
     if attack.targeted:
         check_places(targets, targeted, image.shape[-2:])
-    goal, steps = None, attack.steps or steps
     if attack.delta is not None:
-        return replay(detector, image, (image + attack.delta).clamp(-1, 1), steps)
-    if attack.goal:
-        with torch.no_grad():
-            goal = attack.goal(detector(image), targets.masked_fill(~targeted[..., None], 0), targeted)
-    if attack.loss is None:
-        iterates = random_perturbations(detector, image, epsilon, steps, seed)
-    elif attack.universal:
-        deltas = universal_perturbation(attack, detector, itertools.repeat((image, goal)), epsilon, steps)
-        iterates = ((i, *perturbed(detector, image, delta)) for i, delta in deltas)
-    else:
-        iterates = pgd(detector, image, partial(attack.loss, goal=goal), epsilon, steps, **attack.options)
-    return keep_best(iterates, partial(attack.score, goal=goal)) if attack.score else iterates
+        return replay(network, image, (image + attack.delta).clamp(-1, 1), steps)
+    targets = targets.to(image.dtype).masked_fill(~targeted[..., None], 0)
+    aim = aim_at(detector, image, targets, targeted, not attack.targeted)
+    if attack.votes and not isinstance(aim.goal, VotingGoal):
+        raise ValueError(f"{attack.name} is an attack on detectors by voting")
+    if attack.universal:
+        deltas = universal_perturbation(attack, network, itertools.repeat((image, aim)), epsilon, steps)
+        return ((i, *perturbed(network, image, delta)) for i, delta in deltas)
+    loss, options = attack.loss and partial(attack.loss, aim=aim), dict(attack.options)
+    if "seed" in options:
+        options["seed"] = seed
+    iterates = (attack.loop or pgd)(network, image, loss, epsilon, steps, **options)
+    return keep_best(iterates, partial(attack.score, aim=aim)) if attack.score else iterates
 
 
 def check_images(image, epsilon, steps, values=True):
@@ -108,36 +148,32 @@ def check_images(image, epsilon, steps, values=True):
         raise ValueError(f"epsilon must be a number from 0, steps whole and above 0: they are {epsilon}, {steps}")
 
 
-def check_places(targets, targeted, size):
-    """Raise ValueError unless each image has a targeted landmark, and all targets lie in maps of a size (H, W)."""
-    edges = torch.tensor(size[::-1], device=targets.device) - 0.5
-    outside = targeted & ~((targets >= -0.5) & (targets <= edges)).all(-1)
-    for b, k in outside.nonzero()[:1].tolist():
-        where = f"of {size[1]} x {size[0]} px: {targets[b, k].tolist()}, landmark {k + 1}"
-        raise ValueError(f"targets lie outside the input {where}; dataset.rescale takes px0 to px")
-    if not targeted.any(-1).all():
-        raise ValueError(f"targeted must have a landmark of each image: it has {targeted.sum(-1).tolist()}")
-
-
-def check_goal(clean, targets, targeted):
-    """Raise ValueError unless these are as ``goal_maps`` says."""
-    check_tensors(maps=(clean, "B3KHW", "float"), targeted=(targeted, "BK", "bool"), targets=(targets, "BK2", "float"))
-    check_places(targets, targeted, clean.shape[-2:])
+def check_network(network, image):
+    """Raise ValueError where a module is on another device than the image, or trains its batch norms or dropout."""
+    if not isinstance(network, nn.Module):
+        return
+    depends = nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd
+    if any(module.training for module in network.modules() if isinstance(module, depends)):
+        raise ValueError("the network is in training mode, in which its outputs depend on the batch: call .eval()")
+    devices = {tensor.device for tensor in itertools.chain(network.parameters(), network.buffers())}
+    if devices - {image.device}:
+        raise ValueError(f"the network is on {min(map(str, devices))}, the image on {image.device}: move one of them")
 
 
 # --- loops -----------------------------------------------------------------------------------------------------------
 
 
-def pgd(model, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentum=0.0, start=None, last_maps=True):
+def pgd(network, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentum=0.0, start=None, last_outputs=True):
     """Projected gradient descent in an L-infinity ball: gradient, step, project, clip, as in every attack here.
 
     Args:
-        model, image, epsilon, steps: see ``run``.
-        loss: callable, maps -> (B,), which is minimised.
+        network: (B, C, H, W) -> a tensor of any form.
+        image, epsilon, steps: see ``run``.
+        loss: callable, outputs -> (B,), which is minimised.
         step_size: of a sign step, in units of epsilon; a number, or a callable of the progress, iteration / steps.
         momentum: of the gradients, each divided by its mean magnitude.
         start: perturbation to start from, like ``image`` (default: none).
-        last_maps: False saves the forward pass of the last iterate, whose maps are then None.
+        last_outputs: False saves the forward pass of the last iterate, whose outputs are then None.
 
     Yields:
         see ``run``; iteration 0 is the ``start``, if there is one.
@@ -148,17 +184,30 @@ def pgd(model, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentum=
     for iteration in range(steps):
         adversarial = (image + delta).clamp(-1, 1).requires_grad_()
         with torch.enable_grad():
-            maps = model(adversarial)
-        if iteration == 0:
-            check_tensors(maps=(maps, "*", "number"))
-        yield iteration, adversarial.detach(), maps.detach()
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(loss(maps).sum(), adversarial)
+            outputs = network(adversarial)
+        yield iteration, adversarial.detach(), outputs.detach()
+        gradient = gradient_of(loss, outputs, adversarial)
         delta, velocity = descend(delta, velocity, gradient, bound, iteration / steps, step_size, momentum)
     adversarial = (image + delta).clamp(-1, 1)
     with torch.no_grad():
-        maps = model(adversarial) if last_maps else None
-    yield steps, adversarial, maps
+        outputs = network(adversarial) if last_outputs else None
+    yield steps, adversarial, outputs
+
+
+def gradient_of(loss, outputs, image):
+    """The gradient, in the image, of the losses (B,) of outputs.
+
+    Raises:
+        ValueError: there is none.
+    """
+    with torch.enable_grad():
+        total = loss(outputs).sum()
+    gradient = torch.autograd.grad(total, image, allow_unused=True)[0] if total.requires_grad else None
+    if gradient is None:
+        raise ValueError(
+            "the loss has no gradient in the image: the network or the loss runs under no_grad, or detaches"
+        )
+    return gradient
 
 
 def descend(delta, velocity, gradient, bound, progress, step_size=STEP_SIZE, momentum=0.0):
@@ -175,15 +224,104 @@ def falling(progress):
     return 0.005 + 0.245 * (1 + math.cos(math.pi * progress)) / 2
 
 
-def universal_perturbation(attack, model, batches, epsilon=8, steps=300):
+def apgd(network, image, loss, epsilon=8, steps=300, momentum=0.75, share=0.75):
+    """APGD (Croce and Hein, arXiv 2003.01690, algorithm 1): the step of each image starts at 2 epsilon and is halved,
+    from its best iterate on, where too few steps lowered the loss.
+
+    Args:
+        network, image, loss, epsilon, steps: see ``pgd``.
+        momentum: weight of the new step; the last one is made again with 1 - momentum.
+        share: of the steps between two checks that should have lowered the loss.
+
+    Yields:
+        see ``run``.
+    """
+    bound, each = epsilon / 256, (len(image), 1, 1, 1)
+    delta = before = torch.zeros_like(image)
+    size, fell = image.new_full(each, 2.0), image.new_zeros(each)
+    best = checked = previous = image.new_full(each, math.inf)
+    best_delta, best_gradient, halved, since = delta, delta, torch.zeros_like(fell, dtype=torch.bool), 0
+    for iteration in range(steps):
+        adversarial = (image + delta).clamp(-1, 1).requires_grad_()
+        with torch.enable_grad():
+            outputs = network(adversarial)
+        yield iteration, adversarial.detach(), outputs.detach()
+        gradient = gradient_of(loss, outputs, adversarial)
+        value = loss(outputs.detach()).view(each)
+        fell, since, previous = fell + (value < previous), since + 1, value
+        better = value < best
+        best = torch.where(better, value, best)
+        best_delta, best_gradient = torch.where(better, delta, best_delta), torch.where(better, gradient, best_gradient)
+        if iteration in apgd_checks(steps):
+            halved = (fell < share * since) | (~halved & (best == checked))
+            size = torch.where(halved, size / 2, size)
+            delta, gradient = torch.where(halved, best_delta, delta), torch.where(halved, best_gradient, gradient)
+            before = torch.where(halved, best_delta, before)
+            checked, fell, since = best, torch.zeros_like(fell), 0
+        stepped = (delta - size * bound * gradient.sign()).clamp(-bound, bound)
+        weight = momentum if iteration else 1
+        moved = delta + weight * (stepped - delta) + (1 - weight) * (delta - before)
+        delta, before = moved.clamp(-bound, bound), delta
+    yield steps, *perturbed(network, image, delta)
+
+
+def apgd_checks(steps):
+    """The iterations at which APGD checks its progress: 22 % of the steps, then after ever fewer, at least 6 %."""
+    checks = [0, 0.22]
+    while checks[-1] < 1:
+        checks.append(checks[-1] + max(checks[-1] - checks[-2] - 0.03, 0.06))
+    return {math.ceil(round(part * steps, 6)) for part in checks[1:]}
+
+
+@torch.no_grad()
+def square_search(network, image, loss, epsilon=8, steps=300, seed=0, first=0.8):
+    """The Square attack (Andriushchenko et al., arXiv 1912.00049), which sees the loss only: no gradient.
+
+    The first step tries vertical stripes, each further one another corner of the ball in a random square; what does not
+    raise the loss is kept. All images of a batch get the same squares, so that results do
+    not depend on how images are batched.
+
+    Args:
+        network, image, loss, epsilon, steps: see ``pgd``; a step is a query of the network.
+        seed: of the squares.
+        first: fraction of the image that the first squares cover; it is halved at set iterations.
+
+    Yields:
+        see ``run``.
+    """
+    bound, (channels, height, width) = epsilon / 256, image.shape[1:]
+    generator, places = torch.Generator().manual_seed(seed), random.Random(seed)
+
+    def corner(*shape):
+        signs = torch.randint(2, shape, generator=generator) * 2 - 1
+        return signs.to(image, non_blocking=True) * bound
+
+    outputs, delta = network(image), torch.zeros_like(image)
+    best = loss(outputs).view(-1, 1, 1, 1)
+    yield 0, image, outputs
+    for iteration in range(1, steps + 1):
+        halvings = sum(iteration * 10_000 > at * steps for at in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
+        side = min(max(1, round((first / 2**halvings * height * width) ** 0.5)), height, width)
+        y, x = (places.randrange(n - side + 1) for n in (height, width))
+        trial = delta.clone()
+        trial[..., y : y + side, x : x + side] = corner(channels, 1, 1)
+        if iteration == 1:
+            trial = corner(1, channels, 1, width).expand_as(image)
+        adversarial, outputs = perturbed(network, image, trial)
+        value = loss(outputs).view(-1, 1, 1, 1)
+        delta, best = torch.where(value <= best, trial, delta), torch.minimum(value, best)
+        yield iteration, adversarial, outputs
+
+
+def universal_perturbation(attack, network, batches, epsilon=8, steps=300):
     """One perturbation for all images, each step with the gradient of another batch.
 
     Source of the idea: Moosavi-Dezfooli et al., "Universal adversarial perturbations" (arXiv 1610.08401).
 
     Args:
         attack: its loss and options, see ``Attack``.
-        model, epsilon, steps: see ``run``.
-        batches: iterator of (image (B, C, H, W), goal), of which ``steps`` are taken.
+        network, epsilon, steps: see ``pgd``.
+        batches: iterator of (image (B, C, H, W), Aim), of which ``steps`` are taken.
 
     Yields:
         (iteration, perturbation (1, C, H, W)) for iteration 0, no perturbation, .. steps.
@@ -191,18 +329,18 @@ def universal_perturbation(attack, model, batches, epsilon=8, steps=300):
     bound, first = epsilon / 256, next(batches)
     check_images(first[0], epsilon, steps)
     delta, velocity = torch.zeros_like(first[0][:1]), torch.zeros_like(first[0][:1])
-    for iteration, (image, goal) in zip(range(steps), itertools.chain([first], batches), strict=False):
+    for iteration, (image, aim) in zip(range(steps), itertools.chain([first], batches), strict=False):
         yield iteration, delta
         common = delta.detach().requires_grad_()
         with torch.enable_grad():
-            loss = attack.loss(model((image + common).clamp(-1, 1)), goal).sum()
-        (gradient,) = torch.autograd.grad(loss, common)
+            outputs = network((image + common).clamp(-1, 1))
+        gradient = gradient_of(partial(attack.loss, aim=aim), outputs, common)
         delta, velocity = descend(delta, velocity, gradient, bound, iteration / steps, **attack.options)
     yield steps, delta
 
 
 @torch.no_grad()
-def random_perturbations(model, image, epsilon, steps, seed):
+def random_perturbations(network, image, loss=None, epsilon=8, steps=300, seed=0):
     """Perturbations uniform in the ball, a control: see ``run``. All images of a batch get the same ones.
 
     Results thus do not depend on how images are batched. The generator differs from a random defence's of the same seed
@@ -210,38 +348,38 @@ def random_perturbations(model, image, epsilon, steps, seed):
     """
     check_images(image, epsilon, steps)
     generator = torch.Generator().manual_seed(seed ^ (1 << 31))
-    yield 0, image, model(image)
+    yield 0, image, network(image)
     for iteration in range(1, steps + 1):
         noise = torch.rand(image.shape[1:], generator=generator, dtype=image.dtype, pin_memory=image.is_cuda)
         delta = (2 * noise.to(image.device, non_blocking=True) - 1) * epsilon / 256
-        yield iteration, *perturbed(model, image, delta)
+        yield iteration, *perturbed(network, image, delta)
 
 
-def replay(model, image, adversarial, steps):
+def replay(network, image, adversarial, steps):
     """What an attack would yield whose result is known: the clean image, and the attacked one as the last."""
-    yield 0, *perturbed(model, image, 0)
-    yield steps, *perturbed(model, adversarial, 0)
+    yield 0, *perturbed(network, image, 0)
+    yield steps, *perturbed(network, adversarial, 0)
 
 
 @torch.no_grad()
-def perturbed(model, image, delta):
-    """The images with a perturbation, and their maps."""
+def perturbed(network, image, delta):
+    """The images with a perturbation, and the outputs on them."""
     adversarial = (image + delta).clamp(-1, 1)
-    return adversarial, model(adversarial)
+    return adversarial, network(adversarial)
 
 
 def keep_best(iterates, score):
     """The iterates, but of each image the one with the highest score so far, the latest among equals.
 
     Args:
-        iterates: iterable of (iteration, adversarial, maps).
-        score: callable, maps -> (B,).
+        iterates: iterable of (iteration, adversarial, outputs).
+        score: callable, outputs -> (B,).
     """
     best = None
     for iteration, *found in iterates:
         found = [score(found[1]), *found]
         if best is None:
-            best = [new.clone() for new in found]  # the model may overwrite its maps, as with CUDA graphs
+            best = [new.clone() for new in found]  # the network may overwrite its outputs, as with CUDA graphs
         else:
             better = found[0] >= best[0]
             best = [
@@ -252,168 +390,101 @@ def keep_best(iterates, score):
 
 
 def last(iterates):
-    """The last (iteration, adversarial, maps) of an attack; none of the others is kept in memory."""
+    """The last (iteration, adversarial, outputs) of an attack; none of the others is kept in memory."""
     return deque(iterates, maxlen=1).pop()
 
 
-def grey_model(model):
-    """The model as a function of grey images (B, 1, H, W), so that all three channels get the same perturbation."""
-    return lambda grey: model(grey[:, :1].expand(-1, 3, -1, -1))
+def grey(detector):
+    """The detector as one of grey images (B, 1, H, W), so that all three channels get the same perturbation."""
+    return detector._replace(network=lambda image: detector.network(image[:, :1].expand(-1, 3, -1, -1)))
 
 
-# --- the paper's goal and losses -------------------------------------------------------------------------------------
+# --- the paper's losses ----------------------------------------------------------------------------------------------
 
 
-def goal_maps(clean, targets, targeted):
-    """Goal maps of a targeted attack (paper, section 2).
-
-    A targeted landmark gets the maps of its target position. A stationary one keeps the model's own clean maps, its
-    offsets counting where the clean heatmap is above 0.5.
-
-    Args:
-        clean: (B, 3, K, H, W) maps of the clean images.
-        targets: (B, K, 2) float x, y in px; those of stationary landmarks are ignored.
-        targeted: (B, K) bool.
-
-    Returns:
-        model.Goal
-    """
-    check_goal(clean, targets, targeted)
-    size = clean.shape[-2:]
-    heatmap = torch.where(targeted[..., None, None], encode(targets, size).heatmap, clean[:, 0].sigmoid())
-    # a target's disc is above exp(-1/2) > 0.5 as well
-    count = (heatmap > 0.5).sum((-2, -1)).max()
-    values, pixels = heatmap.flatten(-2).topk(max(1, int(count)), sorted=False)
-    places = pixel_positions(pixels, size[1])
-    towards = (targets.movedim(-1, 1)[..., None] - places) / radius_of(size)
-    own = offsets_at(pixels, clean[:, 1:].flatten(-2))
-    return Goal(heatmap, pixels, torch.where(targeted[:, None, :, None], towards, own), mean_weights(values > 0.5))
-
-
-def clean_prediction(clean, targets, targeted):
-    """The maps of the clean predictions, which an untargeted attack destroys.
-
-    At the detector's own clean maps the gradient would be zero.
-    """
-    return encode(decode(clean), clean.shape[-2:])
-
-
-def paper_loss(maps, goal):
+def paper_loss(outputs, aim):
     """sum_k L_k of each image: (B,). I-FGSM (paper, section 2; Kurakin et al., arXiv 1607.02533)."""
-    return landmark_loss(maps, goal).sum(-1)
+    return aim.losses(outputs).sum(-1)
 
 
-def untargeted_loss(maps, goal):
-    """The negative of ``paper_loss``: (B,)."""
-    return -paper_loss(maps, goal)
-
-
-def adaptive_loss(maps, goal):
+def adaptive_loss(outputs, aim):
     """sum_k a_k L_k of each image: (B,). ATI-FGSM (paper, section 2).
 
     The weights a_k = L_k / mean_j L_j of each image are constant in the gradient: landmarks that are hard to move get
     more weight.
     """
-    losses = landmark_loss(maps, goal)
+    losses = aim.losses(outputs)
     return (adaptive_weights(losses.detach()) * losses).sum(-1)
 
 
 def adaptive_weights(losses):
     """a_k = L_k / mean_j L_j of losses (B, K), for each image separately."""
-    return losses / losses.mean(-1, keepdim=True)
+    return losses / losses.mean(-1, keepdim=True).clamp(min=torch.finfo(losses.dtype).tiny)
 
 
-# --- Vote-PGD: the loss is on the votes that the decoder counts, not on the maps -------------------------------------
+# --- Vote-PGD: the loss follows what the decoder finds ---------------------------------------------------------------
 
 
-class VoteGoal(NamedTuple):
-    """The places at which the decoder should find the landmarks."""
-
-    places: torch.Tensor  # (B, K, 2) x, y in px: goal positions
-    targeted: torch.Tensor  # (B, K) bool
-    pixels: torch.Tensor  # (B, K, P) int64, y W + x of the pixels of the disc around each place, padded with others
-    inside: torch.Tensor  # (B, K, P) bool, False for the padding
-
-
-def vote_goal(clean, targets, targeted):
-    """Goal of Vote-PGD: targets, and the clean predictions of stationary landmarks; arguments as in ``goal_maps``."""
-    check_goal(clean, targets, targeted)
-    places = torch.where(targeted[..., None], targets, decode(clean, subpixel=True).to(targets.dtype))
-    return vote_goal_at(places, targeted, clean.shape[-2:])
-
-
-def vote_goal_at(places, targeted, size):
-    """Goal of Vote-PGD from places (B, K, 2) px of all landmarks in an input of ``size`` (H, W)."""
-    disc = encode(places, size)
-    return VoteGoal(places, targeted, disc.pixels, disc.weight > 0)
-
-
-def vote_loss(maps, goal, targeted_weight=(1.0, 2.5, 1.5), stationary_weight=(0.1, 1.0, 1.0), width=VOTE_WIDTH):
-    """Weighted sum over landmarks of -log(fraction of the votes at its goal position): (B,).
+def vote_loss(outputs, aim, targeted_weight=(1.0, 2.5, 1.5), stationary_weight=(0.1, 1.0, 1.0), width=VOTE_WIDTH):
+    """Weighted sum over landmarks of -log(fraction of the votes at its place): (B,).
 
     Source: this implementation; its schedule of steps and the best iterate are as in APGD (Croce and Hein, arXiv
-    2003.01690). Weights and widths follow the decoded landmark's distance from its goal position and are constant in
-    the gradient. The weight of a targeted landmark falls as it approaches its target, that of a stationary one is small
+    2003.01690). Weights and widths follow the decoded landmark's distance from its place and are constant in the
+    gradient. The weight of a targeted landmark falls as it approaches its target, that of a stationary one is small
     until it drifts. A kernel wider than the distance would hardly pull at the votes; a narrow one pulls in proportion
     to 1 / width, hence the factor of the width, without which near landmarks prevail over far ones.
 
+    Of a detector without ``pull``, its own loss takes the place of the logarithm.
+
     Args:
-        maps: (B, 3, K, H, W).
-        goal: VoteGoal.
+        outputs: of the network.
+        aim: Aim.
         targeted_weight, stationary_weight: minimum, maximum, and slope per tolerance of distance.
         width: limits of the kernel's width, which is the distance, in units of R.
     """
-    distance = distance_in_tolerances(maps.detach(), goal)
+    distance = aim.distances(outputs.detach())
     by_role = ((slope * distance).clamp(low, high) for low, high, slope in (targeted_weight, stationary_weight))
-    weights = torch.where(goal.targeted, *by_role)
+    weights = torch.where(aim.targeted, *by_role)
+    if aim.detector.pull is None:
+        return (weights * aim.losses(outputs)).sum(-1)
     widths = (TOLERANCE * distance).clamp(*width)
-    return -(weights * widths / width[1] * log_vote_share(maps, goal, widths)).sum(-1)
+    return (weights * widths / width[1] * aim.detector.pull(outputs, aim.goal, widths)).sum(-1)
 
 
-def log_vote_share(maps, goal, widths):
-    """Logarithm of the fraction of votes at each goal position, differentiable in heatmap and offsets: (B, K).
+def cosine_loss(outputs, aim):
+    """sum_k (1 - c_k) L_k of each image: (B,). CosPGD (Agnihotri et al., arXiv 2302.02213), by landmarks.
 
-    Votes are those of the decoder's n = int(3.14 R^2) voters, and of the pixels around the goal position that may
-    become voters. A pixel has the weight sigmoid(logit - the voters' lowest logit); of its vote, the fraction
-    1 / (1 + (d / width)^2) counts as at the goal position, where d is the vote's distance from it. The ``widths`` are
-    (B, K), in units of R.
+    c_k is the cosine between a heatmap and its goal, constant in the gradient.
     """
-    size = maps.shape[-2:]
-    radius = radius_of(size)
-    heatmap, offset = maps.flatten(-2).split([1, 2], dim=1)
-    highest, voters = heatmap[:, 0].detach().topk(min(int(3.14 * radius**2), size.numel()))
-    is_voter = torch.zeros_like(heatmap[:, 0], dtype=torch.bool).scatter_(-1, voters, True)
-    pixels = torch.cat([voters, goal.pixels], dim=-1)
-    counted = torch.cat(
-        [torch.ones_like(voters, dtype=torch.bool), goal.inside & ~is_voter.gather(-1, goal.pixels)], -1
-    )
-    logits = heatmap[:, 0].gather(-1, pixels) - highest[..., -1:]
-    weight = F.logsigmoid(logits).masked_fill(~counted, -math.inf)
-    votes = pixel_positions(pixels, size[1]) / radius + offsets_at(pixels, offset)
-    squared = (votes - goal.places.movedim(-1, 1)[..., None] / radius).square().sum(1)
-    at_place = weight - torch.log1p(squared / widths[..., None] ** 2)
-    return torch.logsumexp(at_place, -1) - torch.logsumexp(weight, -1)
+    heatmap = outputs[:, 0].detach().sigmoid()
+    cosine = F.cosine_similarity(heatmap.flatten(-2), aim.goal.maps.heatmap.flatten(-2), dim=-1)
+    return ((1 - cosine) * aim.losses(outputs)).sum(-1)
 
 
-def landmarks_in_place(maps, goal):
-    """Number of landmarks that the decoder finds within the tolerance of their goal position: (B,)."""
-    return (distance_in_tolerances(maps, goal) <= 1).sum(-1)
+def distance_loss(outputs, aim):
+    """Sum over landmarks of the logarithm of the distance from its place, in tolerances, at least 1: (B,)."""
+    return aim.distances(outputs).clamp(min=1).log().sum(-1)
 
 
-def distance_in_tolerances(maps, goal):
-    """Distance of the decoded landmarks from their goal positions in units of the tolerance, R / 3: (B, K)."""
-    return (decode(maps) - goal.places).norm(dim=-1) / (TOLERANCE * radius_of(maps.shape[-2:]))
+def negative(loss):
+    """The loss that is raised instead; or the score by which the lowest loss is best."""
+    return lambda outputs, aim: -loss(outputs, aim)
 
 
-def evasive_loss(maps, goal):
+def landmarks_in_place(outputs, aim):
+    """Number of landmarks that the decoder finds within the tolerance of their places: (B,)."""
+    return (aim.distances(outputs) <= 1).sum(-1)
+
+
+def evasive_loss(outputs, aim):
     """``vote_loss`` against a detector of attacks that looks at the maps: landmarks shall be found with confidence.
 
     The loss is also on what ``model.confidence`` measures: the negative logarithms of each heatmap's peak and of the
-    share of votes very near each goal position.
+    share of votes very near each place. For detectors by voting.
     """
-    nearest = torch.full_like(goal.places[..., 0], VOTE_WIDTH[0])
-    confidence = F.logsigmoid(maps[:, 0].amax((-2, -1))) + log_vote_share(maps, goal, nearest)
-    return vote_loss(maps, goal) - EVASION_WEIGHT * confidence.sum(-1)
+    nearest = torch.full_like(aim.places[..., 0], VOTE_WIDTH[0])
+    confidence = F.logsigmoid(outputs[:, 0].amax((-2, -1))) - aim.detector.pull(outputs, aim.goal, nearest)
+    return vote_loss(outputs, aim) - EVASION_WEIGHT * confidence.sum(-1)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -422,14 +493,18 @@ ONE_STEP = {"step_size": 1.0}
 VOTE_PGD = {"step_size": falling, "momentum": 0.75}
 
 ROWS = (  # the first five have the numbers 0 to 4 on the command line
-    Attack("I-FGSM", goal_maps, paper_loss),
-    Attack("ATI-FGSM", goal_maps, adaptive_loss),
-    Attack("FGSM", goal_maps, paper_loss, 1, ONE_STEP),
-    Attack("untargeted-FGSM", clean_prediction, untargeted_loss, 1, ONE_STEP, targeted=False),
-    Attack("Vote-PGD", vote_goal, vote_loss, None, VOTE_PGD, landmarks_in_place),
-    Attack("universal-Vote-PGD", vote_goal, vote_loss, None, VOTE_PGD, universal=True),
-    Attack("noise", None, None, 1),
-    Attack("evasive-Vote-PGD", vote_goal, evasive_loss, None, VOTE_PGD, landmarks_in_place),
-    Attack("random-search", vote_goal, None, score=landmarks_in_place),
+    Attack("I-FGSM", paper_loss),
+    Attack("ATI-FGSM", adaptive_loss),
+    Attack("FGSM", paper_loss, 1, ONE_STEP),
+    Attack("untargeted-FGSM", negative(paper_loss), 1, ONE_STEP, targeted=False),
+    Attack("Vote-PGD", vote_loss, None, VOTE_PGD, landmarks_in_place),
+    Attack("MI-FGSM", paper_loss, None, {"momentum": 1.0}),  # Dong et al., arXiv 1710.06081
+    Attack("APGD", paper_loss, score=negative(paper_loss), loop=apgd),
+    Attack("CosPGD", cosine_loss, votes=True),
+    Attack("Square", distance_loss, None, {"seed": 0}, negative(distance_loss), loop=square_search),
+    Attack("universal-Vote-PGD", vote_loss, None, VOTE_PGD, universal=True),
+    Attack("noise", None, 1, {"seed": 0}, loop=random_perturbations),
+    Attack("evasive-Vote-PGD", evasive_loss, None, VOTE_PGD, landmarks_in_place, votes=True),
+    Attack("random-search", None, None, {"seed": 0}, landmarks_in_place, loop=random_perturbations),
 )
 ATTACKS = {attack.name: attack for attack in ROWS}

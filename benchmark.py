@@ -32,8 +32,9 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from attack import ATTACKS, goal_maps, last, run
+from attack import ATTACKS, last, run
 from dataset import Cephalograms, to_input
+from detectors import goal_maps, voting
 from experiments.costs import Step
 from experiments.markdown import markdown
 from model import MAX_SIZE, MIN_SIZE, UNet, compile_network, decode, encode, freeze, load_weights, place
@@ -281,6 +282,7 @@ def training_step(network, data, image):
     batch = image_order(0, 0, len(data))[: len(image)]
     images, landmarks = data.images[batch], data.landmarks[batch]
     optimizer = torch.optim.Adam(network.parameters(), lr=0.0, fused=True)  # the weights do not change
+    detector = voting(network, size=size)
 
     def bare():
         optimizer.zero_grad()
@@ -288,8 +290,8 @@ def training_step(network, data, image):
         optimizer.step()
 
     def step():
-        goal = encode(landmarks.to(device, non_blocking=True), size)
-        train_step(network, optimizer, to_input(images, device), goal, len(image))
+        aims = landmarks.to(device, non_blocking=True)
+        train_step(network, detector, optimizer, to_input(images, device), aims, len(image))
 
     return [
         Timed("bare training step", bare),

@@ -36,6 +36,7 @@ class Cephalograms:
         mm_per_px: mm per px0 of all images; None: from a spacing file in ``root``, else 0.1.
         unusual: leave out the checks of plausibility.
         max_pixels: that an image may have, see ``readers.images.opened``.
+        names: of the K landmarks; those of others than ISBI 2015 are not checked for plausibility.
         progress: wraps the iteration over the images, like tqdm: progress(iterable, total=N, desc=text).
 
     Attributes:
@@ -57,9 +58,19 @@ class Cephalograms:
     """
 
     def __init__(
-        self, root, split, size, limit=None, ids=None, mm_per_px=None, unusual=False, progress=None, max_pixels=None
+        self,
+        root,
+        split,
+        size,
+        limit=None,
+        ids=None,
+        mm_per_px=None,
+        unusual=False,
+        progress=None,
+        max_pixels=None,
+        names=LANDMARKS,
     ):
-        self.split, self.max_pixels = split, max_pixels
+        self.split, self.max_pixels, self.names = split, max_pixels, names
         found = contents(root)
         entries = entries_of(root, found, split)
         if ids is not None:
@@ -73,8 +84,8 @@ class Cephalograms:
         self.files = [entry.image for entry in entries]
         spacing, source = read_spacing(Path(root), self.ids, mm_per_px)
         self.images, sizes = read_images(self.files, size, "L", progress, f"loading {split}", max_pixels)
-        doctors = np.stack([read_doctors(entry, size0) for entry, size0 in zip(entries, sizes, strict=True)])
-        if not unusual:
+        doctors = np.stack([read_doctors(entry, size0, names) for entry, size0 in zip(entries, sizes, strict=True)])
+        if not unusual and names == LANDMARKS:
             plausibility.check(entries, doctors, sizes)
         self._set(doctors, sizes, size, spacing)
         self._warn_of_spacing(f"{root}, {split}", source)
@@ -86,18 +97,18 @@ class Cephalograms:
             )
 
     @classmethod
-    def from_files(cls, files, size, mm_per_px=None, progress=None, max_pixels=None):
+    def from_files(cls, files, size, mm_per_px=None, progress=None, max_pixels=None, names=LANDMARKS):
         """Images without annotation, in any folders: ids are the file names without suffix, landmarks are nan.
 
         Args:
             files: N paths.
-            size, mm_per_px, progress, max_pixels: see the class.
+            size, mm_per_px, progress, max_pixels, names: see the class.
 
         Raises:
             InputError: unreadable, of an unsupported suffix, two of the same name, or a name that is no UTF-8.
         """
         self = cls.__new__(cls)
-        self.split, self.max_pixels = "image", max_pixels
+        self.split, self.max_pixels, self.names = "image", max_pixels, names
         self.files = [Path(file) for file in files]
         self.ids = [file.stem for file in self.files]
         for i, id in enumerate(self.ids):
@@ -105,7 +116,7 @@ class Cephalograms:
                 raise InputError(f"{self.files[i]}: a second image named {id}; rename one")
         spacing, source = read_spacing(None, self.ids, mm_per_px)
         self.images, sizes = read_images(self.files, size, "L", progress, "loading", max_pixels)
-        self._set(np.full((len(files), 1, len(LANDMARKS), 2), np.nan), sizes, size, spacing)
+        self._set(np.full((len(files), 1, len(names), 2), np.nan), sizes, size, spacing)
         self._warn_of_spacing("images", source)
         return self
 

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from attack import grey_model, last, replay, run
+from attack import grey as grey_detector
+from attack import last, replay, run
 from dataset import in_batches, rescale, to_input
-from model import confidence, decode
 from readers import plausibility
 from readers.points import LANDMARKS
 from readers.spacing import MM_PER_PX0
@@ -43,28 +43,27 @@ COLUMNS = (  # of a record, in this order; those of attacks and of single condit
 
 
 @torch.inference_mode()
-def predict_batches(model, images, batches, device, subpixel=False):
+def predict_batches(detector, images, batches, device):
     """Landmarks that a network finds, batch by batch, with a progress bar.
 
     Args:
-        model: see ``model.freeze``.
+        detector: detectors.Detector.
         images: (N, H, W) or (N, H, W, 3) uint8.
         batches: lists of indices of images.
-        subpixel: see ``model.decode``.
 
     Yields:
-        (batch, points, maps): points (B, K, 2) float32 x, y in px, and the maps that they come from, on the device.
+        (batch, points, outputs): points (B, K, 2) float x, y in px, and the network's outputs, on the device.
     """
     for batch in progress(batches, desc="predicting", unit="batch", leave=False, disable=not batches):
-        maps = model(to_input(images[batch], device))
-        yield batch, decode(maps, subpixel), maps
+        outputs = detector.network(to_input(images[batch], device))
+        yield batch, detector.landmarks(outputs), outputs
 
 
-def predict(model, images, batch_size, device, subpixel=False):
+def predict(detector, images, batch_size, device):
     """Landmarks of all images (N, K, 2) float32 px on the CPU, in every process, each of which takes its batches."""
-    points = torch.zeros(len(images), len(LANDMARKS), 2)
+    points = torch.zeros(len(images), len(detector.names), 2)
     batches = distributed.shard(in_batches(list(range(len(images))), batch_size))
-    predicted = [(batch, found) for batch, found, _ in predict_batches(model, images, batches, device, subpixel)]
+    predicted = [(batch, found) for batch, found, _ in predict_batches(detector, images, batches, device)]
     for batch, found in predicted:  # not before: a copy would wait for the device
         points[batch] = found.cpu()
     return distributed.all_reduce(points)
@@ -113,10 +112,10 @@ def stand_apart(errors):
     return (mre > APART_MM) & (above > APART_MAD * np.median(abs(above)))
 
 
-def accuracy_table(errors, ids):
+def accuracy_table(errors, ids, names=LANDMARKS):
     """``metrics`` with a column for the landmarks' names; and last, those without the images that ``stand_apart``."""
     table = metrics(errors).rename_axis("landmark").reset_index()
-    table.insert(1, "name", [*LANDMARKS, "all landmarks"])
+    table.insert(1, "name", [*names, "all landmarks"])
     warn_of_misfits(errors, ids)
     if (apart := stand_apart(errors)).any():
         name = f"all landmarks, without {listed(np.array(ids)[apart])}"
@@ -152,13 +151,18 @@ SEEN = {  # what a detector sees in an image, other than a head: as in records, 
 }
 
 
+def can_see(detector, columns):
+    """Whether ``what_is_seen`` is defined: by votes, of the landmarks of a head."""
+    return detector.names == LANDMARKS and "vote_share" in columns
+
+
 @torch.inference_mode()
-def what_is_seen(model, image, points_px0, share):
+def what_is_seen(detector, image, points_px0, share):
     """What a detector sees in clean images: "head", or a key of SEEN.
 
     Args:
-        image: (B, C, H, W), input of the model.
-        points_px0: array (B, K, 2), what it found there, x, y in px0.
+        image: (B, C, H, W), input of the network.
+        points_px0: array (B, K, 2), what was found there, x, y in px0.
         share: array (B, K), see ``model.confidence``.
 
     Returns:
@@ -168,9 +172,9 @@ def what_is_seen(model, image, points_px0, share):
     seen = np.where(strange, "odd shape", "head").astype(object)
     few = np.median(share, axis=1) < VOTES
     if few.any():
-        maps = model(image.flip(-1))
-        points = decode(maps)
-        mirrored = confidence(maps, points)[1].median(1).values.cpu().numpy()
+        outputs = detector.network(image.flip(-1))
+        points = detector.landmarks(outputs)
+        mirrored = detector.confidence(outputs, points)["vote_share"].median(1).values.cpu().numpy()
         side = np.where(plausibility.faces_left(points.cpu().numpy()), "faces right", "faces left")
         seen[few] = np.where(mirrored < VOTES, "no head", side)[few]
     return seen[:, None]
@@ -191,7 +195,7 @@ def record(data, points_px0, reference_px0=None, **columns):
     truth, points = data.landmarks_px0.numpy(), np.asarray(points_px0)
     error = np.linalg.norm(points - (truth if reference_px0 is None else np.asarray(reference_px0)), axis=-1)
     spacing = data.mm_per_px0.numpy()[:, None]
-    columns |= {"image": np.array(data.ids, object)[:, None], "name": np.array(LANDMARKS[: points.shape[1]])}
+    columns |= {"image": np.array(data.ids, object)[:, None], "name": np.array(data.names)}
     columns |= {"landmark": np.arange(points.shape[1]) + 1, "x_px0": points[..., 0], "y_px0": points[..., 1]}
     columns |= {"true_x_px0": truth[..., 0], "true_y_px0": truth[..., 1]}
     columns |= {"radial_error_mm": error * spacing, "mm_per_px0": spacing}
@@ -200,12 +204,13 @@ def record(data, points_px0, reference_px0=None, **columns):
     )
 
 
-def record_clean(model, data, points, maps):
-    """``record`` of a test: the maps (B, 3, K, H, W) of clean images, and the points (B, K, 2) px found in them."""
-    peak, share = (values.cpu().numpy() for values in confidence(maps, points))
+def record_clean(detector, data, points, outputs):
+    """``record`` of a test: the network's outputs on clean images, and the points (B, K, 2) px found in them."""
+    sure = {name: values.cpu().numpy() for name, values in detector.confidence(outputs, points).items()}
     places = to_px0(points, data).numpy()
-    seen = what_is_seen(model, to_input(data.images, points.device), places, share)
-    return record(data, places, heatmap_peak=peak, vote_share=share, seen=seen)
+    if can_see(detector, sure):
+        sure["seen"] = what_is_seen(detector, to_input(data.images, points.device), places, sure["vote_share"])
+    return record(data, places, **sure)
 
 
 def record_attack(data, points_px0, targets, **columns):
@@ -228,11 +233,12 @@ def record_attack(data, points_px0, targets, **columns):
     )
 
 
-def read_records(files):
+def read_records(files, names=LANDMARKS):
     """Concatenate records that ``files.write_table`` wrote, each checked to be whole, see ``check_record``.
 
     Args:
         files: paths, or {path: what it must hold, see ``content_of``}.
+        names: of the K landmarks.
 
     Raises:
         InputError: one is missing, not a table, or not whole.
@@ -243,7 +249,7 @@ def read_records(files):
         try:
             table = pd.read_csv(file, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values=missing)
             table = table if "mm_per_px0" in table else table.assign(mm_per_px0=MM_PER_PX0)
-            check_record(table, files[file] if isinstance(files, dict) else None)
+            check_record(table, files[file] if isinstance(files, dict) else None, names)
         except FileNotFoundError:
             raise InputError(f"{file}: no such file; finish the run of test.py that writes it") from None
         except (OSError, ValueError) as error:
@@ -253,17 +259,18 @@ def read_records(files):
     return pd.concat(tables)
 
 
-def check_record(table, content=None):
+def check_record(table, content=None, names=LANDMARKS):
     """Refuse a table that is no whole record: K rows for each image and condition, as ``record`` makes them.
 
     Args:
         content: {column: values}: each combination must be there, and no other; None: each condition must have the same
             images.
+        names: of the K landmarks.
 
     Raises:
         ValueError: it says what is wrong.
     """
-    attack, count = "method" in table, len(LANDMARKS)
+    attack, count = "method" in table, len(names)
     needed = {*COLUMNS[:3], *COLUMNS[6:11], *(content or ())} | ({*COLUMNS[3:6], *COLUMNS[11:14]} if attack else set())
     numbers = table[[name for name in COLUMNS if name in table]].select_dtypes("number")
     if absent := (needed | ({*COLUMNS} & {*table})) - {*numbers} - ({*TEXT} & {*table}):
@@ -310,19 +317,16 @@ def is_last(table):
 # --- attacks, measured -----------------------------------------------------------------------------------------------
 
 
-def attack_batch(
-    attack, model, data, targets, defended=(), device="cpu", epsilon=8, steps=300, seed=0, subpixel=False, grey=False
-):
+def attack_batch(attack, detector, data, targets, defended=(), device="cpu", epsilon=8, steps=300, seed=0, grey=False):
     """Attack a batch of images, and the same detector behind defences.
 
     Args:
         attack: a row of ``attack.ATTACKS``.
-        model: the detector, see ``model.load_detector``.
+        detector: detectors.Detector.
         data, targets: dataset.Cephalograms of B images, and their targets.Targets.
         defended: list of (name, judge, attacked), see ``beyond.defences.both_sides``. The judge sees the images that
             were attacked without the defence ("oblivious"), and those of an attack on ``attacked`` ("adaptive").
         epsilon, steps, seed: see ``attack.run``.
-        subpixel: see ``model.decode``.
         grey: the same perturbation in all channels.
 
     Returns:
@@ -332,48 +336,50 @@ def attack_batch(
     image = to_input(data.images, device)[:, : 1 if grey else 3]
     places = rescale(targets.places, data.sizes[:, None], data.images.shape[-2:]).float().to(device)
     targeted, steps = targets.targeted.to(device), attack.steps or steps
-    wrap = grey_model if grey else lambda detector: detector
+    wrap = grey_detector if grey else lambda detector: detector
 
     def craft(detector):
         iterates = run(attack, detector, image, places, targeted, epsilon, steps, seed)
         return progress(iterates, desc=attack.name, total=steps + 1, unit="iteration", leave=False)
 
     tables = {}
-    tables[None], adversarial = observe(craft(wrap(model)), attack, data, targets, image, steps, subpixel)
-    tables[None] = with_seen(tables[None], wrap(model), image)
+    tables[None], adversarial = observe(craft(wrap(detector)), attack, detector, data, targets, image, steps)
+    tables[None] = with_seen(tables[None], wrap(detector), image)
     for name, judge, attacked in defended:
         images = {"oblivious": adversarial} | ({} if attack.blind else {"adaptive": last(craft(wrap(attacked)))[1]})
         for attacker, seen in images.items():
-            iterates = replay(wrap(judge), image, seen, steps)
-            found, _ = observe(iterates, attack, data, targets, image, steps, subpixel)
+            iterates = replay(wrap(judge).network, image, seen, steps)
+            found, _ = observe(iterates, attack, detector, data, targets, image, steps)
             tables[name] = pd.concat([tables.get(name), found.assign(defence=name, attacker=attacker)])
     return tables, adversarial
 
 
-def with_seen(table, model, image):
+def with_seen(table, detector, image):
     """The records of an attack with the column seen, which is empty but for the clean images (B, C, H, W)."""
+    if not can_see(detector, table):
+        return table
     clean = table["iteration"] == 0
     x, y, share = (
         table.loc[clean, name].to_numpy().reshape(len(image), -1) for name in ("x_px0", "y_px0", "vote_share")
     )
-    seen = what_is_seen(model, image, np.stack([x, y], axis=-1), share)
+    seen = what_is_seen(detector, image, np.stack([x, y], axis=-1), share)
     return table.assign(seen=np.where(clean, np.resize(seen.repeat(x.shape[1]), len(table)), ""))
 
 
-def observe(iterates, attack, data, targets, image, steps, subpixel):
+def observe(iterates, attack, detector, data, targets, image, steps):
     """Records of what a detector finds at the iterations ``recorded``; and the last images.
 
     While the attack runs nothing leaves the device, so that it waits for no copy.
     """
     seen = []
-    for iteration, adversarial, maps in iterates:
+    for iteration, adversarial, outputs in iterates:
         if iteration in recorded(steps):
-            points = decode(maps, subpixel)
+            points = detector.landmarks(outputs)
             change = 127.5 * (adversarial - image).abs().amax((1, 2, 3))[:, None]
-            seen.append((iteration, points, change, *confidence(maps, points)))
+            seen.append((iteration, points, {"largest_change": change} | detector.confidence(outputs, points)))
     tables, aims = [], targets if attack.targeted else None
-    for iteration, points, *columns in seen:
-        columns = dict(zip(("largest_change", "heatmap_peak", "vote_share"), (c.cpu() for c in columns), strict=True))
+    for iteration, points, columns in seen:
+        columns = {name: values.cpu() for name, values in columns.items()}
         table = record_attack(data, to_px0(points, data), aims, method=attack.name, iteration=iteration, **columns)
         tables.append(table)
     return pd.concat(tables), adversarial

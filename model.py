@@ -27,6 +27,7 @@ MAX_SIZE = 2**14  # px
 LARGEST = 1e6  # number in the maps of a network of any use
 SIZE_2020 = (800, 640)  # (H, W) px of the 2020 code's input
 LAMBDA = 2.0  # weight of the heatmap's cross-entropy against the offsets' L1
+OUTPUTS = {"voting": 3, "heatmap": 1, "coordinates": 1}  # maps of the head for each landmark
 SUBPIXEL = 0.1  # in units of R: the distance from the pixel with most votes within which votes are averaged
 
 
@@ -113,16 +114,18 @@ class UNet(nn.Module):
         encoder_weights: "none" (He initialisation), "imagenet" (torchvision's, from its cache or downloaded) or the
             path of a torchvision VGG19 state dict.
         encoder_batch_norm: batch norm after each convolution of the encoder; the paper's encoder has none.
+        output: one of OUTPUTS: "voting", the paper's maps; "heatmap", one map for each landmark; "coordinates", the
+            expectation of a distribution that such a map describes (DSNT, Nibali et al., arXiv 1801.07372).
 
     Raises:
         InputError: the encoder's weights are not available.
     """
 
-    def __init__(self, num_landmarks=19, encoder_weights="none", encoder_batch_norm=False):
+    def __init__(self, num_landmarks=19, encoder_weights="none", encoder_batch_norm=False, output="voting"):
         from torchvision.models.vgg import cfgs, make_layers  # slow to import, and --help does without
 
         super().__init__()
-        self.num_landmarks = num_landmarks
+        self.num_landmarks, self.output = num_landmarks, output
         self.bf16 = False  # forward under autocast; this and the next are set by ``place``
         self.memory_format = torch.channels_last
         # torchvision.models.vgg19().features, without allocating the 123.6 M weights of its classifier
@@ -133,9 +136,11 @@ class UNet(nn.Module):
         self.up3 = Up(128 + 128, 64)
         self.up4 = Up(64 + 64, 128)
         self.up5 = Up(128, 64)
-        self.head = nn.Conv2d(64, 3 * num_landmarks, 1)
-        # heatmaps are almost empty; starting so saves the first hundred steps ("Focal Loss", Lin et al. 2017, 3.3)
-        nn.init.constant_(self.head.bias[:num_landmarks], math.log(0.01))
+        self.head = nn.Conv2d(64, OUTPUTS[output] * num_landmarks, 1)
+        if (
+            output == "voting"
+        ):  # heatmaps are almost empty; starting so saves a hundred steps ("Focal Loss", Lin 2017, 3.3)
+            nn.init.constant_(self.head.bias[:num_landmarks], math.log(0.01))
         if encoder_weights == "none":
             for layer in self.encoder:
                 if isinstance(layer, nn.Conv2d):
@@ -152,7 +157,8 @@ class UNet(nn.Module):
 
         Returns:
             (B, 3, K, H, W), float32 also under autocast: heatmap logits (their sigmoid is the heatmap), x-offset,
-            y-offset; offsets in units of R. Logits keep the cross-entropy exact where the sigmoid saturates.
+            y-offset; offsets in units of R. Logits keep the cross-entropy exact where the sigmoid saturates. By
+            "heatmap" (B, K, H, W), logits of a distribution over the pixels; by "coordinates" (B, K, 2) px.
         """
         if min(image.shape[-2:]) < MIN_SIZE:
             raise ValueError(f"image of {tuple(image.shape[-2:])} px: at least {MIN_SIZE} x {MIN_SIZE} needed")
@@ -165,7 +171,9 @@ class UNet(nn.Module):
             x = self.up4(x, f1.shape[-2:], f1)
             x = self.up5(x, image.shape[-2:])
             maps = product(self.head, x)
-        return maps.unflatten(1, (3, self.num_landmarks))
+        if self.output == "coordinates":
+            return expected_pixel(maps, maps.shape[-2:])
+        return maps.unflatten(1, (3, self.num_landmarks)) if self.output == "voting" else maps
 
 
 def place(model, device, precision="fp32", training=False):
@@ -269,8 +277,10 @@ def load_encoder(encoder, source, name):
     else:
         state = load_tensors(source)
     state = {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")}
+    expected = encoder.state_dict()
+    counters = {key: value for key, value in expected.items() if key.endswith("num_batches_tracked")}  # not published
     try:
-        encoder.load_state_dict(checked(source, state, encoder.state_dict()))
+        encoder.load_state_dict(checked(source, counters | state, expected))
     except InputError as error:
         text = f"not the state dict of torchvision's {name.lower()}"
         raise InputError(f"--encoder-weights {source}: {text} ({error})") from None
@@ -285,9 +295,8 @@ def load_weights(model, path):
     state = names_from_2020(load_tensors(path))
     expected = model.state_dict()
     if expected.keys() == state.keys() and state["head.bias"].shape != expected["head.bias"].shape:
-        raise InputError(
-            f"{path}: weights for {state['head.bias'].numel() // 3} landmarks, {model.num_landmarks} are needed"
-        )
+        found = state["head.bias"].numel() / OUTPUTS[model.output]
+        raise InputError(f"{path}: weights for {found:g} landmarks, {model.num_landmarks} are needed")
     model.load_state_dict(checked(path, state, expected))
 
 
@@ -301,48 +310,25 @@ def names_from_2020(state):
     return {name: value for name, value in state.items() if not name.startswith("vgg.")}
 
 
-def load_detector(checkpoint, device="cpu", precision="fp32", batch_statistics=False):
-    """The detector of a checkpoint of train.py, ready for test and attack.
-
-    Args:
-        checkpoint: path of a model_epoch_<e>.pth beside its config.json, or beside the config.yaml of the 2020 code.
-        device, precision: see ``place``.
-        batch_statistics: see ``freeze``.
-
-    Returns:
-        the ``UNet``, and the (H, W) px of its input.
-
-    Raises:
-        InputError: see ``load_weights``; or the configuration is missing or not one of train.py.
-    """
-    size, encoder_batch_norm = read_architecture(Path(checkpoint).parent)
-    with torch.device("meta"):  # no initial weights: the checkpoint has them all
-        model = UNet(encoder_batch_norm=encoder_batch_norm)
-    model.to_empty(device="cpu")
-    load_weights(model, checkpoint)
-    freeze(place(model, device, precision), batch_statistics)
-    maps = model(torch.linspace(-1, 1, 3 * 64 * 64, device=device).view(1, 3, 64, 64))
-    if not maps.abs().amax() < LARGEST or (maps[:, 0].amax((-2, -1)) == maps[:, 0].amin((-2, -1))).all():
-        raise InputError(f"{checkpoint}: weights that compute nothing: maps that are nan, huge or constant")
-    return model, size
-
-
 def read_architecture(folder):
-    """Input size (H, W) px of a run's detector, and whether its encoder has batch norm."""
+    """Of a run's detector: the input's size (H, W) px, whether its encoder has batch norm, and its output."""
     path = folder / "config.json"
     if not path.exists() and path.with_suffix(".yaml").exists():
         text = "its own test used the statistics of each image, as --batch-statistics does"
         warnings.warn(f"{folder}: a run of the 2020 code, {SIZE_2020[0]} x {SIZE_2020[1]} px; {text}", stacklevel=3)
-        return SIZE_2020, False
+        return SIZE_2020, False, "voting"
     config = read_config(path)
     size, encoder_batch_norm = config.get("size"), config.get("encoder_batch_norm", False)
+    output = config.get("output", "voting")  # older runs do not say it
     if not (
         isinstance(size, list) and len(size) == 2 and all(type(n) is int and MIN_SIZE <= n <= MAX_SIZE for n in size)
     ):
         raise InputError(f'{path}: not the configuration of a run: "size" should be two numbers of px')
     if not isinstance(encoder_batch_norm, bool):
         raise InputError(f'{path}: not the configuration of a run: "encoder_batch_norm" should be true or false')
-    return tuple(size), encoder_batch_norm
+    if output not in OUTPUTS:
+        raise InputError(f'{path}: not the configuration of a run: "output" should be one of {", ".join(OUTPUTS)}')
+    return tuple(size), encoder_batch_norm, output
 
 
 # --- landmarks to maps and back --------------------------------------------------------------------------------------
@@ -476,6 +462,29 @@ def confidence(maps, points):
     """
     highest, votes = cast_votes(maps)
     return highest.amax(-1).sigmoid(), near_votes(votes, points, maps.shape[-2:]).float().mean(-1)
+
+
+def log_distribution(maps):
+    """Logarithm of the distribution over the pixels of maps (B, K, h, w): (B, K, h w)."""
+    check_tensors(maps=(maps, "BKHW", "float"))
+    return maps.flatten(-2).log_softmax(-1)
+
+
+def centres(maps, size):
+    """The pixels of maps (B, K, h, w) as positions (h w, 2) x, y in px of an input of ``size`` (H, W)."""
+    axes = (
+        (torch.arange(n, device=maps.device, dtype=maps.dtype) + 0.5) * total / n - 0.5
+        for n, total in zip(maps.shape[-2:], size, strict=True)
+    )
+    return torch.cartesian_prod(*axes).flip(-1)
+
+
+def highest_pixel(maps, size):
+    return centres(maps, size)[log_distribution(maps).argmax(-1)]
+
+
+def expected_pixel(maps, size):
+    return log_distribution(maps).exp() @ centres(maps, size)
 
 
 # --- loss ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from dataset import rescale
-from readers.points import LANDMARKS, finder, read_targets
+from readers.points import finder, read_targets
 from readers.tables import read_table
 from support.errors import InputError
 from support.files import write_table
@@ -78,7 +78,7 @@ def choose_targets(source, data, seed, count, shift_mm):
         places = landmarks + displacement / data.mm_per_px0.numpy()[:, None, None]
         targeted = np.tile(chosen, (len(places), 1))
     else:
-        places, targeted = read_targets(source, data.ids, landmarks.shape[1])
+        places, targeted = read_targets(source, data.ids, data.names)
     targets = Targets(torch.from_numpy(places), torch.from_numpy(targeted))
     check_inside(targets, data, source)
     return targets
@@ -182,4 +182,4 @@ def read_stored_targets(file, data):
     ids = list(dict.fromkeys(map(finder(data.ids), [row["image"] for _, row in rows])))
     if unknown := [id for id in ids if id not in data.ids]:
         raise InputError(f"{file}: has targets of image {unknown[0]}, which is not attacked; choose another --rand")
-    return ids, Targets(*map(torch.from_numpy, read_targets(file, ids, len(LANDMARKS))))
+    return ids, Targets(*map(torch.from_numpy, read_targets(file, ids, data.names)))

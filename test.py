@@ -8,6 +8,7 @@
     python test.py --tag baseline --attack 1 --targets diagnosis --measure ANB       # a diagnosis is changed, see docs/
     python test.py --tag baseline --attack 1 4 --defence jpeg:75 blur:1 --rand safe  # attackers who know of a defence
     python test.py --tag baseline --image mine.png --attack 1 --targets shift        # own images, without annotation
+    python test.py --detector mine.py:make --attack 1 --targets shift                # an own detector
     torchrun --nproc-per-node 4 test.py --tag baseline --attack 1 --rand temp        # on four GPUs
 
 Writes into the folder --rand (default: one below runs/<tag>/): config.json, predictions.csv, summary.csv, pictures/,
@@ -21,9 +22,10 @@ import argparse
 import warnings
 from pathlib import Path
 
-from attack import ATTACKS, goal_maps
+from attack import ATTACKS, adaptive_loss, paper_loss
 from beyond import defences, diagnosis, stored, universal
 from dataset import Cephalograms, in_batches, to_input
+from detectors import load_detector, load_own
 from eval import (
     LABELS,
     accuracy_table,
@@ -39,15 +41,17 @@ from eval import (
     summarize,
     to_px0,
 )
-from model import compile_network, load_detector
+from model import compile_network
 from readers.layouts import SPLITS, list_images
 from readers.points import LANDMARKS
 from support import command, distributed, figures
 from support.checkpoints import find_checkpoint, sha256
 from support.command import natural_int, positive_int
 from support.errors import InputError
-from support.files import check_same_config, own_folder, run_folder, save_config, write_table
+from support.files import RUNS, check_same_config, own_folder, run_folder, save_config, write_table
 from targets import DRAWN, choose_targets, read_stored_targets, write_targets
+
+FAR_OFF_MM = 20  # MRE of a detector that sees something else than images
 
 # --- arguments -------------------------------------------------------------------------------------------------------
 
@@ -78,7 +82,9 @@ def class_or_any(text):
 def make_parser():
     parser = command.Parser("Test a trained detector, or attack it.", retired={"restarts": 1})
     add = parser.add_argument
-    add("--tag", type=command.tag, required=True, may_change=True, help="the run: runs/TAG/, as trained by train.py")
+    add("--tag", type=command.tag, may_change=True, help="the run: runs/TAG/, as trained by train.py")
+    own = "instead, an own detector, which the function NAME returns; results below runs/NAME/ (docs/detectors.md)"
+    add("--detector", metavar="FILE.py:NAME", may_change=True, help=own)
     epoch = "the checkpoint after this epoch, counted from 0 (default: the newest)"
     add("--iteration", type=natural_int, metavar="EPOCH", help=epoch)
     command.add_data_arguments(parser)
@@ -138,8 +144,15 @@ def image_files(path, parser):
 def parse_arguments(parser, argv):
     args = parser.parse_args(argv)
     attacks = [ATTACKS[name] for name in args.attack or ()]
-    if args.shift_count > len(LANDMARKS):
-        parser.error(f"--shift-count: there are {len(LANDMARKS)} landmarks")
+    if (args.tag is None) == (args.detector is None):
+        parser.error("--tag or --detector: one of them is needed")
+    if args.detector:
+        args.tag = args.detector.rpartition(":")[2]
+        if not args.tag.isidentifier():
+            parser.error(f"--detector {args.detector}: FILE.py:NAME is needed")
+        for name in ("iteration", "subpixel", "batch_statistics", "transfer", "measure"):
+            if getattr(args, name):
+                parser.error(f"--{name.replace('_', '-')}: not with --detector")
     if args.image and (args.images or args.limit or args.adversarial):
         parser.error("--image: not with --images, --limit or --adversarial")
     args.image = args.image and [str(f) for path in map(Path, args.image) for f in image_files(path, parser)]
@@ -181,8 +194,11 @@ def main(argv=None):
     distributed.start()
     with distributed.guard():
         device = command.find_device(args.device)
-        epoch, checkpoint = find_checkpoint(run_folder(args.tag), args.iteration)
-        out = Path(args.rand) if args.rand else run_folder(args.tag) / default_name(args, epoch)
+        if args.detector:
+            epoch, checkpoint = None, Path(args.detector.rpartition(":")[0])
+        else:
+            epoch, checkpoint = find_checkpoint(run_folder(args.tag), args.iteration)
+        out = Path(args.rand) if args.rand else RUNS / args.tag / default_name(args, epoch)
     with distributed.held_by_main(own_folder(out, "test.py", "--rand", "config.json", "rand")):
         begin(args, parser, device, epoch, checkpoint, out)
     distributed.on_main(print, f"written to {out}/")
@@ -191,39 +207,42 @@ def main(argv=None):
 def begin(args, parser, device, epoch, checkpoint, out):
     """Load everything, check it, and test or attack."""
     with distributed.guard():
-        model, data = load(checkpoint, args, device)
+        detector, data = load(checkpoint, args, device)
         checkpoints = {tag: find_checkpoint(run_folder(tag))[1] for tag in args.transfer or []}
         others = [(tag, *load(file, args, device)) for tag, file in checkpoints.items()]
     # nothing is written before all processes have the same
     distributed.require_equal(data=data.sha256, transfer=[sha256(file) for file in checkpoints.values()])
     if args.image:
-        find_references(args, model, [data, *(other for *_, other in others)], device)
+        find_references(args, detector, [data, *(other for *_, other in others)], device)
     targets = None
     if args.attack:
-        ids, targets = make_targets(args, model, data, device, out / "targets.csv")
+        ids, targets = make_targets(args, detector, data, device, out / "targets.csv")
         data, others = data.select(ids), [(name, other, images.select(ids)) for name, other, images in others]
     with distributed.guard():
-        training = load_training(args, data.images.shape[-2:])
+        training = load_training(args, detector)
         config = vars(args) | {"iteration": epoch, "size": list(data.images.shape[-2:])}
         config |= fingerprints(args, checkpoint, data, targets, training)
         # of a file of targets, targets_sha256 is a hash of the content
         may_change = parser.may_change | ({"targets"} if args.targets not in (*DRAWN, "diagnosis") else set())
         check_same_config(out / "config.json", config, parser.defaults(), may_change, "--rand")
     distributed.require_equal(configuration=config)
+    if args.detector and args.attack and not args.image:
+        report_clean(detector, data, args, device)
     if args.compile:
-        model = compile_network(model, to_input(data.images[: args.batch_size], device))
-    defended = [(f"{args.tag}, {name}", defences.defend(model, name, args.seed), data) for name in args.defence]
+        compiled = compile_network(detector.network, to_input(data.images[: args.batch_size], device))
+        detector = detector._replace(network=compiled)
+    defended = [(f"{args.tag}, {name}", defences.defend(detector, name, args.seed), data) for name in args.defence]
 
     def read_back(folder):
-        detectors = [(args.tag, model, data), *defended, *others]
-        return stored.predict_stored(detectors, folder, args.batch_size, device, args.subpixel)
+        detectors = [(args.tag, detector, data), *defended, *others]
+        return stored.predict_stored(detectors, folder, args.batch_size, device)
 
     table = read_back(Path(args.adversarial)) if args.adversarial else None  # before anything is written
     distributed.on_main(prepare_output, out, config, device, data.ids, targets)
     if args.attack:
-        attack_all(args, model, data, targets, training, device, out)
+        attack_all(args, detector, data, targets, training, device, out)
     elif not args.adversarial:
-        test(args, model, data, device, out)
+        test(args, detector, data, device, out)
     if args.save_adversarial:
         table = read_back(out / "adversarial")
     if table is not None:
@@ -235,46 +254,61 @@ def begin(args, parser, device, epoch, checkpoint, out):
 
 def load(checkpoint, args, device):
     """The detector of a checkpoint, and the images at the size of its input."""
-    model, size = load_detector(checkpoint, device, args.precision, args.batch_statistics)
-    return model, load_data(args, size)
+    if args.detector:
+        detector = load_own(args.detector, device)
+    else:
+        detector = load_detector(checkpoint, device, args.precision, args.batch_statistics, args.subpixel)
+    if args.shift_count > len(detector.names):
+        raise InputError(f"--shift-count: there are {len(detector.names)} landmarks")
+    return detector, load_data(args, detector.size, detector.names)
 
 
-def load_data(args, size, split=None):
+def load_data(args, size, names, split=None):
     """The images to test or attack, or those of another split, at an input size (H, W)."""
     options = {"mm_per_px": args.mm_per_px, "max_pixels": args.max_pixels, "progress": command.loading_bar}
+    options["names"] = names
     if args.image:
         return Cephalograms.from_files(args.image, size, **options)
     chosen = {} if split else {"limit": args.limit, "ids": args.images}
     return Cephalograms(args.data, split or args.split, size, unusual=args.unusual, **chosen, **options)
 
 
-def load_training(args, size):
+def load_training(args, detector):
     """The training images and their targets, on which a universal perturbation is made; None without such an attack."""
     if not any(ATTACKS[name].universal for name in args.attack or ()):
         return None
-    data = load_data(args, size, "train")
+    data = load_data(args, detector.size, detector.names, "train")
     return data, choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm)
 
 
-def predict_px0(model, data, args, device):
+def predict_px0(detector, data, args, device):
     """Predictions (N, K, 2) px0 on all images."""
-    return to_px0(predict(model, data.images, args.batch_size, device, args.subpixel), data)
+    return to_px0(predict(detector, data.images, args.batch_size, device), data)
 
 
-def find_references(args, model, data, device):
+def report_clean(detector, data, args, device):
+    """Print the MRE of an own detector on the clean images, before it is attacked."""
+    mre = radial_errors(predict(detector, data.images, args.batch_size, device), data).mean()
+    distributed.on_main(print, f"MRE on the clean images: {mre:.2f} mm")
+    if mre > FAR_OFF_MM:
+        text = "does it take images in [-1, 1], and find x, y in px of its input, in the order of the annotations?"
+        warnings.warn(f"--detector {args.detector}: its MRE is {mre:.0f} mm; {text}", stacklevel=2)
+
+
+def find_references(args, detector, data, device):
     """The clean predictions as references of own images: by all processes together, since GPUs may round differently.
 
     Args:
-        data: list of dataset.Cephalograms of the same images at several sizes, the first that of ``model``.
+        data: list of dataset.Cephalograms of the same images at several sizes, the first that of ``detector``.
     """
     if args.attack and args.targets not in (*DRAWN, "diagnosis"):
         choose_targets(args.targets, data[0], args.seed, args.shift_count, args.shift_mm)  # a wrong file ends here
-    found = predict_px0(model, data[0], args, device)
+    found = predict_px0(detector, data[0], args, device)
     for images in data:
         images.reference_px0 = found
 
 
-def make_targets(args, model, data, device, file):
+def make_targets(args, detector, data, device, file):
     """The ids of the images that are attacked, and their targets.
 
     For a diagnosis the former are the patients whose class a movement can change, and targets that an earlier call
@@ -282,7 +316,7 @@ def make_targets(args, model, data, device, file):
     """
     clean = data.reference_px0
     if args.measure and not args.image and not distributed.on_main(file.exists):
-        clean = predict_px0(model, data, args, device)
+        clean = predict_px0(detector, data, args, device)
 
     def find():  # by one process: the least movements of two machines may differ
         if not args.measure:
@@ -297,7 +331,8 @@ def make_targets(args, model, data, device, file):
 def default_name(args, epoch):
     what = "attack" if args.attack else "read_back" if args.adversarial else "test"
     first, *others = [Path(file).stem for file in args.image] if args.image else [args.split]
-    return f"{what}_{f'{first}_and_{len(others)}_more' if others else first}_{epoch}"
+    images = f"{first}_and_{len(others)}_more" if others else first
+    return f"{what}_{images}" if args.detector else f"{what}_{images}_{epoch}"
 
 
 def fingerprints(args, checkpoint, data, targets, training):
@@ -356,7 +391,7 @@ def unfinished(args, data, out, methods):
     def find():
         records = record_files(args, data, out, (None, *args.defence))
         if earlier := {file: content for file, content in records.items() if file.exists()}:
-            read_records(earlier)  # refused before the work, not after it
+            read_records(earlier, data.names)  # refused before the work, not after it
         jobs = [
             (method, batch, [i for i in batch if is_unfinished(method, i)])
             for method in methods
@@ -370,12 +405,12 @@ def unfinished(args, data, out, methods):
 # --- accuracy --------------------------------------------------------------------------------------------------------
 
 
-def test(args, model, data, device, out):
+def test(args, detector, data, device, out):
     """Accuracy: a record of each image, tables, pictures."""
     missing = {tuple(batch): images for _, batch, images in unfinished(args, data, out, [None])}
-    for batch, points, maps in predict_batches(model, data.images, list(map(list, missing)), device, args.subpixel):
+    for batch, points, outputs in predict_batches(detector, data.images, list(map(list, missing)), device):
         part = data.select([data.ids[i] for i in batch])
-        records = record_clean(model, part, points, maps)
+        records = record_clean(detector, part, points, outputs)
         for i in missing[tuple(batch)]:
             id, rows = data.ids[i], records[records["image"] == data.ids[i]]
             write_table(record_file(out, id), rows)
@@ -386,8 +421,8 @@ def test(args, model, data, device, out):
     distributed.on_main(report_test, args, data, out)
     file = out / "defences_summary.csv"
     if args.defence and not distributed.on_main(defences.is_complete, file, args.defence):
-        behind = {name: defences.defend(model, name, args.seed) for name in args.defence}
-        found = {name: predict(m, data.images, args.batch_size, device, args.subpixel) for name, m in behind.items()}
+        behind = {name: defences.defend(detector, name, args.seed) for name in args.defence}
+        found = {name: predict(d, data.images, args.batch_size, device) for name, d in behind.items()}
         rows = {name: metrics(radial_errors(points, data).numpy()).loc["all"] for name, points in found.items()}
         distributed.on_main(defences.report_accuracy, file, out / "summary.csv", rows)
 
@@ -404,27 +439,28 @@ def draw(path, *arguments):
 
 def report_test(args, data, out):
     """predictions.csv, and where there is a ground truth, summary.csv; then the diagnoses."""
-    table = read_records(record_files(args, data, out))
+    table = read_records(record_files(args, data, out), data.names)
     write_table(out / "predictions.csv", table)
     if table["radial_error_mm"].isna().all():
         print(table[["image", "landmark", "name", "x_px0", "y_px0"]].to_string(index=False, float_format="%.1f"))
     else:
         errors = table["radial_error_mm"].to_numpy().reshape(len(data), -1)
-        summary = accuracy_table(errors, data.ids)
+        summary = accuracy_table(errors, data.ids, data.names)
         write_table(out / "summary.csv", summary)
         print(summary.to_string(index=False, float_format="%.2f"))
-    diagnosis.report_accuracy(table, data, out)
+    if data.names == LANDMARKS:
+        diagnosis.report_accuracy(table, data, out)
 
 
 # --- attack ----------------------------------------------------------------------------------------------------------
 
 
-def attack_all(args, model, data, targets, training, device, out):
+def attack_all(args, detector, data, targets, training, device, out):
     """Attack every image by every method, all with the same targets; ``training``: see ``load_training``."""
     attacks = {name: ATTACKS[name] for name in args.attack}
     options = {name: getattr(args, name) for name in ("epsilon", "steps", "seed", "grey")} | {"device": device}
     for name in (name for name, attack in attacks.items() if attack.universal):
-        delta = universal.find_perturbation(out, attacks[name], model, *training, args.batch_size, **options)
+        delta = universal.find_perturbation(out, attacks[name], detector, *training, args.batch_size, **options)
         attacks[name] = attacks[name]._replace(delta=delta)
     jobs = unfinished(args, data, out, attacks)
     with command.progress(jobs, desc="attacking", unit="batch", disable=not jobs) as bar:
@@ -433,9 +469,9 @@ def attack_all(args, model, data, targets, training, device, out):
             bar.set_description(f"{method} on {', '.join(ids) if len(ids) < 5 else f'{ids[0]} .. {ids[-1]}'}", False)
             files = {name: [record_file(out, data.ids[i], method, name) for i in missing] for name in args.defence}
             added = [name for name in files if not all(map(Path.exists, files[name]))]
-            defended = defences.both_sides(model, added, args.seed)
+            defended = defences.both_sides(detector, added, args.seed)
             tables, adversarial = attack_batch(
-                attacks[method], model, data.select(ids), targets.of(batch), defended, subpixel=args.subpixel, **options
+                attacks[method], detector, data.select(ids), targets.of(batch), defended, **options
             )
             bar.set_postfix(progress_figure(tables[None]), refresh=False)
             for i in missing:
@@ -464,7 +500,7 @@ def write_attacked(args, data, i, tables, adversarial, out):
 
 def report_attack(args, data, out):
     """Tables and charts from the records; with stored images also in_memory.csv."""
-    table = read_records(record_files(args, data, out))
+    table = read_records(record_files(args, data, out), data.names)
     summary = summarize(table)
     write_table(out / "predictions.csv", table)
     write_table(out / "summary.csv", summary)
@@ -474,10 +510,11 @@ def report_attack(args, data, out):
     shown = summary.loc[:, :"largest_change"].rename(columns={"largest_change": "change_of_255"})
     print(shown.to_string(index=False, float_format="%.2f"))
     warn_of_weak_goals(table)
-    diagnosis.report_changes(table, args.measure, args.to, out)
+    if data.names == LANDMARKS:
+        diagnosis.report_changes(table, args.measure, args.to, out)
     final = is_last(table)
     if args.defence:
-        behind = read_records(record_files(args, data, out, args.defence))
+        behind = read_records(record_files(args, data, out, args.defence), data.names)
         defences.report_attacks(behind, table[final | (table["iteration"] == 0)], out)
     if args.save_adversarial:
         write_table(out / "adversarial" / stored.IN_MEMORY, table[final].assign(detector=args.tag))
@@ -485,7 +522,7 @@ def report_attack(args, data, out):
 
 def warn_of_weak_goals(table):
     """Say how many stationary landmarks the paper's goal maps constrain by the heatmap term alone."""
-    paper = table["method"].map(lambda name: ATTACKS[name].goal is goal_maps)
+    paper = table["method"].map(lambda name: ATTACKS[name].loss in (paper_loss, adaptive_loss))
     clean = table[paper & (table["iteration"] == 0) & (table["role"] == "stationary")]
     clean = clean.drop_duplicates(["image", "landmark"])
     weak = (clean.reindex(columns=["heatmap_peak"])["heatmap_peak"] <= 0.5).sum()

@@ -20,16 +20,16 @@ import math
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
 
-from attack import last, paper_loss, pgd, untargeted_loss
+from attack import last, pgd
 from dataset import Cephalograms, check_disjoint, in_batches, to_input
+from detectors import detector_of, total, training_terms
 from eval import metrics, predict, radial_errors, warn_of_misfits
-from model import LAMBDA, MAX_SIZE, MIN_SIZE, UNet, compile_network, encode, freeze, load_weights, loss_terms, place
+from model import MAX_SIZE, MIN_SIZE, OUTPUTS, UNet, compile_network, freeze, load_weights, place
 from readers.layouts import available_splits
 from readers.points import LANDMARKS
 from support import command, distributed, figures
@@ -59,6 +59,9 @@ def make_parser():
     weights = "imagenet, none, or a file with the state dict of torchvision's vgg19"
     add("--encoder-weights", default="imagenet", metavar="SOURCE", help=weights)
     add("--encoder-batch-norm", action="store_true", help="VGG19-BN as encoder; the paper's is VGG19")
+    add(
+        "--output", choices=OUTPUTS, default="voting", help="of the network, see docs/detectors.md; the paper's: voting"
+    )
     add("--init", metavar="FILE", help="start from this checkpoint, of any --size, instead")
     text = "train on attacked images: untargeted, as without a value, or with random targets of the paper's protocol"
     add("--adversarial", nargs="?", choices=["untargeted", "targeted"], const="untargeted", help=text)
@@ -116,6 +119,8 @@ def main(argv=None):
         if is_main():
             print(f"--tag {args.tag}")
     folder = RUNS / args.tag
+    with distributed.guard():
+        check_folder(folder)
     with distributed.held_by_main(own_folder(folder, "train.py", "--tag", "config.json", "checkpoint_every")):
         begin(args, parser, folder)
     distributed.on_main(print, f"written to {folder}/")
@@ -125,7 +130,8 @@ def begin(args, parser, folder):
     """Load everything, check it, and train."""
     with distributed.guard():
         device = command.find_device(args.device)
-        check_folder(folder, args.resume)
+        if results(folder) and not args.resume:
+            raise InputError(f"{folder}: this --tag is in use; add --resume to continue, or choose another")
         data, monitor = load_data(args)
         config = {name: value for name, value in vars(args).items() if name != "resume"} | {"data_sha256": data.sha256}
         if (folder / "config.json").exists():
@@ -173,18 +179,17 @@ def train_one_epoch(network, state, data, args, device, bar, pause):
     """The remaining steps of an epoch, images in random order, or those before ``pause()``; returns whether all are."""
     begin = time.perf_counter() - state.seconds
     batches = in_batches(image_order(args.seed, state.epoch, len(data)), args.batch_size)
-    finished = True
+    finished, detector = True, detector_of(state.model, data.images.shape[-2:])
     for batch in batches[state.step :]:
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(state.epoch + (state.step + 0.5) / len(batches), args)
         mine = distributed.shard(batch)
         image = to_input(data.images[mine], device)
         landmarks = data.landmarks[mine].to(device, non_blocking=True)
-        goal = encode(landmarks, image.shape[-2:])
         if args.adversarial:
             rngs = [np.random.default_rng([args.seed, state.epoch, i]) for i in mine]
-            image = attack_images(state.model, image, landmarks, rngs, args)
-        state.terms += train_step(network, state.optimizer, image, goal, len(batch))
+            image = attack_images(detector, image, landmarks, rngs, args)
+        state.terms += train_step(network, detector, state.optimizer, image, landmarks, len(batch))
         state.step += 1
         bar.update(len(batch))
         if pause():
@@ -198,31 +203,31 @@ def train_one_epoch(network, state, data, args, device, bar, pause):
     return finished
 
 
-def train_step(network, optimizer, image, goal, batch_size):
+def train_step(network, detector, optimizer, image, landmarks, batch_size):
     """One step of Adam on a batch.
 
     Args:
+        network: the detector's, or what distributes or compiles it.
         image: (B, 3, H, W) float in [-1, 1], this process's part of the batch.
-        goal: model.Goal of its landmarks.
+        landmarks: (B, K, 2) px, the truth.
         batch_size: number of images of the whole batch.
 
     Returns:
-        (3,) terms of the loss, see ``model.loss_terms``: mean over landmarks, sum over these images.
+        (T,) terms of the loss, see ``detectors.training_terms``: mean over landmarks, sum over these images.
     """
     optimizer.zero_grad()
-    terms = loss_terms(network(image), goal).mean(2).sum(1)
-    loss = (LAMBDA * terms[0] + terms[1] + terms[2]) / batch_size
-    (world_size() * loss).backward()  # gradients are averaged over processes
+    terms = training_terms(detector, network(image), landmarks).mean(2).sum(1)
+    (world_size() * total(terms) / batch_size).backward()  # gradients are averaged over processes
     optimizer.step()
     return terms.detach()
 
 
-def attack_images(model, image, landmarks, rngs, args):
+def attack_images(detector, image, landmarks, rngs, args):
     """The images of a batch, attacked from random starts; with one step, "fast" (Wong et al., arXiv 2001.03994).
 
     Args:
-        model: the network itself, not what distributes or compiles it; attacked in evaluation mode, so that the
-            statistics of its batch norms come from the training steps alone.
+        detector: its network is attacked in evaluation mode, so that the statistics of its batch norms come from the
+            training steps alone.
         image: (B, 3, H, W) float in [-1, 1].
         landmarks: (B, K, 2) px, the truth.
         rngs: a numpy random generator for each image, so that its attack depends on no other image.
@@ -241,13 +246,17 @@ def attack_images(model, image, landmarks, rngs, args):
         drawn = zip(*(random_targets(rng, places.shape[1], size) for rng in rngs), strict=True)
         targets, targeted = (torch.from_numpy(np.stack(v)).to(image.device, non_blocking=True) for v in drawn)
         places = torch.where(targeted[..., None], targets.to(places), places)
-    loss = partial(paper_loss if towards else untargeted_loss, goal=encode(places, size))
     start, generator, steps = clean.new_empty(clean.shape), torch.Generator(image.device), args.attack_steps
     for noise, rng in zip(start, rngs, strict=True):
         noise.uniform_(-bound, bound, generator=generator.manual_seed(int(rng.integers(2**63))))
     step_size = 1.25 if steps == 1 else 2.5 / steps
-    model.eval()
-    _, attacked, _ = last(pgd(model, clean, loss, args.epsilon, steps, step_size, start=start, last_maps=False))
+
+    def loss(outputs):
+        losses = total(training_terms(detector, outputs, places)).sum(-1)
+        return losses if towards else -losses
+
+    model = detector.network.eval()
+    _, attacked, _ = last(pgd(model, clean, loss, args.epsilon, steps, step_size, start=start, last_outputs=False))
     model.train()
     return image.index_copy(0, index, attacked)
 
@@ -284,19 +293,18 @@ def evaluate(state, monitor, args, device):
 
 def errors_on(data, state, args, device):
     """Radial errors (N, K) in mm of the network as it is, on images."""
-    points = predict(freeze(copy.deepcopy(state.model)), data.images, args.batch_size, device)
+    detector = detector_of(freeze(copy.deepcopy(state.model)), data.images.shape[-2:])
+    points = predict(detector, data.images, args.batch_size, device)
     return radial_errors(points, data).numpy()
 
 
 def end_epoch(state, monitored, images):
     """Append the epoch's row to the log and advance the state to the next epoch."""
-    cross_entropy, l1_x, l1_y = (state.terms / images).tolist()
+    terms = (state.terms / images).tolist()
     row = {
         "epoch": state.epoch,
-        "loss": LAMBDA * cross_entropy + l1_x + l1_y,
-        "heatmap_bce": cross_entropy,
-        "offset_x_l1": l1_x,
-        "offset_y_l1": l1_y,
+        "loss": total(terms),
+        **(dict(zip(("heatmap_bce", "offset_x_l1", "offset_y_l1"), terms, strict=True)) if len(terms) == 3 else {}),
         "lr": state.optimizer.param_groups[0]["lr"],
         "seconds": round(state.seconds, 2),
     }
@@ -308,10 +316,8 @@ def end_epoch(state, monitored, images):
 # --- starting and saving ---------------------------------------------------------------------------------------------
 
 
-def check_folder(folder, resume):
-    """Raise InputError where the run's folder is in use, or cannot be resumed."""
-    if results(folder) and not resume:
-        raise InputError(f"{folder}: this --tag is in use; add --resume to continue, or choose another")
+def check_folder(folder):
+    """Raise InputError where the run's folder has weights, but cannot be resumed."""
     epochs = checkpoint_epochs(folder)
     if epochs and not (folder / "resume.pth").exists():
         raise InputError(
@@ -326,12 +332,12 @@ def initial_state(args, folder, device):
     resume = folder / "resume.pth"
     new = not resume.exists()
     source = args.encoder_weights if new and is_main() else "none"  # data_parallel copies the main process's weights
-    model = UNet(len(LANDMARKS), source, args.encoder_batch_norm)
+    model = UNet(len(LANDMARKS), source, args.encoder_batch_norm, args.output)
     if args.init and new and is_main():
         load_weights(model, args.init)
     place(model, device, args.precision, training=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=1e-4, fused=True)
-    state = State(model, optimizer)
+    state = State(model, optimizer, terms=torch.zeros(3 if args.output == "voting" else 1))
     if not new:
         load_state(state, resume)
     state.terms = state.terms.to(device) * is_main()  # other processes add their images to the sum so far
@@ -351,7 +357,9 @@ def load_data(args):
 
 def prepare_folder(folder, config, device, state, args):
     save_config(folder / "config.json", config, device, update=["epochs"])
-    save_results(state, folder, args)  # a kill may have come after resume.pth
+    files = checkpoint_path(folder, state.epoch - 1), folder / "train_log.csv"
+    if not all(file.exists() for file in files):  # a kill may have come after resume.pth
+        save_results(state, folder, args)
 
 
 def check_config(folder, kept, config, parser):

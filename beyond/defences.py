@@ -1,6 +1,6 @@
 """Defences that need no training: transformations of the input, and a score that tells attacked images from clean ones.
 
-    defended = defend(model, "jpeg:75")    # to test, and to attack by whoever knows the defence
+    defended = defend(detector, "jpeg:75")    # to test, and to attack by whoever knows the defence
 
 A defence that an attack overcomes which knows it is no defence (Athalye et al., "Obfuscated gradients give a false
 sense of security", arXiv 1802.00420), so every transformation has a gradient: its own or, where it rounds, that of the
@@ -113,40 +113,40 @@ def parse_defence(text):
     return transformation, parameter
 
 
-def defend(model, defence, seed=0, draws=1):
-    """The model as a function of images that first pass through a defence.
+def defend(detector, defence, seed=0, draws=1):
+    """The detector, of images that first pass through a defence.
 
     Args:
-        model: callable, (B, 3, H, W) -> (B, 3, K, H, W).
+        detector: detectors.Detector.
         defence: see ``parse_defence``.
         seed: of a random defence, whose draws are common to all images of a batch.
         draws: of a random defence. 1, to judge: the same draw in every pass, so that results do not depend on how
-            images are batched. More, to attack: the mean of the maps over so many, which are new in every pass.
+            images are batched. More, to attack: the mean of the outputs over so many, which are new in every pass.
 
     Returns:
-        a callable like ``model``.
+        detectors.Detector
     """
     transformation, parameter = parse_defence(defence)
     if transformation is not noise:
-        return lambda image: model(transformation(image, parameter))
+        return detector._replace(network=lambda image: detector.network(transformation(image, parameter)))
     generator = torch.Generator().manual_seed(seed)
 
     def defended(image):
         if draws == 1:
             generator.manual_seed(seed)
-        maps = model(torch.cat([noise(image, parameter, generator) for _ in range(draws)]))
-        return maps.unflatten(0, (draws, len(image))).mean(0)
+        outputs = detector.network(torch.cat([noise(image, parameter, generator) for _ in range(draws)]))
+        return outputs.unflatten(0, (draws, len(image))).mean(0)
 
-    return defended
+    return detector._replace(network=defended)
 
 
-def both_sides(model, names, seed):
+def both_sides(detector, names, seed):
     """For each defence (name, judge, attacked): the detector behind it, and what an attacker who knows of it attacks.
 
     Their draws of a random defence are independent. Attacked ones are made anew for each batch, so that draws do not
     depend on the batches before.
     """
-    return [(name, defend(model, name, seed), defend(model, name, seed + 1, DRAWS)) for name in names]
+    return [(name, defend(detector, name, seed), defend(detector, name, seed + 1, DRAWS)) for name in names]
 
 
 # --- reports ---------------------------------------------------------------------------------------------------------

@@ -362,8 +362,9 @@ def summarize_changes(changed):
 
 def warn_of_images(records):
     """Name the images of records in which the detector sees something else than a head, see ``eval.what_is_seen``."""
+    records = records.reindex(columns=["image", "seen", "vote_share"])  # older records do not have them
     for seen, words in SEEN.items():
-        share = records[records.reindex(columns=["seen"])["seen"] == seen].groupby("image")["vote_share"].median()
+        share = records[records["seen"] == seen].groupby("image")["vote_share"].median()
         if len(share):
             warnings.warn(
                 f"{listed([*share.index])}: {words} (median vote share at most {share.max():.2f}); do not trust "

@@ -92,7 +92,7 @@ def read_in_memory(folder, data):
         InputError: no such record, or one of images that ``data`` does not have.
     """
     file = find_in_memory(folder)
-    table, attacks = read_records([file]), []
+    table, attacks = read_records([file], data.names), []
     if not {*table.get("method", [""])} <= {*ATTACKS}:  # a method becomes a path of images
         raise InputError(f"{file}: not the record of an attack; --adversarial takes the folder of --save-adversarial")
     for method, rows in table.groupby("method", sort=False):
@@ -105,11 +105,11 @@ def read_in_memory(folder, data):
     return attacks
 
 
-def predict_stored(detectors, folder, batch_size, device, subpixel=False):
+def predict_stored(detectors, folder, batch_size, device):
     """Predictions on stored attacked images, by each detector that takes them.
 
     Args:
-        detectors: list of (name, model, data): the model, see ``eval.predict``, and the clean images, as
+        detectors: list of (name, detectors.Detector, data): data are the clean images, as
             dataset.Cephalograms of its input size. The first is that of the "in memory" record. Stored inputs are
             shown to the detectors of their size only, stored originals to all.
         folder: a folder adversarial/.
@@ -128,14 +128,14 @@ def predict_stored(detectors, folder, batch_size, device, subpixel=False):
         attacked = rows.get("detector", detectors[0][0])  # files of older versions do not name it
         tables.append(rows.assign(detector=attacked, stored="in memory"))
         for size, suffix in stored_forms(folder, method, ids):
-            for name, model, data in detectors:
+            for name, detector, data in detectors:
                 files = [stored_file(folder, method, size, id, suffix) for id in ids]
                 with distributed.guard():
                     if size == "input" and read_size(files[0], data.max_pixels) != tuple(data.images.shape[-2:]):
                         continue
                     part = data.select(ids)
                     images, norms = load_stored(files, part, size)
-                points = to_px0(predict(model, images, batch_size, device, subpixel), part)
+                points = to_px0(predict(detector, images, batch_size, device), part)
                 columns = {"method": method, "iteration": rows["iteration"].iloc[0], "largest_change": norms[:, None]}
                 columns |= {"detector": name, "stored": f"{FORMATS[suffix][0]} {size}"}
                 tables.append(record_attack(part, points, targets, **columns))

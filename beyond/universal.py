@@ -5,9 +5,9 @@ import json
 import numpy as np
 import torch
 
-from attack import grey_model, last, universal_perturbation, vote_goal_at
+from attack import aim_at, last, universal_perturbation
+from attack import grey as grey_detector
 from dataset import in_batches, rescale, to_input
-from eval import predict_batches
 from support import distributed
 from support.checkpoints import checked, load_tensors, write_tensors
 from support.command import progress
@@ -18,7 +18,7 @@ from support.files import read_config
 MADE_FROM = ("checkpoint_sha256", "training_data_sha256", "shift_count", "shift_mm", "epsilon", "steps", "seed")
 
 
-def find_perturbation(out, attack, model, data, targets, batch_size, device, epsilon, steps, seed, grey):
+def find_perturbation(out, attack, detector, data, targets, batch_size, device, epsilon, steps, seed, grey):
     """The perturbation (1, C, H, W) of a universal attack, kept in a file; it is not made again.
 
     Args:
@@ -37,9 +37,9 @@ def find_perturbation(out, attack, model, data, targets, batch_size, device, eps
         config = read_config(out / "config.json")
         made_from = torch.tensor([*json.dumps({name: config.get(name) for name in MADE_FROM}).encode()])  # as a tensor
         if not file.exists():
-            network = grey_model(model) if grey else model
-            batches = training_batches(network, data, targets, device, channels, batch_size, seed)
-            iterates = universal_perturbation(attack, network, batches, epsilon, steps)
+            attacked = grey_detector(detector) if grey else detector
+            batches = training_batches(attacked, data, targets, device, channels, batch_size, seed)
+            iterates = universal_perturbation(attack, attacked.network, batches, epsilon, steps)
             _, delta = last(progress(iterates, desc="universal perturbation", total=steps + 1, unit="step"))
             write_tensors(file, {"delta": delta.cpu(), "made_from": made_from})
         content = load_tensors(file)
@@ -52,16 +52,11 @@ def find_perturbation(out, attack, model, data, targets, batch_size, device, eps
     return distributed.on_main(make).to(device)
 
 
-def training_batches(model, data, targets, device, channels, batch_size, seed):
-    """Batches (image, goal) of training images in random order, without end."""
-    size = data.images.shape[-2:]
-    batches = in_batches(list(range(len(data))), batch_size)
-    found = torch.cat([points.cpu() for _, points, _ in predict_batches(model, data.images, batches, device, True)])
-    aims = rescale(targets.places, data.sizes[:, None], size).float()
-    places = torch.where(targets.targeted[..., None], aims, found)
-    rng = np.random.default_rng(seed)
+def training_batches(detector, data, targets, device, channels, batch_size, seed):
+    """Batches (image, attack.Aim) of training images in random order, without end."""
+    rng, places = np.random.default_rng(seed), rescale(targets.places, data.sizes[:, None], data.images.shape[-2:])
     while True:
         for batch in in_batches(rng.permutation(len(data)).tolist(), batch_size):
-            aims = (values[batch].to(device, non_blocking=True) for values in (places, targets.targeted))
-            goal = vote_goal_at(*aims, size)
-            yield to_input(data.images[batch], device)[:, :channels], goal
+            image = to_input(data.images[batch], device)[:, :channels]
+            aims = (values[batch].to(device, non_blocking=True) for values in (places.float(), targets.targeted))
+            yield image, aim_at(detector, image, *aims)

@@ -37,12 +37,13 @@ NOT_MARKED = ("", "nan", "na", "n/a", "none", "null", "-")  # as a field of an a
 # --- annotations -----------------------------------------------------------------------------------------------------
 
 
-def read_doctors(entry, size0):
+def read_doctors(entry, size0, names=LANDMARKS):
     """The landmarks of an image as each of D doctors marked them.
 
     Args:
         entry: layouts.Entry.
         size0: (H0, W0) of its image in px0.
+        names: of the K landmarks.
 
     Returns:
         (D, K, 2) float64 x, y in px0.
@@ -55,28 +56,33 @@ def read_doctors(entry, size0):
         if isinstance(source, tuple):  # a row of a Kaggle table
             path, line, numbers = source
             pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
-            places = [f"{path}: line {line}: image {entry.id}, landmark {k + 1}" for k in range(len(LANDMARKS))]
+            check_count(path, len(pairs), names)
+            places = [f"{path}: line {line}: image {entry.id}, landmark {k + 1}" for k in range(len(names))]
         else:
-            pairs = read_pairs(source)
-            places = [f"{source}: line {k + 1}" for k in range(len(LANDMARKS))]
-        doctors.append([parse_point(k, *pair, size0) for k, pair in enumerate(zip(pairs, places, strict=True))])
+            pairs = read_pairs(source, names)
+            places = [f"{source}: line {k + 1}" for k in range(len(names))]
+        doctors.append([parse_point(names, *pair, size0) for pair in zip(names, pairs, places, strict=True)])
     return np.array(doctors)
 
 
-def read_pairs(path):
+def check_count(path, found, names, unit="landmarks"):
+    """Refuse another number of landmarks than that of the names."""
+    if found != len(names):
+        whose = "of ISBI 2015 are needed" if names == LANDMARKS else "of the detector are needed"
+        order = ": one line x,y each, in their order (docs/data.md)"
+        raise InputError(f"{path}: {found} {unit}, the {len(names)} {whose}{order}")
+
+
+def read_pairs(path, names):
     """The first K lines of an annotation file, each split into its fields.
 
     Lines that follow are clinical classes, one number each; a pair of numbers among them is one landmark too many.
     """
     lines = [split_fields(line) for line in read_text(path).rstrip().splitlines()]
-    further = [fields for fields in lines[len(LANDMARKS) :] if len(fields) == 2 and None not in map(number, fields)]
-    if len(lines) < len(LANDMARKS) or further:
-        count = f"{len(LANDMARKS) + len(further)} landmarks" if further else f"{len(lines)} lines"
-        raise InputError(
-            f"{path}: {count}, the {len(LANDMARKS)} of ISBI 2015 are needed: one line x,y each, in their order "
-            "(docs/data.md)"
-        )
-    return lines[: len(LANDMARKS)]
+    further = [fields for fields in lines[len(names) :] if len(fields) == 2 and None not in map(number, fields)]
+    check_count(path, min(len(lines), len(names)), names, "lines")
+    check_count(path, len(names) + len(further), names)
+    return lines[: len(names)]
 
 
 def split_fields(line):
@@ -85,8 +91,8 @@ def split_fields(line):
     return [field.strip() for field in line.split(separator)]
 
 
-def parse_point(k, fields, place, size0):
-    """Two fields as the position of landmark k inside an image of ``size0`` (H0, W0)."""
+def parse_point(names, name, fields, place, size0):
+    """Two fields as the position of one of the landmarks inside an image of ``size0`` (H0, W0)."""
     x, y = map(number, fields) if len(fields) == 2 else (None, None)
     text = ",".join(fields)[:40]
     marked = any(field.lower() not in NOT_MARKED for field in fields)
@@ -94,7 +100,7 @@ def parse_point(k, fields, place, size0):
         raise InputError(f"{place}: {text!r} is not x,y")
     if not marked or x == y <= 0:  # 0,0 as in COCO, or -1,-1
         raise InputError(
-            f"{place}: {text!r}: {LANDMARKS[k]} is not marked, but all {len(LANDMARKS)} landmarks are needed; mark it "
+            f"{place}: {text!r}: {name} is not marked, but all {len(names)} landmarks are needed; mark it "
             "or remove the image"
         )
     if not (0 <= x <= size0[1] - 1 and 0 <= y <= size0[0] - 1):
@@ -105,12 +111,10 @@ def parse_point(k, fields, place, size0):
 
 def read_kaggle(path):
     """A Kaggle table as {id: (path, line number, its 2 K numbers as text)}; columns are found by name."""
-    columns = [f"{k}_{axis}" for k in range(1, len(LANDMARKS) + 1) for axis in "xy"]
-    rows = read_table(path, ["image_path", *columns], f"image_path,1_x,1_y,...,{len(LANDMARKS)}_y")
     header = read_text(path).lower().lstrip().partition("\n")[0]
-    further = [int(k) for k in re.findall(r"\b(\d+)_x\b", header) if int(k) > len(LANDMARKS)]
-    if further:
-        raise InputError(f"{path}: {max(further)} landmarks, but the {len(LANDMARKS)} of ISBI 2015 are needed")
+    count = max(map(int, re.findall(r"\b(\d{1,3})_[xy]\b", header)), default=len(LANDMARKS))
+    columns = [f"{k}_{axis}" for k in range(1, count + 1) for axis in "xy"]
+    rows = read_table(path, ["image_path", *columns], f"image_path,1_x,1_y,...,{count}_y")
     table = {}
     for line, row in rows:
         id = image_id(row["image_path"])
@@ -123,7 +127,7 @@ def read_kaggle(path):
 # --- targets ---------------------------------------------------------------------------------------------------------
 
 
-def read_targets(path, ids, num_landmarks, names=LANDMARKS):
+def read_targets(path, ids, names=LANDMARKS):
     """Targets from a CSV file with the columns ``landmark,x,y``, and ``image`` for targets of single images.
 
     Landmarks are numbers 1..K or names, positions are px0; rows and columns come in any order.
@@ -131,8 +135,7 @@ def read_targets(path, ids, num_landmarks, names=LANDMARKS):
     Args:
         path: the file.
         ids: N ids of the images that are attacked.
-        num_landmarks: K.
-        names: of the landmarks.
+        names: of the K landmarks.
 
     Returns:
         places (N, K, 2) float64 x, y in px0, and which landmarks are targeted, (N, K) bool. Whether the places lie
@@ -142,7 +145,7 @@ def read_targets(path, ids, num_landmarks, names=LANDMARKS):
         InputError: unreadable, a row is wrong, or an image has no target; the message names it.
     """
     rows = read_table(path, ["landmark", "x", "y"], "landmark,x,y, or image,landmark,x,y", ["image"])
-    numbers = landmark_numbers(num_landmarks, names)
+    numbers, num_landmarks = landmark_numbers(names), len(names)
     each = bool(rows) and "image" in rows[0][1]  # or the same for all
     find = finder(ids)
     targets = {id: np.full((num_landmarks, 2), np.nan) for id in (ids if each else [None])}
@@ -177,13 +180,13 @@ def finder(ids):
     return lambda text: found.get(text) or found.get(image_id(text), text)
 
 
-def landmark_numbers(num_landmarks, names):
+def landmark_numbers(names):
     """{text: index} of the names of landmarks: full, without the part in parentheses, or that part alone."""
     numbers = {}
-    for k, name in enumerate(names[:num_landmarks]):
+    for k, name in enumerate(names):
         short, _, letter = plain(name).partition("(")
         numbers |= dict.fromkeys([plain(name), short.strip(), letter.rstrip(")")], k)
-    return {name: k for name, k in numbers.items() if name} | {float(k + 1): k for k in range(num_landmarks)}
+    return {name: k for name, k in numbers.items() if name} | {float(k + 1): k for k in range(len(names))}
 
 
 def find_landmark(text, numbers):

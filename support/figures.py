@@ -114,7 +114,7 @@ def plot_training(log, path):
     """Line chart of the loss terms and of the monitored MRE against epochs."""
     monitored = log.dropna(subset="mre_mm") if "mre_mm" in log else log[:0]
     figure, (left, right) = panels(2)
-    for column, label in LOSSES.items():
+    for column, label in [(column, label) for column, label in LOSSES.items() if column in log]:
         left.plot(log["epoch"], log[column], label=label)
     left.set(title="training loss", ylabel="loss", yscale="log")
     left.legend()

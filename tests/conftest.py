@@ -18,6 +18,7 @@ from PIL import Image
 from eval import record_attack
 from phantom import SHAPE, sample_landmarks
 from readers.layouts import FOLDERS
+from readers.points import LANDMARKS
 from targets import Targets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -189,7 +190,8 @@ def images(ids, truth, mm_per_px0=0.1):
     """What records need of dataset.Cephalograms; truth (N, K, 2) px0."""
     truth = torch.tensor(truth, dtype=torch.float64)
     spacing = torch.full((len(ids),), mm_per_px0, dtype=torch.float64)
-    return SimpleNamespace(ids=ids, landmarks_px0=truth, reference_px0=truth, mm_per_px0=spacing)
+    names = LANDMARKS[: truth.shape[1]]
+    return SimpleNamespace(ids=ids, names=names, landmarks_px0=truth, reference_px0=truth, mm_per_px0=spacing)
 
 
 def attack_record(ids, points, truth, targets, method, iteration, change=1.0):

@@ -8,7 +8,8 @@ import torch
 
 from attack import ATTACKS, run
 from dataset import to_input
-from model import UNet, encode, freeze, place
+from detectors import voting
+from model import UNet, freeze, place
 from train import attack_images, train_step
 
 TRAINING = ("training", "adversarial training")
@@ -36,8 +37,9 @@ def make_step(name, device, size=(64, 48), batch=2, precision="fp32"):
 def training_step(model, optimizer, images, landmarks, device, adversarial):
     """As in train.py; if adversarial, the second image stays clean."""
     image, landmarks = to_input(images, device), landmarks.to(device, non_blocking=True)
+    detector = voting(model, size=image.shape[-2:])
     if adversarial:
         options = {"adversarial": "targeted", "epsilon": 8.0, "attack_steps": 1, "clean_share": 0.6}
         rngs = [np.random.default_rng(b) for b in range(len(images))]
-        image = attack_images(model, image, landmarks, rngs, Namespace(**options))
-    train_step(model, optimizer, image, encode(landmarks, image.shape[-2:]), len(images))
+        image = attack_images(detector, image, landmarks, rngs, Namespace(**options))
+    train_step(model, detector, optimizer, image, landmarks, len(images))

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, spread
+from conftest import spread
 from steps import NAMES, make_step
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,19 +13,22 @@ from attack import (
     ATTACKS,
     Attack,
     adaptive_weights,
+    aim_at,
+    apgd,
+    apgd_checks,
     evasive_loss,
-    goal_maps,
-    grey_model,
+    grey,
     keep_best,
     landmarks_in_place,
     last,
-    log_vote_share,
+    negative,
     pgd,
     random_perturbations,
     run,
-    vote_goal,
+    square_search,
     vote_loss,
 )
+from detectors import goal_maps, log_vote_share, voting, voting_goal
 from model import UNet, confidence, decode, encode, landmark_loss
 
 K = 4
@@ -170,17 +173,17 @@ def test_a_universal_perturbation_is_one_for_all_images(small, image):
 
 @pytest.mark.parametrize("name", ["I-FGSM", "ATI-FGSM", "FGSM"])
 def test_grey_noise_follows_the_sum_of_the_channels_gradients(small, image, name):
-    grey = image[:, :1]
-    goal = goal_of(small, grey.expand(-1, 3, -1, -1))
-    (_, clean, _), (_, found, maps) = itertools.islice(attacked(name, grey_model(small), grey), 2)
-    assert found.shape == grey.shape and torch.equal(clean, grey)
+    one = image[:, :1]
+    goal = goal_of(small, one.expand(-1, 3, -1, -1))
+    (_, clean, _), (_, found, maps) = itertools.islice(attacked(name, grey(voting(small)), one), 2)
+    assert found.shape == one.shape and torch.equal(clean, one)
     assert torch.allclose(maps, small(found.expand(-1, 3, -1, -1)))
-    x = grey.expand(-1, 3, -1, -1).clone().requires_grad_()
+    x = one.expand(-1, 3, -1, -1).clone().requires_grad_()
     losses = landmark_loss(small(x), goal)
     weights = adaptive_weights(losses.detach()) if name == "ATI-FGSM" else torch.ones_like(losses)
     (gradient,) = torch.autograd.grad((weights * losses).sum(), x)
     length = (0.05 if "I-FGSM" in name else 1) * 8 / 256
-    assert torch.allclose(found, (grey - length * gradient.sum(1, keepdim=True).sign()).clamp(-1, 1))
+    assert torch.allclose(found, (one - length * gradient.sum(1, keepdim=True).sign()).clamp(-1, 1))
 
 
 def test_results_carry_no_gradient_and_the_callers_mode_does_not_matter(small, image):
@@ -210,7 +213,7 @@ REFUSED = {  # what is given instead, to whom; the message
     ),
     "a list": ("run goal", {"targeted": TARGETED.tolist()}, "targeted is a list"),
     "numpy": ("run goal", {"targets": TARGETS.numpy()}, "targets is a ndarray"),
-    "whole numbers": ("run goal", {"targets": TARGETS.long()}, "targets must be (B, K, 2), a tensor of kind float"),
+    "whole numbers": ("goal", {"targets": TARGETS.long()}, "targets must be (B, K, 2), a tensor of kind float"),
     "px0": ("run goal", {"targets": FAR}, "targets lie outside the input of 32 x 40 px: [5.0, 400.0], landmark 1"),
     "y, x": (
         "run goal",
@@ -241,9 +244,9 @@ REFUSED = {  # what is given instead, to whom; the message
     ),
     "K before 3": ("run goal", {"maps": MAPS.transpose(1, 2)}, "maps must be (B, 3, K, H, W)"),
     "other landmarks": ("run goal", {"maps": MAPS[:, :, 1:]}, "targeted must be (B, K)"),
-    "dict": ("run goal pgd", {"maps": {"maps": MAPS}}, "maps is a dict"),
-    "list of dict": ("run goal pgd", {"maps": [{"maps": MAPS}]}, "maps is a list"),
-    "tuple": ("run goal pgd", {"maps": (MAPS, MAPS)}, "maps is a tuple"),
+    "dict": ("run", {"maps": {"maps": MAPS}}, "the network must return one tensor: .* it returns a dict"),
+    "list of dict": ("run", {"maps": [{"maps": MAPS}]}, "it returns a list"),
+    "tuple": ("run", {"maps": (MAPS, MAPS)}, "it returns a tuple"),
 }
 
 
@@ -256,14 +259,13 @@ def test_what_does_not_fit_is_refused_at_the_door(small, image, name, case):
     given = {"image": image, "targets": TARGETS, "targeted": TARGETED, "epsilon": 8, "steps": 2} | wrong
     maps, attack = given.pop("maps", None), ATTACKS[name]
     model = small if maps is None else lambda _: maps
-    targeted = attack.goal in (goal_maps, vote_goal)
     values = {"px0", "y, x", "nan", "infinite", "nothing", "one without"}
-    if "run" in whom and (targeted or not (maps is not None or case in values or case == "whole numbers")):
+    if "run" in whom and (attack.targeted or case not in values):
         with pytest.raises(ValueError, match=pattern):
             run(attack, model, **given)
-    if "goal" in whom and targeted:
+    if "goal" in whom:
         with pytest.raises(ValueError, match=pattern):
-            attack.goal(MAPS if maps is None else maps, given["targets"], given["targeted"])
+            goal_maps(MAPS if maps is None else maps, given["targets"], given["targeted"])
     if "pgd" in whom:
         options = {name: given[name] for name in ("image", "epsilon", "steps")}
         with pytest.raises(ValueError, match=pattern):
@@ -293,7 +295,7 @@ def test_an_untargeted_attack_needs_no_targets(small, image):
 
 def test_a_new_attack_is_a_row(small, image):
     """The squared paper's loss: a loss and a row, for every image and by the same function."""
-    squared = Attack("squared", goal_maps, lambda maps, goal: landmark_loss(maps, goal).square().sum(-1))
+    squared = Attack("squared", lambda outputs, aim: aim.losses(outputs).square().sum(-1))
     ends = [last(attacked(row, small, image, steps=3))[1] for row in ("I-FGSM", squared, squared)]
     assert torch.equal(ends[1], ends[2]) and not torch.equal(ends[0], ends[1])
 
@@ -327,7 +329,7 @@ def test_vote_share_by_hand():
         maps[0, 0, 0, y, x] = logit
     voters = torch.tensor([2.0, 1.0, 0.0]).sigmoid()  # of logit minus the voters' lowest, 0
     for place, distances in [((4.0, 5.0), (0, 41**0.5, 481**0.5)), ((10.0, 9.0), (52**0.5, 1, 221**0.5))]:
-        goal = vote_goal(maps, torch.tensor([[place]]), torch.tensor([[True]]))
+        goal = voting_goal(maps, torch.tensor([[place]]), torch.tensor([[True]]))
         near = 1 / (1 + (torch.tensor(distances) / 0.5) ** 2)
         other = 0 if place == (4, 5) else torch.tensor(-9.0).sigmoid()  # the pixel at the place is no voter yet
         expected = ((voters * near).sum() + other) / (voters.sum() + other)
@@ -341,19 +343,22 @@ def test_vote_weights_and_widths_follow_the_distance():
     maps[:, 0, :, 50, 48] = 9.0
     places = torch.tensor([[[48 + d, 50] for d in (0, 1.5, 40)] * 2]).float()
     targeted = torch.tensor([[True] * 3 + [False] * 3])
-    goal = vote_goal(maps, places, targeted)._replace(places=places)
-    assert landmarks_in_place(maps, goal).item() == 4
+    detector = voting(lambda image: maps)
+    aim = aim_at(detector, torch.zeros(1, 3, 100, 96), places, targeted)
+    aim = aim._replace(places=places, goal=voting_goal(maps, places, targeted))
+    assert landmarks_in_place(maps, aim).item() == 4
     widths = torch.tensor([0.1, 0.3, 0.33] * 2)
-    shares = log_vote_share(maps, goal, widths[None])[0]
+    shares = log_vote_share(maps, aim.goal, widths[None])[0]
     expected = -(torch.tensor([1, 1.35, 2.5, 0.1, 0.9, 1]) * widths / 0.33 * shares).sum()
-    assert vote_loss(maps, goal).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert vote_loss(maps, aim).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_stationary_landmarks_keep_their_clean_predictions(small, image):
-    clean = small(image)
-    goal = vote_goal(clean, TARGETS, TARGETED)
-    assert torch.equal(goal.places[TARGETED], TARGETS[TARGETED])
-    assert torch.equal(goal.places[~TARGETED], decode(clean, subpixel=True)[~TARGETED])
+@pytest.mark.parametrize("subpixel", [False, True])
+def test_stationary_landmarks_keep_their_clean_predictions(small, image, subpixel):
+    aim = aim_at(voting(small, subpixel), image, TARGETS, TARGETED)
+    assert torch.equal(aim.places[TARGETED], TARGETS[TARGETED])
+    assert torch.equal(aim.places[~TARGETED], decode(small(image), subpixel)[~TARGETED].double())
+    assert torch.equal(aim.goal.places, aim.places)
 
 
 def test_the_best_iterate_is_kept_by_what_the_decoder_finds():
@@ -365,13 +370,13 @@ def test_the_best_iterate_is_kept_by_what_the_decoder_finds():
 
 
 def test_the_kept_iterate_is_never_worse_than_the_one_before(small, image):
-    goal = vote_goal(small(image), TARGETS, TARGETED)
-    scores = [landmarks_in_place(maps, goal) for *_, maps in attacked("Vote-PGD", small, image, epsilon=16, steps=10)]
+    aim = aim_at(voting(small), image, TARGETS, TARGETED)
+    scores = [landmarks_in_place(maps, aim) for *_, maps in attacked("Vote-PGD", small, image, epsilon=16, steps=10)]
     assert all((later >= earlier).all() for earlier, later in itertools.pairwise(scores))
 
 
 def test_the_evasive_attack_leaves_more_confident_maps(small, image):
-    goal = vote_goal(small(image), TARGETS, TARGETED)
+    goal = aim_at(voting(small), image, TARGETS, TARGETED).goal
     nearest, scores = torch.full((2, K), 0.1).double(), []
     for loss in (vote_loss, evasive_loss):
         attack = ATTACKS["Vote-PGD"]._replace(loss=loss, score=None)  # the last iterate
@@ -392,34 +397,44 @@ def test_the_parts_of_vote_pgd_are_options(small, image):
         {"options": attack.options | {"step_size": 0.05}},
         {"score": None},
     ):
-        row = attack._replace(**({"score": lambda maps, goal: -vote_loss(maps, goal)} | changes))
+        row = attack._replace(**({"score": negative(vote_loss)} | changes))
         ends.append(last(attacked(row, small, image, epsilon=32, steps=4))[1])
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(ends[:-1], 2))
+
+
+def test_apgd_checks_where_its_paper_says():
+    assert sorted(apgd_checks(100))[:8] == [22, 41, 57, 70, 80, 87, 93, 99]
+
+
+def test_apgd_halves_the_step_of_the_image_that_swings():
+    """The loss of the first image falls at the edge of the ball, that of the second at a sixteenth of it."""
+    image, bound = torch.zeros(2, 1, 1, 1), 64 / 256
+    best = torch.tensor([-1.0, 1 / 16]).view(-1, 1, 1, 1) * bound
+    iterates = list(apgd(lambda image: image, image, lambda x: (x - best).abs().flatten(), 64, 40))
+    ends = torch.stack([adversarial.flatten() for _, adversarial, _ in iterates]) / bound
+    assert (ends.abs() <= 1).all() and (ends[1:, 0] == -1).all()
+    assert ends[1, 1] == 1 and (ends[-5:, 1] - 1 / 16).abs().max() < 0.1
+
+
+def test_the_square_attack_keeps_what_lowers_the_loss():
+    image, losses = torch.zeros(2, 3, 8, 8), []
+
+    def loss(x):
+        losses.append((x - torch.linspace(-1, 1, 64).view(8, 8)).square().mean((1, 2, 3)))
+        return losses[-1]
+
+    *_, (_, adversarial, _) = keep_best(square_search(lambda x: x, image, loss, 64, 200), lambda x: -loss(x))
+    assert loss(adversarial)[0] == torch.stack(losses).min(0).values[0] < 0.9 * losses[0][0]
+    assert set(adversarial.abs().unique().tolist()) <= {0.0, 0.25}
 
 
 def test_random_perturbations_do_not_depend_on_the_batch():
     image = torch.zeros(3, 1, 8, 8)
     (_, three), (_, one) = (
-        [adversarial for _, adversarial, _ in random_perturbations(lambda image: image, batch, 8, 1, seed=1)]
+        [adversarial for _, adversarial, _ in random_perturbations(lambda image: image, batch, None, 8, 1, seed=1)]
         for batch in (image, image[:1])
     )
     assert torch.equal(three[2:], one) and 0.8 * 8 / 256 < one.abs().max() <= 8 / 256
-
-
-def test_a_detector_without_offsets_is_attacked_by_its_own_loss_and_decoder():
-    """The example of docs/attacks.md, as it stands there: plain heatmaps, decoded by their maximum."""
-    example = (ROOT / "docs" / "attacks.md").read_text().split("```python\n")[1].split("```")[0]
-    assert len([line for line in example.splitlines() if line.strip()]) <= 20  # no more to write
-    torch.manual_seed(0)
-    layers = nn.Conv2d(1, 8, 7, padding=3), nn.ReLU(), nn.Conv2d(8, 2, 7, padding=3)
-    model = nn.Sequential(*layers).requires_grad_(False)
-    image, targets = torch.rand(1, 1, 32, 40) * 2 - 1, torch.tensor([[[5, 20], [33, 8]]])
-    names = {"model": model, "image": image, "targets": targets, "targeted": torch.ones(1, 2, dtype=torch.bool)}
-    exec(example, names)
-    found = names["decode_argmax"]
-    assert torch.equal(found(names["heatmaps"]), targets) and not torch.equal(found(model(image)), targets)
-    assert torch.equal(model(names["adversarial"]), names["heatmaps"])
-    assert (names["adversarial"] - image).abs().max() <= 64 / 256 + 1e-6
 
 
 class NoValues(TorchDispatchMode):

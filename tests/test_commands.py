@@ -862,7 +862,7 @@ BAD_CHECKPOINTS = {
     "float8": "head.bias is of type torch.float8_e4m3fn",
     "a counter in floats": "num_batches_tracked is of type torch.float32",
     "nowhere": "not a state dict",
-    "repeated without end": "weights for 333333333333 landmarks",
+    "repeated without end": "weights for 3.33333e+11 landmarks",
     "huge": "weights that compute nothing",
     "nothing": "weights that compute nothing",
     "a name for the terminal": "1 names differ, \\x1b[2J is one",

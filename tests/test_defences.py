@@ -27,6 +27,7 @@ from beyond.defences import (
     shape_model,
 )
 from dataset import to_input
+from detectors import voting
 from experiments.defence import auc, check, compute_diagnoses, compute_masking, two_columns
 from experiments.results import Result
 from model import UNet, confidence, decode, encode, landmark_loss, place
@@ -86,8 +87,9 @@ def test_noise_has_its_standard_deviation_and_is_drawn_anew():
 
 def test_noise_is_independent_of_the_random_starts_of_the_same_seed(image):
     seen = []
-    defend(lambda image: seen.append(image) or image.flatten(2)[:, :, None, None], "noise:4", seed=5)(image)
-    _, (_, drawn, _) = random_perturbations(lambda image: image, image, 8, 1, seed=5)
+    detector = voting(lambda image: seen.append(image) or image)
+    defend(detector, "noise:4", seed=5).network(image)
+    _, (_, drawn, _) = random_perturbations(lambda image: image, image, None, 8, 1, seed=5)
     pair = torch.stack([(seen[0] - image).flatten(), (drawn - image).flatten()])
     assert pair.corrcoef()[0, 1].abs() < 0.05  # 0.34 where both come from one stream
 
@@ -98,11 +100,11 @@ def test_every_defence_passes_a_gradient_and_leaves_the_shape(name, image):
         return image.flatten(2).unflatten(1, (3, 1)).unsqueeze(-1)
 
     shown = image.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(defend(model, name)(shown)[:, 0].sum(), shown)
+    (gradient,) = torch.autograd.grad(defend(voting(model), name).network(shown)[:, 0].sum(), shown)
     # every transformation keeps the sum of a channel, but for rounding, clipping and borders
     assert gradient[:, 0].mean() == pytest.approx(1, abs=0.1) and (gradient[:, 1:] == 0).all()
     with torch.no_grad():
-        seen = defend(model, name)(image)
+        seen = defend(voting(model), name).network(image)
     assert seen.shape == model(image).shape and 0 < (seen - model(image)).abs().mean() < 0.1
 
 
@@ -112,7 +114,7 @@ def test_a_random_defence_is_judged_by_one_draw_and_attacked_by_new_ones():
         return image[:, :, None]
 
     sizes, grey = [], torch.zeros(2, 3, 32, 32)
-    judged, attacked = defend(model, "noise:8", seed=1), defend(model, "noise:8", seed=1, draws=DRAWS)
+    judged, attacked = (defend(voting(model), "noise:8", seed=1, draws=draws).network for draws in (1, DRAWS))
     once, again, first, second = judged(grey), judged(grey[:1]), attacked(grey), attacked(grey)
     assert sizes == [2, 1, 2 * DRAWS, 2 * DRAWS]
     assert torch.equal(once[:1], again) and torch.equal(once[0], once[1]) and not torch.equal(first, second)
@@ -167,7 +169,8 @@ def test_shape_distance_is_that_of_mahalanobis():
 def attacked(model, image, landmarks, indices, **changes):
     options = {"adversarial": "untargeted", "epsilon": 8.0, "attack_steps": 1, "clean_share": 0.0} | changes
     rngs = [np.random.default_rng([0, 0, i]) for i in indices]
-    return train.attack_images(model, image, landmarks, rngs, argparse.Namespace(**options))
+    detector = voting(model, size=image.shape[-2:])
+    return train.attack_images(detector, image, landmarks, rngs, argparse.Namespace(**options))
 
 
 @pytest.fixture(scope="module")

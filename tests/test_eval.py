@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import K, attack_record
 
+from detectors import voting
 from eval import accuracy_table, metrics, stand_apart, summarize, what_is_seen
-from model import decode, radius_of
+from model import radius_of
 from phantom import SHAPE
 
 
@@ -84,7 +85,7 @@ def test_what_is_seen():
     head = torch.tensor(json.loads(SHAPE.read_text())["mean"]) / 40
     jumbled = head[torch.randperm(K, generator=torch.Generator().manual_seed(0))]
 
-    def model(image):
+    def network(image):
         rows, columns = torch.meshgrid(*map(torch.arange, size), indexing="ij")
         pixels = torch.stack([columns, rows])[None]  # (1, 2, H, W)
         maps = []
@@ -98,7 +99,8 @@ def test_what_is_seen():
 
     ramp = torch.linspace(1, 0, size[1]).expand(*size)
     image = torch.stack([ramp, ramp.flip(-1), torch.zeros(size), 3 * ramp])[:, None].repeat(1, 3, 1, 1)
-    points = decode(model(image))
+    detector = voting(network)
+    points = detector.predict(image)
     share = np.array([[0.9], [0.05], [0.05], [0.9]]).repeat(K, 1)
-    seen = what_is_seen(model, image, points.numpy().astype(float), share)
+    seen = what_is_seen(detector, image, points.numpy().astype(float), share)
     assert seen.tolist() == [["head"], ["faces left"], ["no head"], ["odd shape"]]

@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,13 +21,14 @@ import torch
 from conftest import ROOT, SIZE0, TRAIN, Code, K, assert_refused, attack_record, damage, write_kaggle, write_points
 from PIL import Image
 
+import detectors
 import eval
-import model
 import train
 from attack import ATTACKS
 from beyond.stored import read_in_memory
+from detectors import load_detector
 from eval import content_of, read_records
-from model import UNet, load_detector
+from model import UNet
 from readers.images import read_image
 from readers.layouts import Entry
 from readers.points import read_doctors, read_kaggle, read_targets
@@ -63,9 +65,9 @@ def sigterm_at_step(step, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return original(points, size)
 
-    original = model.encode
+    original = detectors.encode
     with monkeypatch.context() as context:
-        context.setattr(model, "encode", encode)
+        context.setattr(detectors, "encode", encode)
         yield
 
 
@@ -440,7 +442,7 @@ def test_damaged_data(kind, drawn, tmp_path):
         read = partial(read_kaggle, file)
     elif kind == "targets":
         file.write_text("landmark,x,y\n3,100,200\n8,130,190\n")
-        read = partial(read_targets, file, ["151"], K)
+        read = partial(read_targets, file, ["151"])
     elif kind == "spacing":
         file.write_text("0.125\n")
         read = partial(read_spacing, tmp_path, ["151"])
@@ -694,7 +696,7 @@ def test_the_names_of_attacks_are_no_paths(tmp_path):
     record = attack_record(["151"], np.ones((1, K, 2)), np.ones((1, K, 2)), None, "../../elsewhere", 1)
     record.to_csv(tmp_path / "in_memory.csv", index=False)
     with pytest.raises(InputError, match=r"in_memory.csv: not the record of an attack"):
-        read_in_memory(tmp_path, None)
+        read_in_memory(tmp_path, SimpleNamespace(names=range(K)))
 
 
 # --- files that carry code

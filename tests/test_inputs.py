@@ -801,11 +801,15 @@ def test_some_other_landmarks_are_found_in_the_images_together():
 
 
 BAD_KAGGLE = {
-    "29 landmarks": (
-        rows(lambda table: joined([[*row, *(("20_x", "29_x") if row is table[0] else "12")] for row in table])),
-        "train_senior.csv: 29 landmarks, but the 19 of ISBI 2015 are needed",
+    "20 landmarks": (
+        rows(lambda table: joined([[*row, *(("20_x", "20_y") if row is table[0] else "12")] for row in table])),
+        "train_senior.csv: 20 landmarks, the 19 of ISBI 2015 are needed",
     ),
-    "18 landmarks": (rows(lambda table: joined([row[:-2] for row in table])), "the header should be image_path,1_x"),
+    "18 landmarks": (rows(lambda table: joined([row[:-2] for row in table])), "18 landmarks, the 19 of ISBI 2015"),
+    "no 19_y": (
+        rows(lambda table: joined([row[:-1] for row in table])),
+        "the header should be image_path,1_x,1_y,...,19_y",
+    ),
     "no header": (rows(lambda table: joined(table[1:])), "the header should be image_path,1_x,1_y,...,19_y"),
     "a column twice": (
         rows(lambda table: joined([[*row, row[3]] for row in table])),
@@ -1065,7 +1069,7 @@ TARGETS = {
 def test_targets(case, tmp_path):
     text, expected = TARGETS[case]
     (tmp_path / "targets.csv").write_bytes(text.encode())
-    places, targeted = read_targets(tmp_path / "targets.csv", list(expected), K, LANDMARKS)
+    places, targeted = read_targets(tmp_path / "targets.csv", list(expected), LANDMARKS)
     wanted = {(i, k): [x, y] for i, rows in enumerate(expected.values()) for k, x, y in rows}
     assert {(i, k + 1): places[i, k].tolist() for i, k in np.argwhere(targeted)} == wanted
 
@@ -1106,13 +1110,13 @@ def test_bad_targets(case, tmp_path):
     file = tmp_path / "targets.csv"
     file.write_text(text)
     with pytest.raises(InputError) as error:
-        read_targets(file, ["151", "NA"], K, LANDMARKS)
+        read_targets(file, ["151", "NA"], LANDMARKS)
     assert str(error.value).startswith(f"{file}: ") and message in str(error.value)
 
 
 def test_no_file_of_targets(tmp_path):
     with pytest.raises(InputError, match=r"nowhere.csv: not a readable CSV file"):
-        read_targets(tmp_path / "nowhere.csv", ["151"], K)
+        read_targets(tmp_path / "nowhere.csv", ["151"])
 
 
 # --- the bounds of plausibility
