@@ -16,6 +16,7 @@ demo: .venv/installed
 	.venv/bin/python reproduce.py --scale demo $(if $(ENCODER),--encoder-weights $(ENCODER))
 
 .venv/installed: requirements.txt requirements-dev.txt
+	@echo "installing into .venv: PyTorch with CUDA is 5.7 GB"
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@

@@ -102,7 +102,8 @@ def draw_attacked(above, below, result, found, method, files):
     attacked, size = read_image(stored_file(result.folder / "adversarial", method, "input", id), None, "RGB")
     clean, size0 = read_image(files[id], size)
     frame = draw_found(above, attacked, size0, found)
-    above.set_title(f"{result.labels['letter']}, {method}", fontsize=9)
+    reached = (found["radial_error_mm"] <= SUCCESS_MM).sum()
+    above.set_title(f"{result.labels['letter']}, {method}: {reached} of {len(found)}", fontsize=9)
     perturbation = attacked.astype(float) - clean[..., None]
     bound = max(np.abs(perturbation).max(), 1)
     below.imshow(perturbation / (2 * bound) + 0.5, **frame)

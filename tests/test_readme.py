@@ -123,7 +123,7 @@ def test_commands_are_found():
 
 def test_the_python_example_attacks_one_image(data, tmp_path, monkeypatch, capsys):
     """On a copy of the data as JPEG."""
-    (example,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    example, own = re.findall(r"```python\n(.*?)```", TEXT, re.S)
     run = tmp_path / "runs" / "baseline"
     run.mkdir(parents=True)
     for file in data.rglob("*.bmp"):
@@ -142,3 +142,7 @@ def test_the_python_example_attacks_one_image(data, tmp_path, monkeypatch, capsy
     way = found["targets"] - found["points"]
     assert torch.allclose(way, torch.tensor([0, 80 * 32 / 2400]))  # 8 mm of an original of 2400 px
     assert capsys.readouterr().out.startswith("start, target, end: tensor([[")
+    found["my_network"] = torch.nn.Conv2d(3, 5, 1)
+    exec(own, found)
+    detector = found["make"]()
+    assert detector.predict(torch.zeros(1, 3, *detector.size)).shape == (1, detector.names, 2)
