@@ -85,10 +85,11 @@ def main():
     if args.list:
         return
     with distributed.held_by_main(own_folder(plan.out, "reproduce.py", "--name", "report.md")):
-        for name in plan.chosen:
+        for number, name in enumerate(plan.chosen, 1):
             start = time.perf_counter()
             commands = plan.commands(name)
-            say(f"\n=== {report.EXPERIMENTS[name].TITLE} ({name}), {len(commands)} commands")
+            part = f"{number} of {len(plan.chosen)}"
+            say(f"\n=== {part}: {report.EXPERIMENTS[name].TITLE} ({name}), {len(commands)} commands")
             for program, *argv in commands:
                 say(f"\npython {program} {shlex.join(argv)}")
                 PROGRAMS[program].main(argv)
