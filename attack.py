@@ -182,11 +182,9 @@ def pgd(network, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentu
     bound = epsilon / 256
     delta, velocity = torch.zeros_like(image) if start is None else start, torch.zeros_like(image)
     for iteration in range(steps):
-        adversarial = (image + delta).clamp(-1, 1).requires_grad_()
-        with torch.enable_grad():
-            outputs = network(adversarial)
+        adversarial, outputs = tracked(network, image, delta)
         yield iteration, adversarial.detach(), outputs.detach()
-        gradient = gradient_of(loss, outputs, adversarial)
+        _, gradient = descent(loss, outputs, adversarial)
         delta, velocity = descend(delta, velocity, gradient, bound, iteration / steps, step_size, momentum)
     adversarial = (image + delta).clamp(-1, 1)
     with torch.no_grad():
@@ -194,20 +192,28 @@ def pgd(network, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentu
     yield steps, adversarial, outputs
 
 
-def gradient_of(loss, outputs, image):
-    """The gradient, in the image, of the losses (B,) of outputs.
+def tracked(network, image, delta):
+    """``perturbed``, with what a gradient in the images needs."""
+    adversarial = (image + delta).clamp(-1, 1).requires_grad_()
+    with torch.enable_grad():
+        return adversarial, network(adversarial)
+
+
+def descent(loss, outputs, image):
+    """The losses (B,) of outputs, and their gradient in the image.
 
     Raises:
         ValueError: there is none.
     """
     with torch.enable_grad():
-        total = loss(outputs).sum()
+        losses = loss(outputs)
+        total = losses.sum()
     gradient = torch.autograd.grad(total, image, allow_unused=True)[0] if total.requires_grad else None
     if gradient is None:
         raise ValueError(
             "the loss has no gradient in the image: the network or the loss runs under no_grad, or detaches"
         )
-    return gradient
+    return losses.detach(), gradient
 
 
 def descend(delta, velocity, gradient, bound, progress, step_size=STEP_SIZE, momentum=0.0):
@@ -242,12 +248,10 @@ def apgd(network, image, loss, epsilon=8, steps=300, momentum=0.75, share=0.75):
     best = checked = previous = image.new_full(each, math.inf)
     best_delta, best_gradient, halved, since = delta, delta, torch.zeros_like(fell, dtype=torch.bool), 0
     for iteration in range(steps):
-        adversarial = (image + delta).clamp(-1, 1).requires_grad_()
-        with torch.enable_grad():
-            outputs = network(adversarial)
+        adversarial, outputs = tracked(network, image, delta)
         yield iteration, adversarial.detach(), outputs.detach()
-        gradient = gradient_of(loss, outputs, adversarial)
-        value = loss(outputs.detach()).view(each)
+        value, gradient = descent(loss, outputs, adversarial)
+        value = value.view(each)
         fell, since, previous = fell + (value < previous), since + 1, value
         better = value < best
         best = torch.where(better, value, best)
@@ -278,8 +282,8 @@ def square_search(network, image, loss, epsilon=8, steps=300, seed=0, first=0.8)
     """The Square attack (Andriushchenko et al., arXiv 1912.00049), which sees the loss only: no gradient.
 
     The first step tries vertical stripes, each further one another corner of the ball in a random square; what does not
-    raise the loss is kept. All images of a batch get the same squares, so that results do
-    not depend on how images are batched.
+    raise the loss is kept. All images of a batch get the same squares, so that results do not depend on how images are
+    batched.
 
     Args:
         network, image, loss, epsilon, steps: see ``pgd``; a step is a query of the network.
@@ -334,7 +338,7 @@ def universal_perturbation(attack, network, batches, epsilon=8, steps=300):
         common = delta.detach().requires_grad_()
         with torch.enable_grad():
             outputs = network((image + common).clamp(-1, 1))
-        gradient = gradient_of(partial(attack.loss, aim=aim), outputs, common)
+        _, gradient = descent(partial(attack.loss, aim=aim), outputs, common)
         delta, velocity = descend(delta, velocity, gradient, bound, iteration / steps, **attack.options)
     yield steps, delta
 
@@ -394,7 +398,7 @@ def last(iterates):
     return deque(iterates, maxlen=1).pop()
 
 
-def grey(detector):
+def grey_detector(detector):
     """The detector as one of grey images (B, 1, H, W), so that all three channels get the same perturbation."""
     return detector._replace(network=lambda image: detector.network(image[:, :1].expand(-1, 3, -1, -1)))
 

@@ -246,9 +246,14 @@ def log_vote_share(maps, goal, widths):
     logits = heatmap[:, 0].gather(-1, pixels) - highest[..., -1:]
     weight = F.logsigmoid(logits).masked_fill(~counted, -math.inf)
     votes = pixel_positions(pixels, size[1]) / radius + offsets_at(pixels, offset)
-    squared = (votes - goal.places.movedim(-1, 1)[..., None] / radius).square().sum(1)
-    at_place = weight - torch.log1p(squared / widths[..., None] ** 2)
+    difference = votes - goal.places.movedim(-1, 1)[..., None] / radius
+    at_place = weight + log_near(difference.movedim(1, -1), widths[..., None])
     return torch.logsumexp(at_place, -1) - torch.logsumexp(weight, -1)
+
+
+def log_near(difference, width):
+    """Logarithm of what counts of a vote that lies (..., 2) off: 1 / (1 + (distance / width)^2)."""
+    return -torch.log1p(difference.square().sum(-1) / width**2)
 
 
 # --- a heatmap for each landmark -------------------------------------------------------------------------------------
@@ -287,11 +292,6 @@ def heatmap_goal(clean, places, targeted, size):
     squared = (centres(clean, size) - places[..., None, :]).square().sum(-1)
     around = (squared / (-2 * (SIGMA * radius_of(size)) ** 2)).softmax(-1)
     return HeatmapGoal(torch.where(targeted[..., None], around, log_distribution(clean).exp()), places)
-
-
-def log_near(difference, width):
-    """Logarithm of what counts of a vote that lies (..., 2) px off: 1 / (1 + (distance / width)^2), as in Vote-PGD."""
-    return -torch.log1p(difference.square().sum(-1) / width**2)
 
 
 # --- coordinates -----------------------------------------------------------------------------------------------------

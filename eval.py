@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from attack import grey as grey_detector
-from attack import last, replay, run
+from attack import grey_detector, last, replay, run
 from dataset import in_batches, rescale, to_input
 from readers import plausibility
 from readers.points import LANDMARKS

@@ -137,9 +137,8 @@ class UNet(nn.Module):
         self.up4 = Up(64 + 64, 128)
         self.up5 = Up(128, 64)
         self.head = nn.Conv2d(64, OUTPUTS[output] * num_landmarks, 1)
-        if (
-            output == "voting"
-        ):  # heatmaps are almost empty; starting so saves a hundred steps ("Focal Loss", Lin 2017, 3.3)
+        if output == "voting":
+            # heatmaps are almost empty; starting so saves the first hundred steps ("Focal Loss", Lin et al. 2017, 3.3)
             nn.init.constant_(self.head.bias[:num_landmarks], math.log(0.01))
         if encoder_weights == "none":
             for layer in self.encoder:
@@ -480,7 +479,8 @@ def centres(maps, size):
 
 
 def highest_pixel(maps, size):
-    return centres(maps, size)[log_distribution(maps).argmax(-1)]
+    check_tensors(maps=(maps, "BKHW", "float"))
+    return centres(maps, size)[maps.flatten(-2).argmax(-1)]
 
 
 def expected_pixel(maps, size):

@@ -5,8 +5,7 @@ import json
 import numpy as np
 import torch
 
-from attack import aim_at, last, universal_perturbation
-from attack import grey as grey_detector
+from attack import aim_at, grey_detector, last, universal_perturbation
 from dataset import in_batches, rescale, to_input
 from support import distributed
 from support.checkpoints import checked, load_tensors, write_tensors

@@ -17,7 +17,7 @@ from attack import (
     apgd,
     apgd_checks,
     evasive_loss,
-    grey,
+    grey_detector,
     keep_best,
     landmarks_in_place,
     last,
@@ -175,7 +175,7 @@ def test_a_universal_perturbation_is_one_for_all_images(small, image):
 def test_grey_noise_follows_the_sum_of_the_channels_gradients(small, image, name):
     one = image[:, :1]
     goal = goal_of(small, one.expand(-1, 3, -1, -1))
-    (_, clean, _), (_, found, maps) = itertools.islice(attacked(name, grey(voting(small)), one), 2)
+    (_, clean, _), (_, found, maps) = itertools.islice(attacked(name, grey_detector(voting(small)), one), 2)
     assert found.shape == one.shape and torch.equal(clean, one)
     assert torch.allclose(maps, small(found.expand(-1, 3, -1, -1)))
     x = one.expand(-1, 3, -1, -1).clone().requires_grad_()
