@@ -502,6 +502,7 @@ ROWS = (  # the first five have the numbers 0 to 4 on the command line
     Attack("FGSM", paper_loss, 1, ONE_STEP),
     Attack("untargeted-FGSM", negative(paper_loss), 1, ONE_STEP, targeted=False),
     Attack("Vote-PGD", vote_loss, None, VOTE_PGD, landmarks_in_place),
+    Attack("ATI-PGD", adaptive_loss, None, VOTE_PGD, landmarks_in_place),  # the paper's loss, Vote-PGD's schedule
     Attack("MI-FGSM", paper_loss, None, {"momentum": 1.0}),  # Dong et al., arXiv 1710.06081
     Attack("APGD", paper_loss, score=negative(paper_loss), loop=apgd),
     Attack("CosPGD", cosine_loss, votes=True),
