@@ -31,7 +31,7 @@ from benchmark import time_steps
 from experiments import demo, fancy, report
 from experiments.costs import OFFICIAL, Cost, attack_cost, total, training_cost
 from experiments.results import Result
-from experiments.scales import SCALES, Scale, arguments
+from experiments.scales import SCALES, Scale, arguments, to_attack
 from readers.images import read_image
 from readers.layouts import IDS, available_splits, index
 from support import command, distributed
@@ -232,13 +232,13 @@ def make_plan(args):
 
 
 def find_images(args):
-    """The splits to test on, and the ids of their images; with --list, where there are no data, the official ones."""
+    """The splits to test on, and the ids of the images to attack; with --list, without data, the official ones."""
     if args.list and not Path(args.data).exists():
-        return ["test1", "test2"], [str(id) for split in ("test1", "test2") for id in IDS[split]]
+        return ["test1", "test2"], to_attack([str(id) for id in IDS["test1"]])
     splits = [split for split in available_splits(args.data) if split != "train"]
     if not splits:
         raise InputError(f"{args.data}: no images of test1 or test2 to test and attack")
-    return splits, [entry.id for entry in index(args.data, "test")]
+    return splits, to_attack([entry.id for entry in index(args.data, "test")])
 
 
 def check_order(plan):

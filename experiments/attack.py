@@ -70,9 +70,7 @@ def print_tables(results):
         InputError: one is not the result of an attack, or has other targets for the same images.
     """
     attacks = {}  # "run method" -> records of the last iteration
-    for result in results:
-        if "method" not in result.predictions():
-            raise InputError(f"{result.folder}: not the results of an attack; give output folders of test.py --attack")
+    for result in check(results):
         for method, records in result.attacked().groupby("method", sort=False):
             attacks[f"{result.labels['run']} {method}"] = result.labels, records
     check_targets(attacks)
@@ -80,6 +78,14 @@ def print_tables(results):
     first, *others = [(name, last(records)) for name, (_, records) in attacks.items()]
     if others:
         print(render_differences(compare([(first, other) for other in others], "attacks")))
+
+
+def check(results):
+    """The runs, unless one is not the result of an attack."""
+    for result in results:
+        if "method" not in result.predictions():
+            raise InputError(f"{result.folder}: not the results of an attack; give output folders of test.py --attack")
+    return results
 
 
 def check_targets(attacks):

@@ -2,7 +2,7 @@
 
 import os
 
-from experiments import attack, causes, coupling, defence, detection, diagnosis, fancy, sweeps
+from experiments import attack, causes, coupling, defence, detection, diagnosis, fancy, robustness, sweeps
 from experiments.statistics import ENOUGH
 from support.files import read_config, write_text
 
@@ -17,6 +17,7 @@ EXPERIMENTS = {  # in order; each has TITLE, TEXT and publish(results, data, out
     "causes": causes,
     "diagnosis": diagnosis,
     "defence": defence,
+    "robustness": robustness,
 }
 NOTE = (
     "Brackets contain 95 % confidence intervals by a bootstrap over images; [0.0, 0.0] and [100.0, 100.0] mean that no "

@@ -1,6 +1,6 @@
 """What is run at each scale: for each experiment a list of runs, which are commands.
 
-A scale is a function of the splits to test on and of the ids of the test images; the demo draws its own.
+A scale is a function of the splits to test on and of the ids of the images to attack; the demo draws its own.
 """
 
 import os
@@ -22,6 +22,15 @@ TARGETS = {"random": {"targets": "random"}}
 TARGETS |= {f"{mm} mm": {"targets": "shift", "shift_mm": mm} for mm in (2, 4, 8, 16)}
 NEAR, FAR = TARGETS["8 mm"], TARGETS["random"]
 EPSILONS = 0.5, 1, 2, 4, 8  # the paper's
+CONTROLS = "random-search", "FGSM"
+EQUAL = *BEST, "ATI-PGD", "MI-FGSM", "APGD", "CosPGD", *CONTROLS  # attacks of as many passes, and controls
+# The images of which claims are made: of Test1's 201 to 300, without those that are training images or of 151 to 200
+# under other ids, 50 drawn at random, in random order. The attacks were developed on images before 201, and the first
+# ones are no random sample: 60 % of the first 30 have an overjet of class 3, of all 150 42 %.
+EVALUATION = (
+    "210 204 246 233 224 235 245 219 242 268 227 259 257 248 298 249 263 203 225 250 231 201 220 238 232 217 244 288 "
+    "211 207 280 300 218 241 299 252 274 272 228 205 230 273 234 226 215 286 253 216 221 258"
+)
 SMALL = {"batch_size": 4, "schedule": "cosine"}
 
 
@@ -67,6 +76,11 @@ def draw(**options):
     return Run("phantom.py", options=options)
 
 
+def to_attack(ids):
+    """Of the test images those to attack, in order: the ``EVALUATION`` ones, if there are any."""
+    return tuple(id for id in EVALUATION.split() if id in ids) or tuple(ids)
+
+
 def train(detector, **options):
     return Run("train.py", detector, options)
 
@@ -101,6 +115,12 @@ def shift_and_random(attack):
     return shift, compare(attack, "random", "Random targets, epsilon 8", **FAR, epsilon=8)
 
 
+def robustness(attack, steps):
+    """All attacks with equal budgets of passes, on near and on far targets."""
+    run = partial(attack, "robustness", attack=EQUAL, steps=steps, epsilon=8)
+    return [run("shift", {"targets": "8 mm"}, **NEAR), run("random", {"targets": "random"}, **FAR)]
+
+
 def sweep_epsilon(attack, epsilons):
     """An attack at several epsilons; ``epsilons``: {name of targets: values}."""
     runs = []
@@ -132,12 +152,13 @@ def sweep_diagnosis(attack, epsilons, measures=MEASURE_NAMES, suffix=""):
     return runs
 
 
-def sweep_defence(plain, few, training, split, epsilons, more_steps, measure="ANB", inputs=INPUT_DEFENCES):
+def sweep_defence(plain, few, ids, training, split, epsilons, more_steps, measure="ANB", inputs=INPUT_DEFENCES):
     """Input defences and adversarial training of a detector, and the checks for masked gradients.
 
     Args:
         plain: the detector.
-        few: options of the attacks: number of steps, and of images.
+        few: options of the attacks: their steps and images.
+        ids: images of the attacks on diagnoses.
         training: options of the adversarial training.
         more_steps: of an attack.
     """
@@ -146,7 +167,7 @@ def sweep_defence(plain, few, training, split, epsilons, more_steps, measure="AN
     accuracy = partial(run, name="accuracy", split=split, subpixel=True)
     attack = partial(run, **few, **NEAR, subpixel=True)
     diagnose = partial(run, name="diagnosis", targets="diagnosis", measure=measure, epsilon=4, subpixel=True)
-    diagnose = partial(diagnose, attack="Vote-PGD", steps=10, limit=30)
+    diagnose = partial(diagnose, attack="Vote-PGD", steps=10, images=ids)
     return [
         train(robust, adversarial=True, **training),
         accuracy(plain, defence=inputs),
@@ -197,7 +218,7 @@ def causes(options, shift, table):
 
 def paper(splits, ids):
     """As published, for GPUs: an hour at half of an H200's peak in bf16."""
-    victim, few = "800x640", {"steps": 100, "limit": 50}
+    victim, few = "800x640", {"steps": 100, "images": ids[:50]}
     attack = partial(test, victim)
     shift, random = shift_and_random(partial(attack, attack=BEST, steps=100))
     random = [  # the paper's attacks with its 300 iterations
@@ -221,9 +242,12 @@ def paper(splits, ids):
             *causes({"attack": BEST, **NEAR, "epsilon": 8, **few}, shift, PAPER_CAUSES),
         ],
         "diagnosis": sweep_diagnosis(
-            partial(attack, attack=("Vote-PGD", "noise"), steps=50, limit=50, subpixel=True), EPSILONS
+            partial(attack, attack=("Vote-PGD", "noise"), steps=50, images=ids[:50], subpixel=True), EPSILONS
         ),
-        "defence": sweep_defence(victim, {"steps": 100, "limit": 40}, robust, splits[0], (2, 4, 8, 16, 32), 300),
+        "defence": sweep_defence(
+            victim, {"steps": 100, "images": ids[:40]}, ids[:30], robust, splits[0], (2, 4, 8, 16, 32), 300
+        ),
+        "robustness": robustness(partial(attack, images=ids[:30]), 100),
     }
     return Scale(victim, experiments)
 
@@ -240,11 +264,11 @@ PAPER_CAUSES = {
 
 def cpu(splits, ids):
     """The paper's schedule at a quarter of its input size: two cores, a night."""
-    victim, few = "200x160", {"limit": 20, "steps": 30}
+    victim, few = "200x160", {"images": ids[:20], "steps": 30}
     attack = partial(test, victim, subpixel=True)
     best = partial(attack, attack=BEST, epsilon=8)
-    shift, random = shift_and_random(partial(best, steps=100, limit=50))
-    longer = partial(best, steps=300, limit=10)  # another schedule, not a continuation
+    shift, random = shift_and_random(partial(best, steps=100, images=ids[:50]))
+    longer = partial(best, steps=300, images=ids[:20])  # another schedule, not a continuation
     robust = {"size": (200, 160), "init": Checkpoint(victim, 229), **SMALL, "lr": 3e-4, "epochs": 10}
     experiments = {
         "detection": [train(victim, size=(200, 160), checkpoint_every=10), *detection(victim, splits)],
@@ -258,17 +282,18 @@ def cpu(splits, ids):
         "count": [*sweep_count(partial(attack, epsilon=8, attack="ATI-FGSM", **few), (1, 2, 5, 10, 19)), random],
         "coupling": [shift, random],
         "fancy": spell(partial(attack, epsilon=8, attack=ADAPTIVE, steps=100), ids),
-        "baselines": sweep_one_step(partial(attack, limit=20), (*EPSILONS, 16, 32, 64, 128)),
+        "baselines": sweep_one_step(partial(attack, images=ids[:20]), (*EPSILONS, 16, 32, 64, 128)),
         "causes": [
             train("random-encoder", size=(200, 160), encoder_weights="none", epochs=60, checkpoint_every=10),
             *causes({"attack": PAPER, **NEAR, "epsilon": 8, **few, "subpixel": True}, shift, CPU_CAUSES),
         ],
         "diagnosis": [
-            *sweep_diagnosis(partial(attack, limit=30, attack=("Vote-PGD", "noise"), steps=10), EPSILONS),
+            *sweep_diagnosis(partial(attack, images=ids[:30], attack=("Vote-PGD", "noise"), steps=10), EPSILONS),
             # steps of 0.05 epsilon take 20 iterations to the bound
-            *sweep_diagnosis(partial(attack, limit=30, attack=PAPER, steps=20), (4,), suffix="_paper"),
+            *sweep_diagnosis(partial(attack, images=ids[:30], attack=PAPER, steps=20), (4,), suffix="_paper"),
         ],
-        "defence": sweep_defence(victim, few, robust, splits[0], (2, 4, 8, 16, 32), 100),
+        "defence": sweep_defence(victim, few, ids[:30], robust, splits[0], (2, 4, 8, 16, 32), 100),
+        "robustness": robustness(partial(attack, images=ids[:50]), 100),
     }
     return Scale(victim, experiments)
 
@@ -284,7 +309,7 @@ CPU_CAUSES = {
 def cpu_full(splits, ids):
     """800 x 640 px, coarse to fine from the detector of the scale cpu: two cores, another night."""
     victim, attacks = "800x640", {"attack": BEST, "epsilon": 8, "steps": 100, "subpixel": True}
-    shift, random = shift_and_random(partial(test, victim, **attacks, limit=10, batch_size=1))
+    shift, random = shift_and_random(partial(test, victim, **attacks, images=ids[:20], batch_size=1))
     smaller = test("200x160", "attack", "shift", {"question": "input size (px)", "answer": "200 x 160"})
     sizes = {"input size (px)": {"400 x 320": ("400x320", {}), "800 x 640": None}}
     experiments = {
@@ -296,7 +321,7 @@ def cpu_full(splits, ids):
         "attack": [shift, random],
         "coupling": [shift, random],
         "fancy": spell(partial(test, "400x320", **{**attacks, "attack": ADAPTIVE}), ids),
-        "causes": [smaller._replace(scale="cpu"), *causes({**attacks, **NEAR, "limit": 20}, shift, sizes)],
+        "causes": [smaller._replace(scale="cpu"), *causes({**attacks, **NEAR, "images": ids[:20]}, shift, sizes)],
     }
     return Scale(victim, experiments)
 
@@ -305,10 +330,10 @@ def quick(splits, ids):
     """To see that everything works, on phantoms for example."""
     victim = "100x80"
     attack = partial(test, victim, subpixel=True)
-    ati = partial(attack, attack="ATI-FGSM", steps=20, limit=3)
-    shift, random = shift_and_random(partial(attack, attack=BEST, steps=30, limit=4))
+    ati = partial(attack, attack="ATI-FGSM", steps=20, images=ids[:3])
+    shift, random = shift_and_random(partial(attack, attack=BEST, steps=30, images=ids[:4]))
     start = {**SMALL, "epochs": 16, "checkpoint_every": 16}
-    vary = {"attack": PAPER, **NEAR, "epsilon": 8, "steps": 30, "limit": 4, "subpixel": True}
+    vary = {"attack": PAPER, **NEAR, "epsilon": 8, "steps": 30, "images": ids[:4], "subpixel": True}
     robust = {"size": (100, 80), "init": Checkpoint(victim, 15), **SMALL, "lr": 3e-4, "epochs": 3}
     experiments = {
         "detection": [train(victim, size=(100, 80), **start), *detection(victim, splits)],
@@ -321,15 +346,18 @@ def quick(splits, ids):
             refine("400x320", (400, 320), Checkpoint("200x160", 7), lr=3e-4, epochs=4),
             *spell(partial(test, "400x320", subpixel=True, attack="Vote-PGD", epsilon=8, steps=200), ids),
         ],
-        "baselines": sweep_one_step(partial(attack, limit=5), (8, 32, 128)),
+        "baselines": sweep_one_step(partial(attack, images=ids[:5]), (8, 32, 128)),
         "causes": [
             train("50x40", size=(50, 40), **start),
             train("random-encoder", size=(50, 40), **start, encoder_weights="none"),
             train("batch-norm", size=(50, 40), **start, encoder_weights="none", encoder_batch_norm=True),
             *causes(vary, shift, QUICK_CAUSES),
         ],
-        "diagnosis": sweep_diagnosis(partial(attack, attack=ALL, steps=10, limit=4), (4, 16), ("ANB", "MW")),
-        "defence": sweep_defence(victim, {"steps": 10, "limit": 4}, robust, splits[0], (8, 32), 30, "MW"),
+        "diagnosis": sweep_diagnosis(partial(attack, attack=ALL, steps=10, images=ids[:4]), (4, 16), ("ANB", "MW")),
+        "defence": sweep_defence(
+            victim, {"steps": 10, "images": ids[:4]}, ids[:4], robust, splits[0], (8, 32), 30, "MW"
+        ),
+        "robustness": robustness(partial(attack, images=ids[:4]), 10),
     }
     return Scale(victim, experiments)
 

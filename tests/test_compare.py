@@ -49,8 +49,9 @@ def test_other_targets_are_refused(tmp_path, run):
     [
         (["attack", "nothing"], "nothing/predictions.csv: no such file; finish the run of test.py"),
         (["diagnosis", "nothing", "--out", "out"], "nothing/config.json: not a readable configuration"),
-        (["defence", "nothing"], "--out: needed for diagnosis and defence"),
-        (["attack", "nothing", "--out", "out"], "--out: needed for diagnosis and defence"),
+        (["robustness", "nothing", "--out", "out"], "nothing/predictions.csv: no such file"),
+        (["defence", "nothing"], "--out: needed, but for attack"),
+        (["attack", "nothing", "--out", "out"], "--out: needed, but for attack"),
     ],
 )
 def test_what_is_refused(words, message, tmp_path, monkeypatch, run):

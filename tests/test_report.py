@@ -6,7 +6,7 @@ import pytest
 from conftest import K, attack_record, images
 
 from eval import record
-from experiments import attack, causes, coupling, detection, diagnosis, sweeps
+from experiments import attack, causes, coupling, detection, diagnosis, robustness, sweeps
 from experiments.results import Result, last, outcome, outcomes
 from readers.points import LANDMARKS
 
@@ -86,6 +86,28 @@ def test_the_comparison_of_the_methods(folder, tmp_path):
     assert "| targeted | ATI-FGSM | 20 | 6 | 11.5 [11.5, 11.5] |" in text and "| 1 | 6 |" not in text  # the ends only
     for chart in ("mre_mm", "median_mm", "within_4mm"):
         assert (tmp_path / f"attack_shift_{chart}.png").exists() and f"(attack_shift_{chart}.png)" in text
+
+
+def test_the_worst_case_is_found_for_each_image(tmp_path):
+    """Landmarks 1 and 2 are targeted 10 mm away: I-FGSM reaches one in image 151, ATI-FGSM both, APGD one in 152."""
+    truth = np.random.default_rng(0).uniform(500, 1500, (2, K, 2))
+    targets = np.full_like(truth, np.nan)
+    targets[:, :2] = truth[:, :2] + (100, 0)
+    reached = {"I-FGSM": [[1, 0], [0, 0]], "ATI-FGSM": [[1, 1], [0, 0]], "APGD": [[0, 0], [0.9, 0]]}
+    steps = [(truth, targets, method, 0) for method in reached]
+    for method, parts in reached.items():
+        moved = truth.copy()
+        moved[:, :2, 0] += 100 * np.array(parts)
+        steps.append((moved, targets, method, 1 if method == "I-FGSM" else 20))
+    text = robustness.publish([Result({"targets": "near"}, write_attack(tmp_path, truth, steps))], None, tmp_path)
+    table = pd.read_csv(tmp_path / "robustness.csv").set_index("method")
+    assert table["within_4mm_%"].to_dict() == {"I-FGSM": 25, "ATI-FGSM": 50, "APGD": 25, "worst case": 75}
+    assert (table["images"] == 2).all() and table["targeted_mre_mm"]["worst case"] == pytest.approx(
+        (0 + 0 + 1 + 10) / 4
+    )
+    curves = pd.read_csv(tmp_path / "robustness_curves.csv").query("method == 'worst case'").set_index("radius_mm")
+    assert curves["within_%"][[0, 0.75, 1, 8]].tolist() == [50, 50, 75, 75] and curves["within_%_high"][4] == 100
+    assert (tmp_path / "robustness.png").stat().st_size > 10000 and "| near | worst case | 2 |" in text
 
 
 def test_neighbours_by_hand():

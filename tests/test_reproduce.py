@@ -41,7 +41,7 @@ def tiny(splits, ids):
         "input size (px)": {"40 x 32": ("40x32", {"iteration": 0}), "48 x 40": None},
     }
     diagnose = partial(attack, attack=("ATI-FGSM", "noise"), steps=1, limit=3)
-    defend = partial(scales.sweep_defence, victim, {"steps": 1, "limit": 3}, LARGE, splits[0], (8,), 2)
+    defend = partial(scales.sweep_defence, victim, {"steps": 1, "limit": 3}, ids[:3], LARGE, splits[0], (8,), 2)
     experiments = {
         "detection": [scales.train("40x32", **SMALL), scales.train(victim, **LARGE), *scales.detection(victim, splits)],
         "attack": [shift, random, random._replace(options=random.options | longer, name="random_longer")],
@@ -59,6 +59,7 @@ def tiny(splits, ids):
         ],
         "diagnosis": scales.sweep_diagnosis(diagnose, (4, 16), ("MW",)),
         "defence": defend("MW", ("jpeg:75", "noise:4")),
+        "robustness": scales.robustness(partial(attack, limit=2), 1),
     }
     return Scale(victim, experiments)
 
@@ -294,7 +295,7 @@ def check_report(results, out):
     """Complete, in order, with all its charts, and with the commands that were printed."""
     report = (results / "report.md").read_text()
     assert "Not yet run" not in report and "nan" not in report
-    assert [int(n) for n in re.findall(r"^## (\d+)\.", report, re.M)] == [*range(1, 11)]
+    assert [int(n) for n in re.findall(r"^## (\d+)\.", report, re.M)] == [*range(1, 12)]
     for name in re.findall(r"!\[[^]]*\]\(([^)]*)\)", report):
         assert (results / name).stat().st_size > 5000, name
     assert not [file.name for file in results.iterdir() if ".part" in file.name]
