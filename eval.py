@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from attack import grey_detector, last, replay, run
+from attack import ATTACKS, adaptive_loss, grey_detector, last, paper_loss, replay, run
 from dataset import in_batches, rescale, to_input
 from readers import plausibility
 from readers.points import LANDMARKS
@@ -22,6 +22,7 @@ from support.errors import InputError
 
 SDR_MM = (2, 2.5, 3, 4)
 RECORDED = (0, 1, 5, 10, 20, 30, 50, 99, 150, 200, 250, 299)  # iterations; the last one of an attack is recorded too
+FAR_OFF_MM = 20  # MRE of an own detector that sees something else than images
 APART_MM, APART_MAD = 10, 8  # see ``stand_apart``
 VOTES = 0.15  # median vote share of an image, below which no head is seen: real heads reach 0.33, other images 0.11
 SUCCESS_MM = 4  # the radial error up to which the paper counts an attack on a landmark as successful
@@ -73,9 +74,19 @@ def to_px0(points, data):
     return rescale(points.cpu().double(), data.images.shape[-2:], data.sizes[:, None])
 
 
+def predict_px0(detector, data, batch_size, device):
+    """Predictions (N, K, 2) float64 px0 on all images, on the CPU, in every process."""
+    return to_px0(predict(detector, data.images, batch_size, device), data)
+
+
 def radial_errors(points, data):
     """Radial errors (N, K) float64 in mm of points (N, K, 2) px, against the ground truth in the original images."""
     return (to_px0(points, data) - data.landmarks_px0).norm(dim=-1) * data.mm_per_px0[:, None]
+
+
+def errors_on(detector, data, batch_size, device):
+    """Radial errors (N, K) in mm of a detector's predictions on images, as an array, in every process."""
+    return radial_errors(predict(detector, data.images, batch_size, device), data).numpy()
 
 
 def metrics(errors):
@@ -138,6 +149,29 @@ def warn_of_misfits(errors, ids):
 def listed(ids):
     """Some ids as text; of many, only the first."""
     return ", ".join(ids[:10]) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
+
+
+def warn_of_weak_goals(table):
+    """Say how many stationary landmarks the paper's goal maps constrain by the heatmap term alone."""
+    paper = table["method"].map(lambda name: ATTACKS[name].loss in (paper_loss, adaptive_loss))
+    clean = table[paper & (table["iteration"] == 0) & (table["role"] == "stationary")]
+    clean = clean.drop_duplicates(["image", "landmark"])
+    weak = (clean.reindex(columns=["heatmap_peak"])["heatmap_peak"] <= 0.5).sum()
+    if weak:
+        warnings.warn(
+            f"the clean heatmaps of {weak} of {len(clean)} stationary landmarks nowhere exceed 0.5 (heatmap_peak in "
+            "predictions.csv): the goal maps of the paper's attacks leave their offsets free",
+            stacklevel=2,
+        )
+
+
+def report_clean(detector, name, data, batch_size, device):
+    """Print the MRE of an own detector on the clean images, before it is attacked."""
+    mre = errors_on(detector, data, batch_size, device).mean()
+    distributed.on_main(print, f"MRE on the clean images: {mre:.2f} mm")
+    if mre > FAR_OFF_MM:
+        text = "does it take images in [-1, 1], and find x, y in px of its input, in the order of the annotations?"
+        warnings.warn(f"--detector {name}: its MRE is {mre:.0f} mm; {text}", stacklevel=2)
 
 
 # --- what an image shows ---------------------------------------------------------------------------------------------

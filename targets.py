@@ -60,9 +60,11 @@ def choose_targets(source, data, seed, count, shift_mm):
         shift_mm: their displacement in mm, from ``data.reference_px0``.
 
     Raises:
-        InputError: the file is wrong, or a target lies outside its image.
+        InputError: the file is wrong, a target lies outside its image, or ``count`` exceeds the landmarks.
     """
     landmarks, sizes = data.reference_px0.numpy(), data.sizes.tolist()
+    if source in ("shift", "common") and count > len(data.names):
+        raise InputError(f"--shift-count {count}: there are {len(data.names)} landmarks")
     if source in ("random", "shift"):
         rows = [
             random_targets(rng, len(points), size0)

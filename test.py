@@ -22,7 +22,7 @@ import argparse
 import warnings
 from pathlib import Path
 
-from attack import ATTACKS, adaptive_loss, paper_loss
+from attack import ATTACKS
 from beyond import defences, diagnosis, stored, universal
 from dataset import Cephalograms, in_batches, to_input
 from detectors import load_detector, load_own
@@ -32,26 +32,21 @@ from eval import (
     attack_batch,
     content_of,
     is_last,
-    metrics,
-    predict,
     predict_batches,
-    radial_errors,
+    predict_px0,
     read_records,
     record_clean,
+    report_clean,
     summarize,
-    to_px0,
+    warn_of_weak_goals,
 )
 from model import compile_network
-from readers.layouts import SPLITS, list_images
+from readers.layouts import SPLITS, image_files
 from readers.points import LANDMARKS
 from support import command, distributed, figures
 from support.checkpoints import find_checkpoint, sha256
-from support.command import natural_int, positive_int
-from support.errors import InputError
 from support.files import RUNS, check_same_config, own_folder, run_folder, save_config, write_table
 from targets import DRAWN, choose_targets, read_stored_targets, write_targets
-
-FAR_OFF_MM = 20  # MRE of a detector that sees something else than images
 
 # --- arguments -------------------------------------------------------------------------------------------------------
 
@@ -67,16 +62,13 @@ def attack_name(text):
 
 def defence(text):
     """A value of --defence, its number written in one way."""
-    try:
-        _, number = defences.parse_defence(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(error) from None
+    _, number = defences.parse_defence(text)
     return f"{text.partition(':')[0]}:{int(number) if number.is_integer() else number}"
 
 
 def class_or_any(text):
     """A value of --to."""
-    return None if text == "any" else natural_int(text)
+    return None if text == "any" else command.natural_int(text)
 
 
 def make_parser():
@@ -86,10 +78,10 @@ def make_parser():
     own = "instead, an own detector, which the function NAME returns; results below runs/NAME/ (docs/detectors.md)"
     add("--detector", metavar="FILE.py:NAME", may_change=True, help=own)
     epoch = "the checkpoint after this epoch, counted from 0 (default: the newest)"
-    add("--iteration", type=natural_int, metavar="EPOCH", help=epoch)
+    add("--iteration", type=command.natural_int, metavar="EPOCH", help=epoch)
     command.add_data_arguments(parser)
     add("--split", choices=SPLITS, default="test", help="images; test: test1 and test2, as far as present")
-    add("--limit", type=positive_int, metavar="N", help="only the first N images (default: all)")
+    add("--limit", type=command.positive_int, metavar="N", help="only the first N images (default: all)")
     add("--images", nargs="+", metavar="ID", help="only these images (default: all)")
     add("--image", nargs="+", metavar="FILE", may_change=True, help="own images without annotation, or folders")
     rand = "output folder (default: below runs/TAG/, named test, attack or read_back)"
@@ -99,9 +91,9 @@ def make_parser():
     add("--subpixel", action="store_true", help="subpixel decoding: the mean of the votes near the winner")
     statistics = "batch norms use the statistics of each image, as in the 2020 code, instead of those of the training"
     add("--batch-statistics", action="store_true", help=statistics)
-    add("--batch-size", type=positive_int, default=4, may_change=True, help="images per batch, in each process")
+    add("--batch-size", type=command.positive_int, default=4, may_change=True, help="images per batch, in each process")
     pictures = "draw the first N images (default: 4, or every --image)"
-    add("--pictures", type=natural_int, metavar="N", may_change=True, help=pictures)
+    add("--pictures", type=command.natural_int, metavar="N", may_change=True, help=pictures)
     command.add_compute_arguments(parser)
     return parser
 
@@ -118,11 +110,22 @@ def add_attack_arguments(parser):
     add("--targets", default="random", metavar="SOURCE", help=targets)
     add("--measure", choices=diagnosis.MEASURE_NAMES, help="whose class is to change, see docs/diagnoses.md")
     add("--to", type=class_or_any, metavar="CLASS", help="the class that it should become (default: any other)")
-    add("--shift-count", type=positive_int, default=5, metavar="N", help="landmarks that shift and common target")
+    add(
+        "--shift-count",
+        type=command.positive_int,
+        default=5,
+        metavar="N",
+        help="landmarks that shift and common move",
+    )
     add("--shift-mm", type=command.positive_float, default=8.0, metavar="MM", help="their displacement")
     epsilon = "L-infinity bound in half grey levels: 8 is 4 of 255 grey levels, 4/255 of an image in [0, 1]"
     add("--epsilon", type=command.half_grey_levels, default=8.0, help=epsilon)
-    add("--steps", type=positive_int, default=300, help="iterations of iterative attacks, draws of random-search")
+    add(
+        "--steps",
+        type=command.positive_int,
+        default=300,
+        help="iterations, draws of random-search, queries of Square",
+    )
     add("--grey", action="store_true", help="the same perturbation in all three channels")
     save = "store attacked images as PNG and JPEG, and test them again"
     add("--save-adversarial", action="store_true", may_change=True, help=save)
@@ -132,13 +135,6 @@ def add_attack_arguments(parser):
     text = "transform the input first, and report accuracy, or attacks made with and without knowledge of it: "
     text += f"{transformations}; see docs/defences.md"
     add("--defence", type=defence, nargs="+", metavar="NAME:NUMBER", may_change=True, help=text)
-
-
-def image_files(path, parser):
-    """The images of a folder; a file as it is."""
-    if not path.is_dir():
-        return [path]
-    return list_images(path).values() or parser.error(f"--image {path}: no images in this folder")
 
 
 def parse_arguments(parser, argv):
@@ -155,7 +151,7 @@ def parse_arguments(parser, argv):
                 parser.error(f"--{name.replace('_', '-')}: not with --detector")
     if args.image and (args.images or args.limit or args.adversarial):
         parser.error("--image: not with --images, --limit or --adversarial")
-    args.image = args.image and [str(f) for path in map(Path, args.image) for f in image_files(path, parser)]
+    args.image = args.image and [str(file) for path in map(Path, args.image) for file in image_files(path)]
     if any(attack.universal for attack in attacks) and (args.targets != "common" or args.image):
         parser.error("--attack: a universal one needs --targets common, and --data to train on")
     if (args.measure is not None) != (args.targets == "diagnosis"):
@@ -227,7 +223,7 @@ def begin(args, parser, device, epoch, checkpoint, out):
         check_same_config(out / "config.json", config, parser.defaults(), may_change, "--rand")
     distributed.require_equal(configuration=config)
     if args.detector and args.attack and not args.image:
-        report_clean(detector, data, args, device)
+        report_clean(detector, args.detector, data, args.batch_size, device)
     if args.compile:
         compiled = compile_network(detector.network, to_input(data.images[: args.batch_size], device))
         detector = detector._replace(network=compiled)
@@ -258,8 +254,6 @@ def load(checkpoint, args, device):
         detector = load_own(args.detector, device)
     else:
         detector = load_detector(checkpoint, device, args.precision, args.batch_statistics, args.subpixel)
-    if args.shift_count > len(detector.names):
-        raise InputError(f"--shift-count: there are {len(detector.names)} landmarks")
     return detector, load_data(args, detector.size, detector.names)
 
 
@@ -281,20 +275,6 @@ def load_training(args, detector):
     return data, choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm)
 
 
-def predict_px0(detector, data, args, device):
-    """Predictions (N, K, 2) px0 on all images."""
-    return to_px0(predict(detector, data.images, args.batch_size, device), data)
-
-
-def report_clean(detector, data, args, device):
-    """Print the MRE of an own detector on the clean images, before it is attacked."""
-    mre = radial_errors(predict(detector, data.images, args.batch_size, device), data).mean()
-    distributed.on_main(print, f"MRE on the clean images: {mre:.2f} mm")
-    if mre > FAR_OFF_MM:
-        text = "does it take images in [-1, 1], and find x, y in px of its input, in the order of the annotations?"
-        warnings.warn(f"--detector {args.detector}: its MRE is {mre:.0f} mm; {text}", stacklevel=2)
-
-
 def find_references(args, detector, data, device):
     """The clean predictions as references of own images: by all processes together, since GPUs may round differently.
 
@@ -303,7 +283,7 @@ def find_references(args, detector, data, device):
     """
     if args.attack and args.targets not in (*DRAWN, "diagnosis"):
         choose_targets(args.targets, data[0], args.seed, args.shift_count, args.shift_mm)  # a wrong file ends here
-    found = predict_px0(detector, data[0], args, device)
+    found = predict_px0(detector, data[0], args.batch_size, device)
     for images in data:
         images.reference_px0 = found
 
@@ -316,7 +296,7 @@ def make_targets(args, detector, data, device, file):
     """
     clean = data.reference_px0
     if args.measure and not args.image and not distributed.on_main(file.exists):
-        clean = predict_px0(detector, data, args, device)
+        clean = predict_px0(detector, data, args.batch_size, device)
 
     def find():  # by one process: the least movements of two machines may differ
         if not args.measure:
@@ -417,24 +397,12 @@ def test(args, detector, data, device, out):
             if i < args.pictures:
                 mre = rows["radial_error_mm"].mean()
                 title = f"{id}, MRE {mre:.2f} mm" if mre >= 0 else id
-                draw(picture_file(out, id), title, data.select([id]), rows)
+                figures.draw_or_warn(picture_file(out, id), title, data.select([id]), rows)
     distributed.on_main(report_test, args, data, out)
     file = out / "defences_summary.csv"
     if args.defence and not distributed.on_main(defences.is_complete, file, args.defence):
-        behind = {name: defences.defend(detector, name, args.seed) for name in args.defence}
-        found = {name: predict(d, data.images, args.batch_size, device) for name, d in behind.items()}
-        rows = {name: metrics(radial_errors(points, data).numpy()).loc["all"] for name, points in found.items()}
-        distributed.on_main(defences.report_accuracy, file, out / "summary.csv", rows)
-
-
-def draw(path, *arguments):
-    """``figures.draw`` after the record is written: if it fails, a warning, and the next call tries again."""
-    try:
-        figures.draw(path, *arguments)
-    except InputError:  # a full disk, say
-        raise
-    except Exception as error:
-        warnings.warn(f"{path}: not drawn ({' '.join(str(error).split())}); the record is kept", stacklevel=2)
+        found = defences.errors_behind(detector, args.defence, args.seed, data, args.batch_size, device)
+        distributed.on_main(defences.report_accuracy, file, out / "summary.csv", found)
 
 
 def report_test(args, data, out):
@@ -495,7 +463,7 @@ def write_attacked(args, data, i, tables, adversarial, out):
         write_table(record_file(out, id, method, name), records)
     if i < args.pictures:
         title = f"{id}, {method}, epsilon {args.epsilon:g}, iteration {tables[None]['iteration'].max()}"
-        draw(picture_file(out, id, method), title, data, tables[None], adversarial)
+        figures.draw_or_warn(picture_file(out, id, method), title, data, tables[None], adversarial)
 
 
 def report_attack(args, data, out):
@@ -518,20 +486,6 @@ def report_attack(args, data, out):
         defences.report_attacks(behind, table[final | (table["iteration"] == 0)], out)
     if args.save_adversarial:
         write_table(out / "adversarial" / stored.IN_MEMORY, table[final].assign(detector=args.tag))
-
-
-def warn_of_weak_goals(table):
-    """Say how many stationary landmarks the paper's goal maps constrain by the heatmap term alone."""
-    paper = table["method"].map(lambda name: ATTACKS[name].loss in (paper_loss, adaptive_loss))
-    clean = table[paper & (table["iteration"] == 0) & (table["role"] == "stationary")]
-    clean = clean.drop_duplicates(["image", "landmark"])
-    weak = (clean.reindex(columns=["heatmap_peak"])["heatmap_peak"] <= 0.5).sum()
-    if weak:
-        warnings.warn(
-            f"the clean heatmaps of {weak} of {len(clean)} stationary landmarks nowhere exceed 0.5 (heatmap_peak in "
-            "predictions.csv): the goal maps of the paper's attacks leave their offsets free",
-            stacklevel=2,
-        )
 
 
 if __name__ == "__main__":

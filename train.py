@@ -28,7 +28,7 @@ import torch
 from attack import last, pgd
 from dataset import Cephalograms, check_disjoint, in_batches, to_input
 from detectors import detector_of, total, training_terms
-from eval import metrics, predict, radial_errors, warn_of_misfits
+from eval import errors_on, metrics, warn_of_misfits
 from model import MAX_SIZE, MIN_SIZE, OUTPUTS, UNet, compile_network, freeze, load_weights, place
 from readers.layouts import available_splits
 from readers.points import LANDMARKS
@@ -148,7 +148,8 @@ def begin(args, parser, folder):
         network = compile_network(state.model, to_input(data.images[: args.batch_size], device))
     with command.late_stop() as stop:
         train(network, state, data, monitor, args, device, folder, stop)
-    distributed.on_main(warn_of_misfits, errors_on(data, state, args, device), data.ids)
+    errors = errors_on(as_detector(state, data), data, args.batch_size, device)
+    distributed.on_main(warn_of_misfits, errors, data.ids)
 
 
 def train(network, state, data, monitor, args, device, folder, stop):
@@ -287,15 +288,13 @@ def evaluate(state, monitor, args, device):
     """{name: metric} on the monitored split after an epoch that gets a checkpoint; else, or without a split, empty."""
     if monitor is None or not is_checkpoint(state.epoch, args):
         return {}
-    found = metrics(errors_on(monitor, state, args, device))
+    found = metrics(errors_on(as_detector(state, monitor), monitor, args.batch_size, device))
     return {"monitored_split": monitor.split} | found.loc["all"].to_dict()
 
 
-def errors_on(data, state, args, device):
-    """Radial errors (N, K) in mm of the network as it is, on images."""
-    detector = detector_of(freeze(copy.deepcopy(state.model)), data.images.shape[-2:])
-    points = predict(detector, data.images, args.batch_size, device)
-    return radial_errors(points, data).numpy()
+def as_detector(state, data):
+    """The network as it is, as a detectors.Detector of images."""
+    return detector_of(freeze(copy.deepcopy(state.model)), data.images.shape[-2:])
 
 
 def end_epoch(state, monitored, images):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from eval import SUCCESS_MM, summarize
+from eval import SUCCESS_MM, errors_on, metrics, summarize
 from support.errors import InputError
 from support.files import load_table, write_table
 
@@ -149,6 +149,11 @@ def both_sides(detector, names, seed):
     return [(name, defend(detector, name, seed), defend(detector, name, seed + 1, DRAWS)) for name in names]
 
 
+def errors_behind(detector, names, seed, data, batch_size, device):
+    """{defence: array (N, K)}: radial errors in mm behind each, see ``eval.errors_on``."""
+    return {name: errors_on(defend(detector, name, seed), data, batch_size, device) for name in names}
+
+
 # --- reports ---------------------------------------------------------------------------------------------------------
 
 
@@ -157,8 +162,13 @@ def is_complete(file, names):
     return file.exists() and {"none", *names} == {*load_table(file, ["defence"])["defence"]}
 
 
-def report_accuracy(file, plain, rows):
-    """defences_summary.csv of a test: the accuracy behind each defence, and without, from the file ``plain``."""
+def report_accuracy(file, plain, errors):
+    """defences_summary.csv of a test: the accuracy behind each defence, and without, from the file ``plain``.
+
+    Args:
+        errors: {defence: array (N, K), radial errors in mm}.
+    """
+    rows = {name: metrics(found).loc["all"] for name, found in errors.items()}
     without = pd.read_csv(plain, index_col="landmark").loc["all"].drop("name").astype(float)
     summary = pd.DataFrame({"none": without, **rows}).T.rename_axis("defence").reset_index()
     write_table(file, summary)

@@ -6,7 +6,7 @@ import pandas as pd
 
 from eval import LABELS, is_last, summarize
 from experiments.markdown import fold_intervals, markdown
-from experiments.results import last, of_role, outcome, render_differences, render_outcomes
+from experiments.results import last, of_role, render_differences
 from experiments.statistics import paired_difference
 from support.errors import InputError
 from support.figures import plot_attack
@@ -25,10 +25,8 @@ def publish(results, data, out):
     for result in results:
         groups.setdefault(result.labels["description"], []).append(result)
     for description, runs in groups.items():
-        name, records = f"attack_{runs[0].folder.name}", pd.concat([run.attacked() for run in runs])
-        table = summarize(records)
-        attacks = {method: rows for method, rows in last(records).groupby("method", sort=False)}
-        paired = compare(combinations(attacks.items(), 2), "methods")
+        name, records = f"attack_{runs[0].folder.name}", pd.concat(map(attacked, runs))
+        table, paired = summarize(records), compare(last(records))
         write_table(out / f"{name}.csv", table)
         write_table(out / f"{name}_differences.csv", paired)
         charts = {column: f"{name}_{column.removesuffix('_%')}.png" for column in LABELS}
@@ -38,12 +36,18 @@ def publish(results, data, out):
     return text
 
 
-def compare(pairs, label):
-    """Differences in each role, the second of each pair of (name, records) minus the first, paired by image."""
+def attacked(run):
+    """The records of a run, its methods with the prefix that they have in the comparison."""
+    records = run.attacked()
+    return records.assign(method=run.labels.get("prefix", "") + records["method"])
+
+
+def compare(records):
+    """Differences in each role of each method from those before it, paired by image."""
     rows = []
-    for (a, first), (b, second) in pairs:
+    for (a, first), (b, second) in combinations(records.groupby("method", sort=False), 2):
         for role in ("targeted", "stationary"):
-            labels = {label: f"{b} minus {a}", "landmarks": role}
+            labels = {"methods": f"{b} minus {a}", "landmarks": role}
             rows.append(labels | paired_difference(of_role(second, role), of_role(first, role)))
     return pd.DataFrame(rows)
 
@@ -60,43 +64,24 @@ def render(table, paired, charts):
 # --- finished runs ---------------------------------------------------------------------------------------------------
 
 
-def print_tables(results):
-    """Outcomes of finished attacks with intervals, and the difference of each from the first, as Markdown.
-
-    Args:
-        results: list of results.Result, each with the label "run".
+def check(results):
+    """Finished runs as those of one comparison; methods that several of them have are named with their run.
 
     Raises:
         InputError: one is not the result of an attack, or has other targets for the same images.
     """
-    attacks = {}  # "run method" -> records of the last iteration
-    for result in check(results):
-        for method, records in result.attacked().groupby("method", sort=False):
-            attacks[f"{result.labels['run']} {method}"] = result.labels, records
-    check_targets(attacks)
-    print(render_outcomes(pd.concat([outcome(records, labels) for labels, records in attacks.values()])))
-    first, *others = [(name, last(records)) for name, (_, records) in attacks.items()]
-    if others:
-        print(render_differences(compare([(first, other) for other in others], "attacks")))
-
-
-def check(results):
-    """The runs, unless one is not the result of an attack."""
+    methods, targets = [], None
     for result in results:
-        if "method" not in result.predictions():
+        table = result.predictions()
+        if "method" not in table:
             raise InputError(f"{result.folder}: not the results of an attack; give output folders of test.py --attack")
-    return results
-
-
-def check_targets(attacks):
-    """Refuse targeted attacks with other targets than the first has for the same images."""
-    targets = []
-    for labels, records in attacks.values():
-        found = last(records).set_index(["image", "landmark"])
-        if (found["role"] != "untargeted").any():
-            targets.append((labels["run"], found[["target_x_px0", "target_y_px0"]]))
-    for run, found in targets[1:]:
-        first, wanted = targets[0]
-        common = found.index.intersection(wanted.index)
-        if not found.loc[common].equals(wanted.loc[common]):
-            raise InputError(f"{run}: other targets than in {first}; give runs with the same --targets, --seed")
+        methods += table["method"].unique().tolist()
+        found = table.drop_duplicates(["image", "landmark"]).set_index(["image", "landmark"])
+        found = found[["target_x_px0", "target_y_px0"]]
+        targets = found if targets is None else targets
+        if not found.loc[common := found.index.intersection(targets.index)].equals(targets.loc[common]):
+            raise InputError(f"{result.folder}: other targets than in {results[0].folder}; give runs with the same")
+    several = len(methods) > len({*methods})
+    prefixes = [f"{result.labels['run']} " if several else "" for result in results]
+    labels = [{"description": "Finished runs", "prefix": prefix} for prefix in prefixes]
+    return [result._replace(labels=label) for result, label in zip(results, labels, strict=True)]

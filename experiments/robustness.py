@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 
 from eval import SUCCESS_MM, interval, is_last, named
-from experiments.attack import check  # noqa: F401  of finished runs
 from experiments.results import last, of_role, outcome, render_outcomes
 from experiments.statistics import by_image
+from support.errors import InputError
 from support.figures import METHODS, by_method, panels, save
 from support.files import write_table
 
@@ -31,6 +31,14 @@ def publish(results, data, out):
     plot(curves, list(records[0][0]), out / "robustness.png")
     shown = render_outcomes(table.drop(columns=["half_way_%", "half_way_%_low", "half_way_%_high"]))
     return f"\n{shown}\n![share of the targets within a distance, by attack](robustness.png)\n"
+
+
+def check(results):
+    """Finished runs, unless one is not of several attacks."""
+    for result in results:
+        if "method" not in (table := result.predictions()) or table["method"].nunique() < 2:
+            raise InputError(f"{result.folder}: not the results of several attacks; give those of test.py --attack 0 1")
+    return results
 
 
 def with_worst_case(records):

@@ -232,6 +232,18 @@ def list_files(folder, suffixes):
     return by_id
 
 
+def image_files(path):
+    """The images of a folder; a file as it is.
+
+    Raises:
+        InputError: the folder has no image.
+    """
+    images = list_images(path).values() if path.is_dir() else [path]
+    if not images:
+        raise InputError(f"--image {path}: no images in this folder")
+    return images
+
+
 def list_images(folder, annotated=()):
     """The image files of a folder by id.
 

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
+from support.errors import InputError
 from support.files import atomic
 
 TRUTH, PREDICTED, TARGET = (
@@ -155,6 +156,16 @@ def plot_attack(summary, column, label, path):
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def draw_or_warn(path, *arguments):
+    """``draw`` after the record is written: if it fails, a warning, and the next call tries again."""
+    try:
+        draw(path, *arguments)
+    except InputError:  # a full disk, say
+        raise
+    except Exception as error:
+        warnings.warn(f"{path}: not drawn ({' '.join(str(error).split())}); the record is kept", stacklevel=2)
 
 
 def draw(path, title, data, records, adversarial=None):

@@ -25,11 +25,17 @@ def test_runs_are_compared_with_the_first(tmp_path, run):
         ]
         (tmp_path / name).mkdir()
         pd.concat(tables).to_csv(tmp_path / name / "predictions.csv", index=False)
-    status, printed, err = run("scripts/tables.py", "attack", tmp_path / "one", tmp_path / "two")
+    status, _, err = run(
+        "scripts/tables.py", "attack", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "tables"
+    )
     assert status == 0, err
-    assert "| one | ATI-FGSM | 20 |" in printed and "| two | Vote-PGD | 20 |" in printed
-    assert "two Vote-PGD minus one ATI-FGSM | targeted | 20 | +100.0 [+100.0, +100.0] (higher) | -8.0" in printed
-    assert "two Vote-PGD minus one ATI-FGSM | stationary | 20 | -5.6 [-5.6, -5.6] (lower)" in printed
+    differences = pd.read_csv(tmp_path / "tables" / "attack_one_differences.csv")
+    assert differences["methods"].tolist() == ["Vote-PGD minus ATI-FGSM"] * 2
+    assert differences["within_4mm_points"].tolist() == pytest.approx([100, -100 / 18], abs=1e-3)
+    assert differences["mre_mm"].tolist() == pytest.approx([-8, 5 / 18], abs=1e-3)
+    text = (tmp_path / "tables" / "attack.md").read_text()
+    assert "| targeted | 20 | +100.0 [+100.0, +100.0] (higher) | -8.0" in text
+    assert "| stationary | 20 | -5.6 [-5.6, -5.6] (lower)" in text and "![MRE (mm)](attack_one_mre_mm.png)" in text
 
 
 def test_other_targets_are_refused(tmp_path, run):
@@ -40,18 +46,32 @@ def test_other_targets_are_refused(tmp_path, run):
         (tmp_path / name).mkdir()
         table = attack_record(["151"], truth, truth, aims, "I-FGSM", 9)
         pd.concat([table.assign(iteration=0), table]).to_csv(tmp_path / name / "predictions.csv", index=False)
-    result = run("scripts/tables.py", "attack", tmp_path / "one", tmp_path / "two")
-    assert_refused(result, "two: other targets than in one")
+    result = run("scripts/tables.py", "attack", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "tables")
+    assert_refused(result, f"two: other targets than in {tmp_path}/one", tmp_path / "tables")
+
+
+def test_methods_of_several_runs_are_named_with_them(tmp_path, run):
+    truth = np.full((2, K, 2), 1000.0)
+    targets = np.where(np.arange(K)[:, None] == 0, truth + (100, 0), np.nan)
+    for name, way in (("one", 0), ("two", 80)):
+        points = truth + (way, 0) * (np.arange(K)[:, None] == 0)
+        tables = [
+            attack_record(["151", "152"], found, truth, targets, "I-FGSM", i) for i, found in ((0, truth), (9, points))
+        ]
+        (tmp_path / name).mkdir()
+        pd.concat(tables).to_csv(tmp_path / name / "predictions.csv", index=False)
+    assert run("scripts/tables.py", "attack", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "tables")[0] == 0
+    table = pd.read_csv(tmp_path / "tables" / "attack_one.csv").query("iteration == 9 and role == 'targeted'")
+    assert dict(zip(table["method"], table["mre_mm"], strict=True)) == {"one I-FGSM": 10, "two I-FGSM": 2}
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["attack", "nothing"], "nothing/predictions.csv: no such file; finish the run of test.py"),
+        (["attack", "nothing", "--out", "out"], "nothing/predictions.csv: no such file; finish the run of test.py"),
         (["diagnosis", "nothing", "--out", "out"], "nothing/config.json: not a readable configuration"),
         (["robustness", "nothing", "--out", "out"], "nothing/predictions.csv: no such file"),
-        (["defence", "nothing"], "--out: needed, but for attack"),
-        (["attack", "nothing", "--out", "out"], "--out: needed, but for attack"),
+        (["attack", "nothing"], "the following arguments are required: --out"),
     ],
 )
 def test_what_is_refused(words, message, tmp_path, monkeypatch, run):
@@ -60,6 +80,6 @@ def test_what_is_refused(words, message, tmp_path, monkeypatch, run):
 
 
 def test_run_by_its_path_from_anywhere(tmp_path):
-    command = [sys.executable, ROOT / "scripts" / "tables.py", "attack", "nothing"]
+    command = [sys.executable, ROOT / "scripts" / "tables.py", "attack", "nothing", "--out", "out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("tables.py: error: nothing/predictions.csv"), done.stderr

@@ -229,7 +229,11 @@ OWN_REFUSED = {  # --detector, arguments; the message
         "not with --detector",
     ),
     "a run too": ("own.py:dots", ["--tag", "small"], "--tag or --detector: one of them is needed"),
-    "too many targets": ("own.py:dots", ["--attack", 1, "--shift-count", 6], "--shift-count: there are 5 landmarks"),
+    "too many targets": (
+        "own.py:dots",
+        ["--attack", 1, "--targets", "shift", "--shift-count", 6],
+        "--shift-count 6: there are 5 landmarks",
+    ),
 }
 
 
