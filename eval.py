@@ -442,6 +442,16 @@ def interval(values, statistic, draws=1000, seed=0):
         return statistic(values), *np.nanpercentile(found, [2.5, 97.5], axis=0)
 
 
+def exact(value, low, high, images):
+    """An interval of a percentage, its bound exact where all succeeded or none did, which no bootstrap can vary.
+
+    That of Clopper and Pearson (Biometrika, 1934) with the images as trials, since landmarks of one are not
+    independent: of 20 images 100 [83, 100].
+    """
+    bound = 100 * 0.025 ** (1 / images)
+    return value, np.where(value == 100, bound, low)[()], np.where(value == 0, 100 - bound, high)[()]
+
+
 def named(name, value, low, high):
     """An interval as columns of a table: <name>, <name>_low, <name>_high."""
     return {name: value, f"{name}_low": low, f"{name}_high": high}
@@ -467,7 +477,10 @@ def summarize(records, by="iteration", draws=1000, seed=0):
         drawn = statistics_of(found["radial_error_mm"].to_numpy(), counts[:, found["image"].map(place)])
         ends.append(np.nanpercentile(drawn, [2.5, 97.5], axis=1).T.ravel())
     names = [f"{name}_{end}" for name in LABELS for end in ("low", "high")]
-    return table.reset_index().join(pd.DataFrame(ends, columns=names))
+    table = table.reset_index().join(pd.DataFrame(ends, columns=names))
+    rate = [f"within_{SUCCESS_MM}mm_%{end}" for end in ("", "_low", "_high")]
+    table[rate] = np.stack(exact(*table[rate].to_numpy().T, groups["image"].nunique().to_numpy()), axis=1)
+    return table
 
 
 def statistics_of(errors, weights):

@@ -139,6 +139,7 @@ def estimate(plan, device):
     drawn = [vars(args) for program, args in every if program == "phantom.py"]
     counts = {split: drawn[0][split] if drawn else count for split, count in OFFICIAL.items()}
     size = sizes[plan.folder(plan.scale.victim).name]
+    command.say(f"timing a step of training and one of an attack at {size[0]} x {size[1]} px ...")
     step = time_steps(size, device, plan.options["precision"], 8 if device.type == "cuda" else 1)
 
     def cost(program, args):

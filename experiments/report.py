@@ -20,8 +20,8 @@ EXPERIMENTS = {  # in order; each has TITLE, TEXT and publish(results, data, out
     "robustness": robustness,
 }
 NOTE = (
-    "Brackets contain 95 % confidence intervals by a bootstrap over images; [0.0, 0.0] and [100.0, 100.0] mean that no "
-    f"landmark succeeded, or all did. Fewer than {ENOUGH} images are a pilot: their intervals are too narrow. All "
+    "Brackets contain 95 % confidence intervals by a bootstrap over images; where all landmarks or none succeeded, the "
+    f"exact bound of as many images. Fewer than {ENOUGH} images are a pilot: their intervals are too narrow. All "
     "numbers are in the CSV files beside this report."
 )
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from eval import SUCCESS_MM, interval, is_last, named, read_records
+from eval import SUCCESS_MM, exact, interval, is_last, named, read_records
 from experiments.markdown import fold_intervals, markdown
 from experiments.statistics import by_image, verdict
 from readers.images import read_image
@@ -78,7 +78,9 @@ def of_role(records, role):
 
 def rate(rows, success, columns="landmark"):
     """(value, low, high): percentage of rows for which ``success`` (a bool each) holds, see ``by_image``."""
-    return interval(by_image(rows, 100.0 * success, columns), np.nanmean) if len(rows) else (np.nan,) * 3
+    if not len(rows):
+        return (np.nan,) * 3
+    return exact(*interval(by_image(rows, 100.0 * success, columns), np.nanmean), rows["image"].nunique())
 
 
 def outcome(records, labels):

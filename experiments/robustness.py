@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from eval import SUCCESS_MM, interval, is_last, named
+from eval import SUCCESS_MM, exact, interval, is_last, named
 from experiments.results import last, of_role, outcome, render_outcomes
 from experiments.statistics import by_image
 from support.errors import InputError
@@ -59,7 +59,7 @@ def curve(records, labels):
     for method, rows in last(of_role(records, "targeted")).groupby("method", sort=False):
         errors = by_image(rows, rows["radial_error_mm"])
         within = np.where(np.isnan(errors), np.nan, 100 * (errors <= RADII_MM[:, None, None])).transpose(1, 0, 2)
-        shares = interval(within, lambda chosen: np.nanmean(chosen, axis=(0, 2)))
+        shares = exact(*interval(within, lambda chosen: np.nanmean(chosen, axis=(0, 2))), len(within))
         tables.append(pd.DataFrame({**labels, "method": method, "radius_mm": RADII_MM} | named("within_%", *shares)))
     return pd.concat(tables)
 
