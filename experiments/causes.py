@@ -1,4 +1,4 @@
-"""Experiment 8: the same attack on detectors, or with perturbations, that differ in one property."""
+"""Experiment 7: the same attack on detectors, or with perturbations, that differ in one property."""
 
 import pandas as pd
 

@@ -1,4 +1,4 @@
-"""Experiment 10: defences against attackers who know of them and who do not, and what they cost.
+"""Experiment 9: defences against attackers who know of them and who do not, and what they cost.
 
 Attacks are told by the output of the first of the attacked detectors.
 """

@@ -1,4 +1,4 @@
-"""Experiment 9: diagnoses that an attack changes, by clinical measure, epsilon and method, against uniform noise."""
+"""Experiment 8: diagnoses that an attack changes, by clinical measure, epsilon and method, against uniform noise."""
 
 import numpy as np
 import pandas as pd

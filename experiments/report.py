@@ -13,7 +13,6 @@ EXPERIMENTS = {  # in order; each has TITLE, TEXT and publish(results, data, out
     "count": sweeps.count,
     "coupling": coupling,
     "fancy": fancy,
-    "baselines": sweeps.baselines,
     "causes": causes,
     "diagnosis": diagnosis,
     "defence": defence,

@@ -136,12 +136,6 @@ def sweep_count(attack, counts):
     return [attack("count", f"{count}", {"|T|": count}, **NEAR, shift_count=count) for count in counts]
 
 
-def sweep_one_step(attack, epsilons):
-    """The one-step attacks at several epsilons."""
-    attack = partial(attack, attack=("FGSM", "untargeted-FGSM"))
-    return [attack("baselines", f"{value:g}", {"epsilon": value}, epsilon=value) for value in epsilons]
-
-
 def sweep_diagnosis(attack, epsilons, measures=MEASURE_NAMES, suffix=""):
     """Attacks on the diagnosis by each clinical measure at several epsilons."""
     runs = []
@@ -233,7 +227,6 @@ def paper(splits, ids):
         "count": [*sweep_count(partial(attack, attack=PAPER, epsilon=8, **few), (1, 2, 4, 8, 12, 16, 19)), random[0]],
         "coupling": [random[0], shift],
         "fancy": spell(partial(attack, attack=ADAPTIVE, epsilon=8), ids),
-        "baselines": sweep_one_step(attack, EPSILONS),
         "causes": [
             train("400x320", size=(400, 320)),
             train("200x160", size=(200, 160)),
@@ -282,7 +275,6 @@ def cpu(splits, ids):
         "count": [*sweep_count(partial(attack, epsilon=8, attack="ATI-FGSM", **few), (1, 2, 5, 10, 19)), random],
         "coupling": [shift, random],
         "fancy": spell(partial(attack, epsilon=8, attack=ADAPTIVE, steps=100), ids),
-        "baselines": sweep_one_step(partial(attack, images=ids[:20]), (*EPSILONS, 16, 32, 64, 128)),
         "causes": [
             train("random-encoder", size=(200, 160), encoder_weights="none", epochs=60, checkpoint_every=10),
             *causes({"attack": PAPER, **NEAR, "epsilon": 8, **few, "subpixel": True}, shift, CPU_CAUSES),
@@ -346,7 +338,6 @@ def quick(splits, ids):
             refine("400x320", (400, 320), Checkpoint("200x160", 7), lr=3e-4, epochs=4),
             *spell(partial(test, "400x320", subpixel=True, attack="Vote-PGD", epsilon=8, steps=200), ids),
         ],
-        "baselines": sweep_one_step(partial(attack, images=ids[:5]), (8, 32, 128)),
         "causes": [
             train("50x40", size=(50, 40), **start),
             train("random-encoder", size=(50, 40), **start, encoder_weights="none"),
