@@ -1,15 +1,14 @@
-"""Time and memory of every part, compared with the bare network.
+"""Time and memory of training, attack and test, compared with the bare network.
 
     python benchmark.py                                                       # 800 x 640, batch 1, fp32
-    python benchmark.py --size 200 160 --batch-size 1 4 --weights runs/demo-200x160/model_epoch_7.pth
     python benchmark.py --only training attack --batch-size 1 8 16 --precision fp32 bf16 --compile
 
 The first part of a group is the limit of the others: the same network, prepared in the same way, at the same size,
 batch and precision, with nothing around it: forward, backward from the maps' sum and, in training, the optimizer's
-step; no loading of images, goal maps, loss, attack step or voting. A part and its limit take turns, after an untimed
-call of each.
+step; no copy of images, goal maps, loss, attack step or voting. A part and its limit take turns, after an untimed call
+of each.
 
-Images are copies of a phantom; weights are random without --weights.
+Images and weights are random.
 
 Writes into --out: table.csv, table.md, config.json.
 """
@@ -18,50 +17,41 @@ import support.early  # noqa: F401  for Ctrl-C while the rest is imported
 
 import copy
 import itertools
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 import torch
-from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from attack import ATTACKS, last, run
-from dataset import Cephalograms, to_input
+from attack import ATTACKS, run
+from dataset import to_input
 from detectors import goal_maps, voting
 from experiments.costs import Step
 from experiments.markdown import markdown
-from model import MAX_SIZE, MIN_SIZE, UNet, compile_network, decode, encode, freeze, load_weights, place
-from phantom import draw_patient
-from readers.images import cores
+from model import MAX_SIZE, MIN_SIZE, UNet, compile_network, decode, encode, freeze, place
 from readers.points import LANDMARKS
 from support import command
 from support.command import positive_int, progress
 from support.files import own_folder, save_config, write_text
-from train import image_order, train_step
+from train import train_step
 
-PARTS = ("loading", "training", "attack", "test")
 PAPER = {"training step": 230 * 150, "I-FGSM, a step": 250 * 300, "ATI-FGSM, a step": 250 * 300}  # images x steps
 
 
 def make_parser():
-    parser = command.Parser("Time and memory of every part, compared with the bare network.")
+    parser = command.Parser("Time and memory of training, attack and test, compared with the bare network.")
     parser.add_argument(
         "--size", type=positive_int, nargs=2, metavar=("H", "W"), default=[800, 640], help="input in px"
     )
     parser.add_argument("--batch-size", type=positive_int, nargs="+", default=[1], help="images per batch, one or more")
     parser.add_argument("--precision", choices=["fp32", "bf16"], nargs="+", default=["fp32"], help="one or both")
     command.add_device_arguments(parser)
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="what to time")
-    parser.add_argument("--repeats", type=positive_int, default=15, help="timed calls; a fifth as many for loading")
-    parser.add_argument("--images", type=positive_int, default=150, metavar="N", help="images to load")
-    parser.add_argument("--weights", metavar="FILE", help="a checkpoint (default: random weights)")
+    parser.add_argument("--only", choices=GROUPS, nargs="+", default=list(GROUPS), help="what to time")
+    parser.add_argument("--repeats", type=positive_int, default=15, help="timed calls")
     parser.add_argument("--out", default="runs/benchmark", metavar="DIR", help="folder of the results")
     return parser
 
@@ -71,20 +61,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not MIN_SIZE <= min(args.size) <= max(args.size) <= MAX_SIZE:
         parser.error(f"--size: at least {MIN_SIZE} {MIN_SIZE}, at most {MAX_SIZE} {MAX_SIZE}")
-    if args.images < max(args.batch_size):
-        parser.error(f"--images {args.images}: fewer than --batch-size {max(args.batch_size)}")
     device, out = command.find_device(args.device), Path(args.out)
     torch.manual_seed(0)
-    model = UNet()
-    if args.weights:
-        load_weights(model, args.weights)
     config = {**vars(args), "threads": torch.get_num_threads()}
     tables = []
-    with own_folder(out, "benchmark.py", "--out", "config.json", "repeats"), tempfile.TemporaryDirectory() as folder:
+    with own_folder(out, "benchmark.py", "--out", "config.json", "repeats"):
         save_config(out / "config.json", config, device, update=[*config, "versions"])
-        draw_images(Path(folder), args.images)
-        data = Cephalograms(folder, "train", args.size)
-        for table in time_all(args, model, data, device, Path(folder)):
+        for table in time_all(args, device):
             table.insert(0, "size", "{} x {}".format(*args.size))
             tables.append(table)
             table = pd.concat(tables)  # written after each group, since a benchmark may be stopped
@@ -93,27 +76,15 @@ def main(argv=None):
     print(f"written to {out}/")
 
 
-def draw_images(root, count):
-    """The official layout with ``count`` JPEG images for training, copies of one phantom."""
-    drawn = root / "RawImage" / "TrainingData" / "001.bmp"
-    draw_patient(0, drawn)
-    Image.open(drawn).save(drawn.with_suffix(".jpg"), quality=95)
-    drawn.unlink()
-    for file, number in itertools.product(list(root.rglob("001.*")), range(2, count + 1)):
-        shutil.copy(file, file.with_stem(f"{number:03d}"))
-
-
-def time_all(args, model, data, device, root):
+def time_all(args, device):
     """Yield the table of each group of parts, see ``report``."""
-    if "loading" in args.only:
-        yield report(first_pass(root, args.size), args.images, torch.device("cpu"), max(3, args.repeats // 5))
+    model = UNet()
     for precision, batch_size in itertools.product(args.precision, args.batch_size):
-        label, peak = f"{precision}, {batch_size}", matrix_peak(device, precision)
-        image = to_input(data.images[:batch_size], device)
-        for part, make_group in GROUPS:
-            if part in args.only:
-                network = prepared(model, image, precision, args.compile, training=part == "training")
-                yield report(make_group(network, data, image), batch_size, device, args.repeats, label, peak)
+        peak, images = matrix_peak(device, precision), torch.randint(256, (batch_size, *args.size), dtype=torch.uint8)
+        for name in args.only:
+            network = prepared(model, images, device, precision, args.compile, name)
+            group = GROUPS[name](network, images, to_input(images, device))
+            yield report(group, batch_size, device, args.repeats, f"{precision}, {batch_size}", peak)
 
 
 # --- timing ----------------------------------------------------------------------------------------------------------
@@ -127,7 +98,7 @@ class Timed(NamedTuple):
     prepare: Callable = tuple  # returns the arguments of the next call, by default none; untimed
 
 
-def report(group, images, device, repeats, label="", peak=None):
+def report(group, images, device, repeats, label, peak):
     """Time a group of parts and print their medians. The first part is the limit of the others.
 
     Args:
@@ -136,7 +107,7 @@ def report(group, images, device, repeats, label="", peak=None):
         device: torch.device.
         repeats: timed calls of each.
         label: precision and batch size.
-        peak: FLOP/s that the device reaches, see ``matrix_peak``; adds FLOP/s of the limit, and its percentage.
+        peak: FLOP/s that the device reaches, see ``matrix_peak``.
 
     Returns:
         DataFrame, a row for each part. Times are medians and quartiles in ms; a ratio is the median over pairs of
@@ -148,12 +119,10 @@ def report(group, images, device, repeats, label="", peak=None):
     table["ms 25 %"], table["ms 75 %"] = 1e3 * seconds.quantile(0.25), 1e3 * seconds.quantile(0.75)
     table["images/s"], table["peak MiB"] = 1e3 * images / table["ms"], memory
     table["ratio"] = seconds[others].div(seconds[limit], axis=0).median()
-    if peak:
-        arguments = group[0].prepare()
-        with FlopCounterMode(display=False) as counter:
-            group[0].call(*arguments)
-        table.loc[limit, "TFLOP/s"] = counter.get_total_flops() / seconds[limit].median() / 1e12
-        table["% of matrix peak"] = 100 * 1e12 * table["TFLOP/s"] / peak
+    with FlopCounterMode(display=False) as counter:
+        group[0].call()
+    table.loc[limit, "TFLOP/s"] = counter.get_total_flops() / seconds[limit].median() / 1e12
+    table["% of matrix peak"] = 100 * 1e12 * table["TFLOP/s"] / peak
     table["the paper's, extrapolated (h)"] = pd.Series(PAPER) / table["images/s"] / 3600
     table.insert(1, "part", table.index)
     print(table[["precision, batch", "part", "ms", "ratio"]].to_string(index=False, float_format="%.4g", na_rep=""))
@@ -220,67 +189,38 @@ def time_steps(size, device, precision, batch_size):
     Returns:
         experiments.costs.Step.
     """
-    model = place(UNet(), device, precision, training=True)
-    image = torch.zeros(batch_size, 3, *size, device=device)
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
-
-    def train():
-        optimizer.zero_grad()
-        model(image).sum().backward()
-        optimizer.step()
-
-    def attack():
-        adversarial = image.requires_grad_()
-        return torch.autograd.grad(model(adversarial).sum(), adversarial)
-
-    fixed = 4 * sum(weight.nbytes for weight in model.parameters())
-    train()
-    peak_memory(device)
-    training, peak = clock(train, device), peak_memory(device) * 2**20
-    freeze(place(model, device, precision))
-    attack()
-    attacking = clock(attack, device)
-    image_bytes = max(peak - fixed, 0) / batch_size
-    return Step(tuple(size), training / batch_size, attacking / batch_size, fixed, image_bytes)
+    images = torch.zeros(batch_size, *size, dtype=torch.uint8)
+    seconds, memory = {}, {}
+    for name in ("training", "attack"):
+        network = prepared(UNet(), images, device, precision, False, name)
+        bare = GROUPS[name](network, images, to_input(images, device))[0].call
+        bare()
+        peak_memory(device)
+        seconds[name], memory[name] = clock(bare, device) / batch_size, peak_memory(device) * 2**20
+    fixed = 4 * sum(weight.nbytes for weight in network.parameters())
+    image_bytes = max(memory["training"] - fixed, 0) / batch_size
+    return Step(tuple(size), seconds["training"], seconds["attack"], fixed, image_bytes)
 
 
 # --- what is timed ---------------------------------------------------------------------------------------------------
 # Each function returns a group of parts, their limit first.
 
 
-def first_pass(root, size):
-    """Loading of all images from their files; limit: decoding and resizing by Pillow on all cores."""
-    files = sorted(root.rglob("*.jpg"))
-
-    def read(file):
-        return Image.open(file).convert("L").resize(size[::-1], Image.Resampling.BILINEAR)
-
-    def bare():
-        with ThreadPoolExecutor(cores()) as pool:
-            list(pool.map(read, files))
-
-    return [
-        Timed(f"bare decoding of {len(files)} images", bare),
-        Timed("loading, first pass", partial(Cephalograms, root, "train", size)),
-    ]
-
-
-def prepared(model, image, precision, compiled, training):
-    """A copy of the model on the image's device, as train.py or test.py uses it."""
-    model = place(copy.deepcopy(model), image.device, precision, training)
-    if not training:
+def prepared(model, images, device, precision, compiled, group):
+    """A copy of the model on a device, as train.py or test.py uses it."""
+    model = place(copy.deepcopy(model), device, precision, training=group == "training")
+    if group != "training":
         freeze(model)
     if compiled:
         torch.compiler.reset()  # else the compiler gives up after some variants of the network
-        model = compile_network(model, image)
+        model = compile_network(model, to_input(images, device))
     return model
 
 
-def training_step(network, data, image):
+def training_step(network, images, image):
     """A step of train.py, and its parts; limit: forward, backward, and the optimizer's step."""
     device, size = image.device, image.shape[-2:]
-    batch = image_order(0, 0, len(data))[: len(image)]
-    images, landmarks = data.images[batch], data.landmarks[batch]
+    landmarks = torch.rand(len(images), len(LANDMARKS), 2) * (torch.tensor(size).flip(0) - 1)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.0, fused=True)  # the weights do not change
     detector = voting(network, size=size)
 
@@ -297,7 +237,7 @@ def training_step(network, data, image):
         Timed("bare training step", bare),
         Timed("training step", step),
         Timed("encoding", partial(encode, landmarks.to(device), size)),
-        Timed("loading, cached", lambda: to_input(data.images[batch], device)),
+        Timed("copy of images", partial(to_input, images, device)),
     ]
 
 
@@ -309,56 +249,33 @@ def neighbours(network, image):
     return clean, decode(clean).roll(1, dims=1), targeted
 
 
-def attack_step(network, data, image):
-    """A step of the iterative attacks; limit: backward to the image, and forward."""
+def attack_step(network, images, image):
+    """A step of the iterative attacks; limit: forward, and backward to the image."""
     clean, *targets = neighbours(network, image)
-
-    def bare():  # in the order of an attack's loop
-        while True:
-            adversarial = image.detach().requires_grad_()
-            maps = network(adversarial)
-            yield
-            maps.sum().backward()
-
-    def begun(loop):
-        iterations = loop()
-        next(iterations)
-        return [iterations]
-
-    loops = {"bare forward, backward to the image": bare}
-    for name in ("I-FGSM", "ATI-FGSM", "Vote-PGD"):
-        loops[f"{name}, a step"] = partial(run, ATTACKS[name], network, image, *targets, steps=10**9)
-    steps = [Timed(name, next, partial(begun, loop)) for name, loop in loops.items()]
-    return [*steps, Timed("goal maps", partial(goal_maps, clean, *targets))]
-
-
-def one_step_attack(network, data, image):
-    """The attacks of one step; limit: forward, and forward, backward, forward."""
-    _, *targets = neighbours(network, image)
 
     def bare():
         adversarial = image.detach().requires_grad_()
         network(adversarial).sum().backward()
-        with torch.no_grad():
-            network(image)
-            network(image)
 
-    def whole(attack):
-        last(run(attack, network, image, *targets))
+    def begun(attack):
+        iterations = run(attack, network, image, *targets, steps=10**9)
+        next(iterations)
+        return [iterations]
 
-    one_step = [attack for attack in ATTACKS.values() if attack.steps == 1 and attack.loss]
+    names = "I-FGSM", "ATI-FGSM", "Vote-PGD"
     return [
-        Timed("bare forward, forward, backward, forward", bare),
-        *(Timed(f"{attack.name}, from image to maps", partial(whole, attack)) for attack in one_step),
+        Timed("bare forward, backward to the image", bare),
+        *(Timed(f"{name}, a step", next, partial(begun, ATTACKS[name])) for name in names),
+        Timed("goal maps", partial(goal_maps, clean, *targets)),
     ]
 
 
-def test_batch(network, data, image):
+def test_batch(network, images, image):
     """A batch of test.py, and its decoding; limit: forward."""
     clean, *_ = neighbours(network, image)
 
     def whole():
-        return decode(network(to_input(data.images[: len(image)], image.device)))
+        return decode(network(to_input(images, image.device)))
 
     return [
         Timed("bare forward", torch.inference_mode()(partial(network, image))),
@@ -367,7 +284,7 @@ def test_batch(network, data, image):
     ]
 
 
-GROUPS = (("training", training_step), ("attack", attack_step), ("attack", one_step_attack), ("test", test_batch))
+GROUPS = {"training": training_step, "attack": attack_step, "test": test_batch}
 
 if __name__ == "__main__":
     command.run(main)
