@@ -224,7 +224,7 @@ def paper(splits, ids):
         "detection": [train(victim, size=(800, 640)), *detection(victim, splits)],
         "attack": [*random, shift],
         "epsilon": sweep_epsilon(partial(attack, attack=BEST, **few), {"random": EPSILONS, "8 mm": EPSILONS}),
-        "count": [*sweep_count(partial(attack, attack=PAPER, epsilon=8, **few), (1, 2, 4, 8, 12, 16, 19)), random[0]],
+        "count": sweep_count(partial(attack, attack=PAPER, epsilon=8, **few), (1, 2, 4, 8, 12, 16, 19)),
         "coupling": [random[0], shift],
         "fancy": spell(partial(attack, attack=ADAPTIVE, epsilon=8), ids),
         "causes": [
@@ -272,7 +272,7 @@ def cpu(splits, ids):
             compare(longer, "random_300", "Random targets, 300 iterations", **FAR),
         ],
         "epsilon": sweep_epsilon(partial(attack, attack=ADAPTIVE, **few), {"random": EPSILONS, "8 mm": EPSILONS}),
-        "count": [*sweep_count(partial(attack, epsilon=8, attack="ATI-FGSM", **few), (1, 2, 5, 10, 19)), random],
+        "count": sweep_count(partial(attack, epsilon=8, attack="ATI-FGSM", **few), (1, 2, 5, 10, 19)),
         "coupling": [shift, random],
         "fancy": spell(partial(attack, epsilon=8, attack=ADAPTIVE, steps=100), ids),
         "causes": [
@@ -331,7 +331,7 @@ def quick(splits, ids):
         "detection": [train(victim, size=(100, 80), **start), *detection(victim, splits)],
         "attack": [shift, random],
         "epsilon": sweep_epsilon(ati, dict.fromkeys(TARGETS, (2, 8, 32))),
-        "count": [*sweep_count(partial(ati, epsilon=8), (1, 19)), random],
+        "count": sweep_count(partial(ati, epsilon=8), (1, 19)),
         "coupling": [shift, random],
         "fancy": [
             refine("200x160", (200, 160), Checkpoint(victim, 15), lr=5e-4, epochs=8),

@@ -1,11 +1,9 @@
 """Experiments 3 and 4: success against epsilon, and against the number of targets."""
 
-from typing import NamedTuple
-
-import pandas as pd
+from types import SimpleNamespace
 
 from eval import SUCCESS_MM
-from experiments.results import outcome, outcomes, render_outcomes
+from experiments.results import outcomes, render_outcomes
 from support.figures import by_method, line_with_band, panels, save, tick_values
 from support.files import write_table
 
@@ -15,15 +13,6 @@ RATES = {  # column -> title of a panel
     "stationary_within_4mm_%": f"stationary, within {SUCCESS_MM} mm of truth",
 }
 EPSILON = "epsilon (half grey levels of 255)"
-GROUPS = {"1 to 4": 0, "5 to 8": 4, "9 to 12": 8, "13 to 17": 12}  # of |T| of random targets: name -> above
-
-
-class Sweep(NamedTuple):
-    """An experiment, as the modules of the others are: title, text, and what publishes its results."""
-
-    TITLE: str
-    TEXT: str
-    publish: object  # (results, data, out) -> section of the report, as of the other experiments
 
 
 def plot(table, x, group, xlabel, path, **axis):
@@ -50,35 +39,22 @@ def publish_epsilon(results, data, out):
 
 
 def publish_count(results, data, out):
-    table = outcomes([result for result in results if "|T|" in result.labels])
-    (random,) = (result for result in results if "|T|" not in result.labels)
-    grouped = by_count(random.attacked())
+    table = outcomes(results)
     write_table(out / "count.csv", table)
-    write_table(out / "count_random.csv", grouped)
     plot(table, "|T|", "method", "number of targeted landmarks |T|", out / "count.png")
-    return (
-        f"\n{render_outcomes(table)}\n![success against |T|](count.png)\n\n"
-        f"The images of the attack with random targets (section 2), by their |T|:\n\n{render_outcomes(grouped)}"
-    )
+    return f"\n{render_outcomes(table)}\n![success against |T|](count.png)\n"
 
 
-def by_count(records):
-    """Outcomes of an attack with random targets, its images grouped by their |T|."""
-    keys = [records["method"], records["iteration"], records["image"]]
-    counts = (records["role"] == "targeted").groupby(keys).transform("sum")
-    groups = pd.cut(counts, [*GROUPS.values(), 18], labels=list(GROUPS))
-    return pd.concat(outcome(rows, {"|T|": name}) for name, rows in records.groupby(groups, observed=True))
-
-
-epsilon = Sweep(
-    "Epsilon",
-    "Success against the L-infinity budget of the perturbation, for random targets and for displacements from the "
+# two experiments, with what the modules of the others have
+epsilon = SimpleNamespace(
+    TITLE="Epsilon",
+    TEXT="Success against the L-infinity budget of the perturbation, for random targets and for displacements from the "
     "truth. Targets less than 4 mm away may be within 4 mm of the clean prediction already; *more than halfway* "
     "therefore counts the landmarks whose distance from the target is below half of the initial one.",
-    publish_epsilon,
+    publish=publish_epsilon,
 )
-count = Sweep(
-    "Number of targeted landmarks",
-    "Success against the number |T| of landmarks that are targeted at once; all others are stationary.",
-    publish_count,
+count = SimpleNamespace(
+    TITLE="Number of targeted landmarks",
+    TEXT="Success against the number |T| of landmarks that are targeted at once; all others are stationary.",
+    publish=publish_count,
 )

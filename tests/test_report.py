@@ -6,7 +6,7 @@ import pytest
 from conftest import K, attack_record, images
 
 from eval import record
-from experiments import attack, causes, coupling, detection, diagnosis, robustness, sweeps
+from experiments import attack, causes, coupling, detection, diagnosis, robustness
 from experiments.results import Result, last, outcome, outcomes
 from readers.points import LANDMARKS
 
@@ -138,17 +138,6 @@ def test_coupling_finds_what_was_put_in(tmp_path):
     points = pd.read_csv(tmp_path / "coupling_shift.csv")
     assert points["name"].tolist() == [*LANDMARKS] * 2 and (points["times_targeted"] == 12).all()
     assert (tmp_path / "coupling_shift.png").stat().st_size > 10000 and "its nearest six" in text
-
-
-def test_random_targets_are_grouped_by_their_number(tmp_path):
-    truth = np.random.default_rng(0).uniform(500, 1500, (4, K, 2))
-    targets = np.full_like(truth, np.nan)
-    for image, number in enumerate((1, 4, 5, 17)):
-        targets[image, :number] = truth[image, :number] + (0, 100)
-    steps = [(truth, targets, "ATI-FGSM", iteration) for iteration in (0, 5)]
-    table = sweeps.by_count(Result({}, write_attack(tmp_path, truth, steps)).attacked())
-    assert table["|T|"].tolist() == ["1 to 4", "5 to 8", "13 to 17"]
-    assert table["images"].tolist() == [2, 1, 1] and table["targeted"].tolist() == [5, 5, 17]
 
 
 def test_causes_are_compared_on_what_all_answers_have(folder, tmp_path):
