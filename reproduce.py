@@ -1,7 +1,7 @@
 """Run the paper's experiments: train the detector, test it, attack it in every way, and write a report.
 
     python reproduce.py --scale paper                       # as published; for GPUs
-    python reproduce.py --scale cpu                         # a quarter of the size; two cores, a night
+    python reproduce.py --scale cpu                         # a quarter of the size; two cores, two nights
     python reproduce.py --scale cpu-full                    # then at full size, on few images; another night
     python reproduce.py --scale quick --data phantoms       # to see that everything works
     python reproduce.py --scale demo                        # on phantoms that it draws; two cores, twenty minutes

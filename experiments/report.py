@@ -9,6 +9,7 @@ from support.files import read_config, write_text
 EXPERIMENTS = {  # in order; each has TITLE, TEXT and publish(results, data, out) -> Markdown
     "detection": detection,
     "attack": attack,
+    "robustness": robustness,
     "epsilon": sweeps.epsilon,
     "count": sweeps.count,
     "coupling": coupling,
@@ -16,7 +17,6 @@ EXPERIMENTS = {  # in order; each has TITLE, TEXT and publish(results, data, out
     "causes": causes,
     "diagnosis": diagnosis,
     "defence": defence,
-    "robustness": robustness,
 }
 NOTE = (
     "Brackets contain 95 % confidence intervals by a bootstrap over images; where all landmarks or none succeeded, the "

@@ -104,21 +104,15 @@ def detection(detector, splits):
     ]
 
 
-def compare(run, name, description, **options):
+def compare(run, name, description, experiment="attack", **options):
     """Attacks on the same images and targets."""
-    return run("attack", name, {"description": description}, **options)
+    return run(experiment, name, {"description": description}, **options)
 
 
-def shift_and_random(attack):
+def shift_and_random(attack, experiment="attack"):
     """An attack on near and on far targets."""
-    shift = compare(attack, "shift", "Displacements of 8 mm, epsilon 8", **NEAR, epsilon=8)
-    return shift, compare(attack, "random", "Random targets, epsilon 8", **FAR, epsilon=8)
-
-
-def robustness(attack, steps):
-    """All attacks with equal budgets of passes, on near and on far targets."""
-    run = partial(attack, "robustness", attack=EQUAL, steps=steps, epsilon=8)
-    return [run("shift", {"targets": "8 mm"}, **NEAR), run("random", {"targets": "random"}, **FAR)]
+    shift = compare(attack, "shift", "Displacements of 8 mm, epsilon 8", experiment, **NEAR, epsilon=8)
+    return shift, compare(attack, "random", "Random targets, epsilon 8", experiment, **FAR, epsilon=8)
 
 
 def sweep_epsilon(attack, epsilons):
@@ -240,7 +234,7 @@ def paper(splits, ids):
         "defence": sweep_defence(
             victim, {"steps": 100, "images": ids[:40]}, ids[:30], robust, splits[0], (2, 4, 8, 16, 32), 300
         ),
-        "robustness": robustness(partial(attack, images=ids[:30]), 100),
+        "robustness": shift_and_random(partial(attack, attack=EQUAL, steps=100, images=ids[:30]), "robustness"),
     }
     return Scale(victim, experiments)
 
@@ -256,28 +250,25 @@ PAPER_CAUSES = {
 
 
 def cpu(splits, ids):
-    """The paper's schedule at a quarter of its input size: two cores, a night."""
+    """A quarter of the paper's input size, 50 epochs: two cores, two nights."""
     victim, few = "200x160", {"images": ids[:20], "steps": 30}
+    learn = partial(train, size=(200, 160), epochs=50, schedule="cosine", checkpoint_every=50)
     attack = partial(test, victim, subpixel=True)
-    best = partial(attack, attack=BEST, epsilon=8)
-    shift, random = shift_and_random(partial(best, steps=100, images=ids[:50]))
-    longer = partial(best, steps=300, images=ids[:20])  # another schedule, not a continuation
-    robust = {"size": (200, 160), "init": Checkpoint(victim, 229), **SMALL, "lr": 3e-4, "epochs": 10}
+    shift, random = shift_and_random(partial(attack, attack=EQUAL, steps=100, images=ids[:50]), "robustness")
+    robust = {"size": (200, 160), "init": Checkpoint(victim, 49), **SMALL, "lr": 3e-4, "epochs": 10}
     experiments = {
-        "detection": [train(victim, size=(200, 160), checkpoint_every=10), *detection(victim, splits)],
-        "attack": [
-            shift,
-            random,
-            compare(longer, "shift_300", "Displacements of 8 mm, 300 iterations", **NEAR),
-            compare(longer, "random_300", "Random targets, 300 iterations", **FAR),
-        ],
+        "detection": [learn(victim), *detection(victim, splits)],
+        "robustness": [shift, random],
         "epsilon": sweep_epsilon(partial(attack, attack=ADAPTIVE, **few), {"random": EPSILONS, "8 mm": EPSILONS}),
         "count": sweep_count(partial(attack, epsilon=8, attack="ATI-FGSM", **few), (1, 2, 5, 10, 19)),
         "coupling": [shift, random],
         "fancy": spell(partial(attack, epsilon=8, attack=ADAPTIVE, steps=100), ids),
         "causes": [
-            train("random-encoder", size=(200, 160), encoder_weights="none", epochs=60, checkpoint_every=10),
-            *causes({"attack": PAPER, **NEAR, "epsilon": 8, **few, "subpixel": True}, shift, CPU_CAUSES),
+            learn("random-encoder", encoder_weights="none"),
+            learn("heatmap", output="heatmap"),
+            learn("coordinates", output="coordinates"),
+            *causes({"attack": BEST, **NEAR, "epsilon": 8, **few, "subpixel": True}, shift, CPU_CAUSES),
+            *causes({"attack": "Vote-PGD", **few, "steps": 100, "subpixel": True}, None, OUTPUTS),
         ],
         "diagnosis": [
             *sweep_diagnosis(partial(attack, images=ids[:30], attack=("Vote-PGD", "noise"), steps=10), EPSILONS),
@@ -285,35 +276,47 @@ def cpu(splits, ids):
             *sweep_diagnosis(partial(attack, images=ids[:30], attack=PAPER, steps=20), (4,), suffix="_paper"),
         ],
         "defence": sweep_defence(victim, few, ids[:30], robust, splits[0], (2, 4, 8, 16, 32), 100),
-        "robustness": robustness(partial(attack, images=ids[:50]), 100),
     }
     return Scale(victim, experiments)
 
 
 CPU_CAUSES = {
-    "encoder's initial weights": {"random": ("random-encoder", {}), "as given": ("200x160", {"iteration": 59})},
-    "epochs of training": {"10": ("200x160", {"iteration": 9}), "60": ("200x160", {"iteration": 59}), "230": None},
+    "encoder's initial weights": {"random": ("random-encoder", {}), "as given": None},
     "statistics of batch norm": {"of the training": None, "of the image": ("200x160", {"batch_statistics": True})},
     "channels of the perturbation": {"one": ("200x160", {"grey": True}), "three": None},
+}
+OUTPUTS = {
+    f"output of the network, {name}, epsilon {epsilon}": {
+        output: (detector, {**TARGETS[name], "epsilon": epsilon})
+        for output, detector in {"voting": "200x160", "heatmap": "heatmap", "coordinates": "coordinates"}.items()
+    }
+    for name in ("8 mm", "random")
+    for epsilon in (8, 4)
 }
 
 
 def cpu_full(splits, ids):
     """800 x 640 px, coarse to fine from the detector of the scale cpu: two cores, another night."""
-    victim, attacks = "800x640", {"attack": BEST, "epsilon": 8, "steps": 100, "subpixel": True}
-    shift, random = shift_and_random(partial(test, victim, **attacks, images=ids[:20], batch_size=1))
-    smaller = test("200x160", "attack", "shift", {"question": "input size (px)", "answer": "200 x 160"})
+    victim, attacks = "800x640", {"attack": BEST, "epsilon": 8, "subpixel": True}
+    attack = partial(test, victim, **attacks, images=ids[:20], batch_size=1)
+    shift = compare(partial(attack, steps=30), "shift", "Displacements of 8 mm, epsilon 8", **NEAR)
+    random = compare(partial(attack, steps=75), "random", "Random targets, epsilon 8", **FAR)
+    smaller = test("200x160", "robustness", "shift", {"question": "input size (px)", "answer": "200 x 160"})
     sizes = {"input size (px)": {"400 x 320": ("400x320", {}), "800 x 640": None}}
+    refined = partial(refine, lr=3e-4)
     experiments = {
         "detection": [
-            train("400x320", size=(400, 320), init=Checkpoint("200x160", 229, "cpu"), **SMALL, lr=3e-4, epochs=10),
-            train(victim, size=(800, 640), init=Checkpoint("400x320", 9), **SMALL, lr=3e-4, epochs=3),
+            refined("400x320", (400, 320), Checkpoint("200x160", 49, "cpu"), 5),
+            refined(victim, (800, 640), Checkpoint("400x320", 4), 13, batch_size=2),
             *detection(victim, splits),
         ],
         "attack": [shift, random],
         "coupling": [shift, random],
-        "fancy": spell(partial(test, "400x320", **{**attacks, "attack": ADAPTIVE}), ids),
-        "causes": [smaller._replace(scale="cpu"), *causes({**attacks, **NEAR, "images": ids[:20]}, shift, sizes)],
+        "fancy": spell(partial(test, "400x320", **{**attacks, "attack": ADAPTIVE}, steps=100), ids),
+        "causes": [
+            smaller._replace(scale="cpu"),
+            *causes({**attacks, **NEAR, "images": ids[:20], "steps": 30}, shift, sizes),
+        ],
     }
     return Scale(victim, experiments)
 
@@ -348,7 +351,7 @@ def quick(splits, ids):
         "defence": sweep_defence(
             victim, {"steps": 10, "images": ids[:4]}, ids[:4], robust, splits[0], (8, 32), 30, "MW"
         ),
-        "robustness": robustness(partial(attack, images=ids[:4]), 10),
+        "robustness": shift_and_random(partial(attack, attack=EQUAL, steps=10, images=ids[:4]), "robustness"),
     }
     return Scale(victim, experiments)
 

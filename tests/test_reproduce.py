@@ -58,7 +58,7 @@ def tiny(splits, ids):
         ],
         "diagnosis": scales.sweep_diagnosis(diagnose, (4, 16), ("MW",)),
         "defence": defend("MW", ("jpeg:75", "noise:4")),
-        "robustness": scales.robustness(partial(attack, limit=2), 1),
+        "robustness": scales.shift_and_random(partial(attack, attack=scales.EQUAL, steps=1, limit=2), "robustness"),
     }
     return Scale(victim, experiments)
 
@@ -121,7 +121,7 @@ CPU = ["--scale", "cpu", "--data", "runs/demo-phantoms", "--encoder-weights", "n
         (["cpu", "--only", "detection", "attack", "fancy"], "omit fancy by --only"),  # the images have another size
         (["cpu", "--only", "everything"], "invalid choice: 'everything'"),
         (["cpu", "--data", "nowhere"], "nowhere: no such folder"),
-        (["cpu-full"], "runs/cpu-200x160/model_epoch_229.pth of another scale is missing; run that scale first"),
+        (["cpu-full"], "runs/cpu-200x160/model_epoch_49.pth of another scale is missing; run that scale first"),
         (["demo", "--only", "epsilon"], "--only epsilon: not part of --scale demo"),
         (["demo", "--only", "attack"], "--only attack: depends on detection"),
         (["demo", "--data", "images"], "--scale demo: draws its own data"),
@@ -141,10 +141,10 @@ def test_results_of_another_scale_are_of_the_same_precision(tmp_path, monkeypatc
             result.folder.mkdir(parents=True, exist_ok=True)
             (result.folder / "predictions.csv").touch()
             (result.folder / "config.json").write_text('{"precision": "fp32"}')
-    (tmp_path / "runs" / "cpu-200x160" / "model_epoch_229.pth").touch()
+    (tmp_path / "runs" / "cpu-200x160" / "model_epoch_49.pth").touch()
     reproduce.check_order(plan)
     other = plan._replace(options={"precision": "bf16"})
-    with pytest.raises(InputError, match="--only causes: compares with runs/cpu-200x160/attack/shift"):
+    with pytest.raises(InputError, match="--only causes: compares with runs/cpu-200x160/robustness/shift"):
         reproduce.check_order(other)
 
 
@@ -339,6 +339,12 @@ def check_numbers(work):
 # --- scales ----------------------------------------------------------------------------------------------------------
 
 
+def test_claims_are_made_on_the_evaluation_images():
+    ids = scales.to_attack([f"{i}" for i in range(151, 401)])
+    assert len(ids) == len(set(ids)) == 50 and {int(id) for id in ids} <= {*range(201, 301)} and ids[0] == "210"
+    assert scales.to_attack(["151", "152"]) == ("151", "152")  # of other data, all
+
+
 def test_options_become_arguments():
     options = {"size": (40, 32), "shift_mm": 8, "epsilon": 0.5, "grey": True, "attack": ("a", "b")}
     words = "--size 40 32 --shift-mm 8 --epsilon 0.5 --grey --attack a b"
@@ -346,9 +352,8 @@ def test_options_become_arguments():
 
 
 def make_plan(name):
-    scale = (
-        SCALES[name]("none") if name == "demo" else SCALES[name](["test1", "test2"], [f"{i}" for i in range(151, 401)])
-    )
+    ids = scales.to_attack([f"{i}" for i in range(151, 401)])
+    scale = SCALES[name]("none") if name == "demo" else SCALES[name](["test1", "test2"], ids)
     return reproduce.Plan(scale, list(scale.experiments), name, "images", "vgg19.pth", {"precision": "fp32"})
 
 
