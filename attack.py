@@ -55,6 +55,10 @@ class Attack(NamedTuple):
         """Whether its perturbation is made without the detector and the image that are attacked."""
         return self.universal or self.loss is self.score is None
 
+    def counting(self, iterate):
+        """The targeted attack of which the "last" iterate counts, or the "best" one, with most landmarks in place."""
+        return self._replace(score=landmarks_in_place if iterate == "best" else None)
+
 
 class Aim(NamedTuple):
     """What an attack on some images aims at; losses and scores compare outputs with it."""
@@ -502,7 +506,9 @@ ROWS = (  # the first five have the numbers 0 to 4 on the command line
     Attack("FGSM", paper_loss, 1, ONE_STEP),
     Attack("untargeted-FGSM", negative(paper_loss), 1, ONE_STEP, targeted=False),
     Attack("Vote-PGD", vote_loss, None, VOTE_PGD, landmarks_in_place),
-    Attack("ATI-PGD", adaptive_loss, None, VOTE_PGD, landmarks_in_place),  # the paper's loss, Vote-PGD's schedule
+    Attack("I-PGD", paper_loss, None, VOTE_PGD, landmarks_in_place),  # the paper's losses, Vote-PGD's schedule,
+    Attack("ATI-PGD", adaptive_loss, None, VOTE_PGD, landmarks_in_place),
+    Attack("Vote-FGSM", vote_loss),  # and the reverse
     Attack("MI-FGSM", paper_loss, None, {"momentum": 1.0}),  # Dong et al., arXiv 1710.06081
     Attack("APGD", paper_loss, score=negative(paper_loss), loop=apgd),
     Attack("CosPGD", cosine_loss, votes=True),

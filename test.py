@@ -126,6 +126,8 @@ def add_attack_arguments(parser):
         default=300,
         help="iterations, draws of random-search, queries of Square",
     )
+    iterate = "which counts: the last, or the best one, with most landmarks in place (default: the attack's)"
+    add("--iterate", choices=["last", "best"], help=iterate)
     add("--grey", action="store_true", help="the same perturbation in all three channels")
     save = "store attacked images as PNG and JPEG, and test them again"
     add("--save-adversarial", action="store_true", may_change=True, help=save)
@@ -426,6 +428,8 @@ def report_test(args, data, out):
 def attack_all(args, detector, data, targets, training, device, out):
     """Attack every image by every method, all with the same targets; ``training``: see ``load_training``."""
     attacks = {name: ATTACKS[name] for name in args.attack}
+    if args.iterate:
+        attacks = {name: attack.counting(args.iterate) for name, attack in attacks.items()}
     options = {name: getattr(args, name) for name in ("epsilon", "steps", "seed", "grey")} | {"device": device}
     for name in (name for name, attack in attacks.items() if attack.universal):
         delta = universal.find_perturbation(out, attacks[name], detector, *training, args.batch_size, **options)

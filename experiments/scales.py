@@ -23,6 +23,7 @@ TARGETS |= {f"{mm} mm": {"targets": "shift", "shift_mm": mm} for mm in (2, 4, 8,
 NEAR, FAR = TARGETS["8 mm"], TARGETS["random"]
 EPSILONS = 0.5, 1, 2, 4, 8  # the paper's
 CONTROLS = "random-search", "FGSM"
+LOSSES_AND_SCHEDULES = tuple(f"{loss}-{schedule}" for loss in ("I", "ATI", "Vote") for schedule in ("FGSM", "PGD"))
 EQUAL = *BEST, "ATI-PGD", "MI-FGSM", "APGD", "CosPGD", *CONTROLS  # attacks of as many passes, and controls
 # The images of which claims are made: of Test1's 201 to 300, without those that are training images or of 151 to 200
 # under other ids, 50 drawn at random, in random order. The attacks were developed on images before 201, and the first
@@ -104,9 +105,10 @@ def detection(detector, splits):
     ]
 
 
-def compare(run, name, description, experiment="attack", **options):
-    """Attacks on the same images and targets."""
-    return run(experiment, name, {"description": description}, **options)
+def compare(run, name, description, experiment="attack", prefix="", **options):
+    """Attacks on the same images and targets; ``prefix``: of the names of its methods in the comparison."""
+    labels = {"description": description} | ({"prefix": prefix} if prefix else {})
+    return run(experiment, name, labels, **options)
 
 
 def shift_and_random(attack, experiment="attack"):
@@ -254,10 +256,20 @@ def cpu(splits, ids):
     victim, few = "200x160", {"images": ids[:20], "steps": 30}
     learn = partial(train, size=(200, 160), epochs=50, schedule="cosine", checkpoint_every=50)
     attack = partial(test, victim, subpixel=True)
-    shift, random = shift_and_random(partial(attack, attack=EQUAL, steps=100, images=ids[:50]), "robustness")
+    equal = {"steps": 100, "images": ids[:50], "epsilon": 8}
+    shift, random = shift_and_random(partial(attack, attack=EQUAL, **equal), "robustness")
+    equal["attack"] = LOSSES_AND_SCHEDULES
     robust = {"size": (200, 160), "init": Checkpoint(victim, 49), **SMALL, "lr": 3e-4, "epochs": 10}
     experiments = {
         "detection": [learn(victim), *detection(victim, splits)],
+        "attack": [
+            compare(attack, f"{name}_{iterate}", description, **target, prefix=f"{iterate} ", iterate=iterate, **equal)
+            for name, description, target in (
+                ("shift", "Loss, schedule and iterate, displacements of 8 mm", NEAR),
+                ("random", "Loss, schedule and iterate, random targets", FAR),
+            )
+            for iterate in ("last", "best")
+        ],
         "robustness": [shift, random],
         "epsilon": sweep_epsilon(partial(attack, attack=ADAPTIVE, **few), {"random": EPSILONS, "8 mm": EPSILONS}),
         "count": sweep_count(partial(attack, epsilon=8, attack="ATI-FGSM", **few), (1, 2, 5, 10, 19)),

@@ -375,6 +375,18 @@ def test_the_kept_iterate_is_never_worse_than_the_one_before(small, image):
     assert all((later >= earlier).all() for earlier, later in itertools.pairwise(scores))
 
 
+def test_the_iterate_that_counts_can_be_chosen(small, image):
+    """Of Vote-PGD and of I-FGSM: the last iterates are those of the row without a score, the best never get worse."""
+    aim = aim_at(voting(small), image, TARGETS, TARGETED)
+    for name in ("Vote-PGD", "I-FGSM"):
+        runs = {kind: ATTACKS[name].counting(kind) for kind in ("last", "best")}
+        found = {kind: list(attacked(row, small, image, epsilon=16, steps=10)) for kind, row in runs.items()}
+        in_place = {kind: torch.stack([landmarks_in_place(maps, aim) for *_, maps in found[kind]]) for kind in runs}
+        assert torch.equal(in_place["best"], in_place["last"].cummax(0).values)
+        plain = last(attacked(ATTACKS[name]._replace(score=None), small, image, epsilon=16, steps=10))
+        assert torch.equal(found["last"][-1][1], plain[1])
+
+
 def test_the_evasive_attack_leaves_more_confident_maps(small, image):
     goal = aim_at(voting(small), image, TARGETS, TARGETED).goal
     nearest, scores = torch.full((2, K), 0.1).double(), []
