@@ -161,19 +161,12 @@ class Cephalograms:
 def check_disjoint(one, other):
     """Refuse two Cephalograms that have an image in common, even if it is stored in another format or size.
 
-    Coarse inputs are compared: two are the same if they differ by at most SAME of the median difference of all pairs.
     The ISBI 2015 data itself repeats training images in Test1: a warning says how many of those there are.
 
     Raises:
         InputError: an image in common; the message names both files.
     """
-    one_coarse, other_coarse = (
-        torch.stack([F.adaptive_avg_pool2d(image[None].float(), COARSE).flatten() for image in data.images])
-        for data in (one, other)
-    )
-    difference = torch.cdist(one_coarse, other_coarse, p=1)
-    median = difference.flatten().kthvalue(difference.numel() // 2 + 1).values  # quantile() refuses large inputs
-    pairs = (difference <= SAME * median).nonzero().tolist()
+    pairs = same_radiographs(one, other)
     for i, j in pairs:
         ids, sizes = (one.ids[i], other.ids[j]), (one.sizes[i].tolist(), other.sizes[j].tolist())
         if not is_official_repetition(ids, sizes):
@@ -185,6 +178,20 @@ def check_disjoint(one, other):
             f"{other.ids[j]} are the first), see docs/data.md",
             stacklevel=2,
         )
+
+
+def same_radiographs(one, other):
+    """Pairs [i, j] of images i of one Cephalograms and j of another that show the same, however they are stored.
+
+    Coarse inputs are compared: two are the same if they differ by at most SAME of the median difference of all pairs.
+    """
+    one, other = (
+        torch.stack([F.adaptive_avg_pool2d(image[None].float(), COARSE).flatten() for image in data.images])
+        for data in (one, other)
+    )
+    difference = torch.cdist(one, other, p=1)
+    median = difference.flatten().kthvalue(difference.numel() // 2 + 1).values  # quantile() refuses large inputs
+    return (difference <= SAME * median).nonzero().tolist()
 
 
 def to_input(images, device):
