@@ -87,8 +87,8 @@ def distances(pairs, marks, test, found):
         points = table.set_index("image").loc[test.ids, ["x_px0", "y_px0"]].to_numpy().reshape(len(test), -1, 2) * mm
         errors = apart(points, test.landmarks_px0.numpy() * mm)
         one, two = apart(points[places], truths)[:, train]
-        parts += [(name, "test1", errors), (name, "without train", np.delete(errors, places[train], axis=0))]
-        parts += [(name, "once", np.delete(errors, places, axis=0)), (name, "by train", one), (name, "by test1", two)]
+        parts += [(name, "test1", errors), (name, "without train", np.delete(errors, places[train], 0))]
+        parts += [(name, "once", np.delete(errors, places, 0)), (name, "train truth", one), (name, "test1 truth", two)]
     return parts
 
 

@@ -55,8 +55,8 @@ def test_repeated_images_by_hand(repeated, tmp_path, run, monkeypatch):
         ("clean", "test1"): (3, 3),
         ("clean", "without train"): (2, 3),
         ("clean", "once"): (1, 3),
-        ("clean", "by train"): (1, np.hypot(1.5, 32) / 10),
-        ("clean", "by test1"): (1, 3),
+        ("clean", "train truth"): (1, np.hypot(1.5, 32) / 10),
+        ("clean", "test1 truth"): (1, 3),
     }
     found = table.xs("all landmarks", level="landmark")
     assert [*found.index] == [*expected]
