@@ -71,7 +71,11 @@ def apart(one, other):
 
 
 def distances(pairs, marks, test, found):
-    """[(between what, images, distances (images, K) in mm)], see docs/floor.md.
+    """[(between what, images, distances (images, K) in mm)].
+
+    Between both truths of a pair, the same by sqrt(2) ("exact"), a doctor's two marks, both doctors' marks; and errors
+    of detectors: on all of test1, without the images of train, with each radiograph once, and on the images of train by
+    either truth.
 
     Args:
         marks: (2 images, 2 doctors, pairs, K, 2) in mm.
