@@ -33,11 +33,11 @@ class Cephalograms:
         size: (H, W) px of the network input.
         limit: only the first so many images, by id.
         ids: only these images, in this order.
-        mm_per_px: mm per px0 of all images; None: from a spacing file in ``root``, else 0.1.
         unusual: leave out the checks of plausibility.
-        max_pixels: that an image may have, see ``readers.images.opened``.
         names: of the K landmarks; those of others than ISBI 2015 are not checked for plausibility.
+        mm_per_px: mm per px0 of all images; None: from a spacing file in ``root``, else 0.1.
         progress: wraps the iteration over the images, like tqdm: progress(iterable, total=N, desc=text).
+        max_pixels: that an image may have, see ``readers.images.opened``.
 
     Attributes:
         split: as given, or "image".
@@ -57,20 +57,7 @@ class Cephalograms:
             file.
     """
 
-    def __init__(
-        self,
-        root,
-        split,
-        size,
-        limit=None,
-        ids=None,
-        mm_per_px=None,
-        unusual=False,
-        progress=None,
-        max_pixels=None,
-        names=LANDMARKS,
-    ):
-        self.split, self.max_pixels, self.names = split, max_pixels, names
+    def __init__(self, root, split, size, limit=None, ids=None, unusual=False, names=LANDMARKS, **options):
         found = contents(root)
         entries = entries_of(root, found, split)
         if ids is not None:
@@ -80,15 +67,14 @@ class Cephalograms:
                 raise InputError(f"{root}: no image {unknown[0]} in {split}, {have}")
             entries = [by_id[id] for id in dict.fromkeys(ids)]
         entries = entries[:limit]
-        self.ids = [entry.id for entry in entries]
-        self.files = [entry.image for entry in entries]
-        spacing, source = read_spacing(Path(root), self.ids, mm_per_px)
-        self.images, sizes = read_images(self.files, size, "L", progress, f"loading {split}", max_pixels)
-        doctors = np.stack([read_doctors(entry, size0, names) for entry, size0 in zip(entries, sizes, strict=True)])
-        if not unusual and names == LANDMARKS:
-            plausibility.check(entries, doctors, sizes)
-        self._set(doctors, sizes, size, spacing)
-        self._warn_of_spacing(f"{root}, {split}", source)
+
+        def read(sizes):
+            doctors = [read_doctors(entry, size0, names) for entry, size0 in zip(entries, sizes, strict=True)]
+            if not unusual and names == LANDMARKS:
+                plausibility.check(entries, np.stack(doctors), sizes)
+            return np.stack(doctors)
+
+        self._load(split, root, [entry.image for entry in entries], size, names, read, **options)
         if unused := [id for part, id in found.unused if part in parts_of(split)]:
             warnings.warn(
                 f"{root}, {split}: {len(unused)} annotations are not used, since their images are missing ({unused[0]} "
@@ -97,33 +83,35 @@ class Cephalograms:
             )
 
     @classmethod
-    def from_files(cls, files, size, mm_per_px=None, progress=None, max_pixels=None, names=LANDMARKS):
+    def from_files(cls, files, size, names=LANDMARKS, **options):
         """Images without annotation, in any folders: ids are the file names without suffix, landmarks are nan.
 
         Args:
             files: N paths.
-            size, mm_per_px, progress, max_pixels, names: see the class.
+            size, names, and mm_per_px, progress, max_pixels: see the class.
 
         Raises:
             InputError: unreadable, of an unsupported suffix, two of the same name, or a name that is no UTF-8.
         """
-        self = cls.__new__(cls)
-        self.split, self.max_pixels, self.names = "image", max_pixels, names
-        self.files = [Path(file) for file in files]
-        self.ids = [file.stem for file in self.files]
-        for i, id in enumerate(self.ids):
-            if id.casefold() in map(str.casefold, self.ids[:i]):  # A and a are one name on many systems
-                raise InputError(f"{self.files[i]}: a second image named {id}; rename one")
-        spacing, source = read_spacing(None, self.ids, mm_per_px)
-        self.images, sizes = read_images(self.files, size, "L", progress, "loading", max_pixels)
-        self._set(np.full((len(files), 1, len(names), 2), np.nan), sizes, size, spacing)
-        self._warn_of_spacing("images", source)
+        self, files, seen = cls.__new__(cls), [Path(file) for file in files], set()
+        for file in files:
+            if file.stem.casefold() in seen:  # A and a are one name on many systems
+                raise InputError(f"{file}: a second image named {file.stem}; rename one")
+            seen.add(file.stem.casefold())
+        unknown = np.full((len(files), 1, len(names), 2), np.nan)
+        self._load("image", None, files, size, names, lambda sizes: unknown, **options)
         return self
 
-    def _set(self, doctors_px0, sizes, size, mm_per_px0):
-        self.doctors_px0, self.sizes = torch.from_numpy(doctors_px0), torch.tensor(sizes)
-        self.landmarks_px0 = torch.from_numpy(doctors_px0.mean(1))
-        self.mm_per_px0 = torch.from_numpy(mm_per_px0)
+    def _load(self, split, root, files, size, names, read, mm_per_px=None, progress=None, max_pixels=None):
+        """All attributes; ``read``: sizes -> (N, D, K, 2) px0, the doctors' marks. ``root`` is None for own images."""
+        self.split, self.names, self.max_pixels = split, names, max_pixels
+        self.ids, self.files = [file.stem for file in files], files
+        where, text = (f"{root}, {split}", f"loading {split}") if root else ("images", "loading")
+        spacing, source = read_spacing(root and Path(root), self.ids, mm_per_px)
+        self.images, sizes = read_images(files, size, "L", progress, text, max_pixels)
+        doctors_px0 = read(sizes)
+        self.doctors_px0, self.landmarks_px0 = torch.from_numpy(doctors_px0), torch.from_numpy(doctors_px0.mean(1))
+        self.sizes, self.mm_per_px0 = torch.tensor(sizes), torch.from_numpy(spacing)
         self.reference_px0 = self.landmarks_px0
         self.landmarks = rescale(self.landmarks_px0, self.sizes[:, None], size).float()
         digest = hashlib.sha256(repr(self.ids).encode())
@@ -132,16 +120,13 @@ class Cephalograms:
         if (self.mm_per_px0 != MM_PER_PX0).any():
             digest.update(self.mm_per_px0.numpy())
         self.sha256 = digest.hexdigest()
-
-    def _warn_of_spacing(self, what, source):
-        """Say that 0.1 mm is assumed where nothing says so: no ``source``, and another size than that of ISBI 2015."""
-        other = (self.sizes != torch.tensor(SIZE0)).any(1)
-        if source is None and other.any():
-            i = int(other.int().argmax())
-            (height, width), count = self.sizes[i].tolist(), f"{other.sum()} of {len(self)} images"
+        others = [i for i, size0 in enumerate(sizes) if size0 != SIZE0]
+        if others and source is None:
+            height, width = sizes[others[0]]
             warnings.warn(
-                f"{what}: {MM_PER_PX0} mm per pixel is assumed, though {count} are not of {SIZE0[1]} x {SIZE0[0]} px "
-                f"({self.ids[i]}: {width} x {height}); give --mm-per-px or a spacing file (docs/data.md)",
+                f"{where}: {MM_PER_PX0} mm per pixel is assumed, though {len(others)} of {len(files)} images are not "
+                f"of {SIZE0[1]} x {SIZE0[0]} px ({self.ids[others[0]]}: {width} x {height}); give --mm-per-px or a "
+                "spacing file (docs/data.md)",
                 stacklevel=3,
             )
 

@@ -84,19 +84,17 @@ def product(conv, x):
     return maps + conv.bias.to(torch.promote_types(maps.dtype, torch.float32))[:, None, None]
 
 
+def convolution(in_channels, out_channels):
+    """The modules of a 3x3 convolution with batch norm."""
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)
+
+
 class Up(nn.Module):
     """Decoder block: bilinear x2, pad to the given size, concatenate the skip connection, two 3x3 convolutions."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
-        self.conv = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 3, padding=1),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-        )
+        self.conv = nn.Sequential(*convolution(in_channels, out_channels), *convolution(out_channels, out_channels))
 
     def forward(self, x, size, skip=None):
         """Upsample x (B, C, h, w) to ``size`` (H, W) = (2h or 2h + 1, 2w or 2w + 1), after ``skip`` (B, C', H, W)."""

@@ -140,11 +140,7 @@ def shard(items):
 
 def broadcast(value):
     """The main process's value, in all processes; anything that can be pickled."""
-    if world_size() > 1:
-        values = [value]
-        dist.broadcast_object_list(values)
-        (value,) = values
-    return value
+    return gather(value)[0]
 
 
 def all_reduce(tensor):

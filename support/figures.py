@@ -52,7 +52,9 @@ def grid(rows, columns, width, height, **options):
 
 def save(figure, path):
     """Write a figure, its texts as they are: a name with $ is no formula. Characters that the font lacks are boxes."""
-    plain(figure)
+    ticks = {text for tick in figure.findobj(Tick) for text in tick.findobj(Text)}  # logarithmic ones are formulas
+    for text in set(figure.findobj(Text)) - ticks:
+        text.set_parse_math(False)
     with atomic(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
         figure.savefig(temporary, dpi=120)
@@ -63,15 +65,6 @@ def by_method(table, column="method"):
     groups = dict(tuple(table.groupby(column, sort=False)))
     known = [name for name in METHODS if name in groups]
     return {name: groups[name] for name in dict.fromkeys([*known, *groups])}
-
-
-def plain(artist):
-    """Parse no text of a figure as a formula but labels of ticks, of which logarithmic ones are."""
-    if isinstance(artist, Text):
-        artist.set_parse_math(False)
-    for part in artist.get_children():
-        if not isinstance(part, Tick):
-            plain(part)
 
 
 def line_with_band(panel, rows, x, y, label):
