@@ -20,6 +20,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -38,7 +39,6 @@ from support.command import half_grey_levels, positive_float, positive_int, prog
 from support.distributed import is_main, world_size
 from support.errors import InputError, Stopped
 from support.files import RUNS, atomic, check_same_config, own_folder, read_config, results, save_config
-from targets import random_targets
 
 SAVE_SECONDS = 60  # between writings of resume.pth, beside those at checkpoints and at SIGTERM
 SAVED = ("epoch", "step", "terms", "seconds", "rows", "config")  # of the state, beside weights and moments
@@ -46,7 +46,7 @@ WARMUP = 0.05  # fraction of a cosine schedule in which the learning rate rises
 
 
 def make_parser():
-    parser = command.Parser("Train the landmark detector.")
+    parser = command.Parser("Train the landmark detector.", retired={"clean_share": 0.0})
     add = parser.add_argument
     add("--tag", type=command.tag, may_change=True, help="name of the run, in runs/TAG/ (default: the time)")
     command.add_data_arguments(parser)
@@ -63,12 +63,10 @@ def make_parser():
         "--output", choices=OUTPUTS, default="voting", help="of the network, see docs/detectors.md; the paper's: voting"
     )
     add("--init", metavar="FILE", help="start from this checkpoint, of any --size, instead")
-    text = "train on attacked images: untargeted, as without a value, or with random targets of the paper's protocol"
-    add("--adversarial", nargs="?", choices=["untargeted", "targeted"], const="untargeted", help=text)
+    text = "train on images that an attack moves away from the truth"
+    add("--adversarial", action="store_const", const="untargeted", help=text)
     add("--epsilon", type=half_grey_levels, default=8.0, help="bound of these attacks, see test.py")
     add("--attack-steps", type=positive_int, default=1, help="their iterations, from a random start")
-    share = command.bounded(float, lambda value: 0 <= value < 1, "a fraction below 1")
-    add("--clean-share", type=share, default=0.0, help="probability that an image is not attacked")
     add("--checkpoint-every", type=positive_int, default=5, metavar="EPOCHS", help="epochs between checkpoints")
     add("--resume", action="store_true", help="continue from runs/TAG/resume.pth, if it exists")
     command.add_compute_arguments(parser)
@@ -77,7 +75,7 @@ def make_parser():
 
 def parse_arguments(parser, argv):
     args = parser.parse_args(argv)
-    for name in ("epsilon", "attack_steps", "clean_share"):
+    for name in ("epsilon", "attack_steps"):
         if not args.adversarial and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')}: needs --adversarial")
     if not MIN_SIZE <= min(args.size) <= max(args.size) <= MAX_SIZE:
@@ -234,32 +232,21 @@ def attack_images(detector, image, landmarks, rngs, args):
         rngs: a numpy random generator for each image, so that its attack depends on no other image.
 
     Returns:
-        (B, 3, H, W); each image stays clean with probability args.clean_share.
+        (B, 3, H, W)
     """
-    chosen = [b for b, rng in enumerate(rngs) if rng.random() >= args.clean_share]
-    if not chosen:
-        return image
-    rngs, size, bound = [rngs[b] for b in chosen], image.shape[-2:], args.epsilon / 256
-    index = torch.tensor(chosen).to(image.device, non_blocking=True)  # a list would wait for the device
-    clean, places = image[index], landmarks[index]
-    towards = args.adversarial == "targeted"
-    if towards:
-        drawn = zip(*(random_targets(rng, places.shape[1], size) for rng in rngs), strict=True)
-        targets, targeted = (torch.from_numpy(np.stack(v)).to(image.device, non_blocking=True) for v in drawn)
-        places = torch.where(targeted[..., None], targets.to(places), places)
-    start, generator, steps = clean.new_empty(clean.shape), torch.Generator(image.device), args.attack_steps
+    bound, steps = args.epsilon / 256, args.attack_steps
+    start, generator = image.new_empty(image.shape), torch.Generator(image.device)
     for noise, rng in zip(start, rngs, strict=True):
         noise.uniform_(-bound, bound, generator=generator.manual_seed(int(rng.integers(2**63))))
     step_size = 1.25 if steps == 1 else 2.5 / steps
 
     def loss(outputs):
-        losses = total(training_terms(detector, outputs, places)).sum(-1)
-        return losses if towards else -losses
+        return -total(training_terms(detector, outputs, landmarks)).sum(-1)
 
     model = detector.network.eval()
-    _, attacked, _ = last(pgd(model, clean, loss, args.epsilon, steps, step_size, start=start, last_outputs=False))
+    _, attacked, _ = last(pgd(model, image, loss, args.epsilon, steps, step_size, start=start, last_outputs=False))
     model.train()
-    return image.index_copy(0, index, attacked)
+    return attacked
 
 
 def learning_rate(epoch, args):
@@ -345,10 +332,10 @@ def initial_state(args, folder, device):
 
 def load_data(args):
     """The training images, and those of the first test split that exists, or None, for monitoring."""
-    options = {"mm_per_px": args.mm_per_px, "max_pixels": args.max_pixels, "progress": command.loading_bar}
+    options = {name: getattr(args, name) for name in ("mm_per_px", "max_pixels", "unusual")}
+    load = partial(Cephalograms, args.data, size=args.size, progress=command.loading_bar, **options)
     monitored = next((split for split in available_splits(args.data) if split != "train"), None)
-    data = Cephalograms(args.data, "train", args.size, unusual=args.unusual, **options)
-    monitor = Cephalograms(args.data, monitored, args.size, unusual=args.unusual, **options) if monitored else None
+    data, monitor = load("train"), monitored and load(monitored)
     if monitor:
         check_disjoint(data, monitor)
     return data, monitor
