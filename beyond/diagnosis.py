@@ -308,21 +308,19 @@ def summarize_diagnoses(table, doctors_px0, mm_per_px0):
         challenge's score in %; the last row has the means of the percentages. The truth of the detector is the mean of
         the doctors, that of the doctors (the junior one) is the senior one.
     """
-    rows = []
-    for j, measure in enumerate(MEASURES):
-        found = table[table["measure"] == measure.name]
-        pairs = {"": tuple(torch.tensor(found[c].to_numpy()) for c in ("true_value", "true_class", "value", "class"))}
-        if doctors_px0.shape[1] == 2:
-            marks = turned_right(doctors_px0, doctors_px0.mean(1))
-            values = [measures(points, mm_per_px0) for points in marks.unbind(1)]
-            pairs["doctors_"] = tuple(v[:, j] for value in values for v in (value, classes(value)))
-        row = {"measure": measure.name, "unit": measure.unit, "patients": len(found)}
-        for of, (true_value, true_class, value, one_class) in pairs.items():
-            row[f"{of}mean_difference"] = (value - true_value).abs().mean().item()
-            row[f"{of}agreement_%"] = 100 * (true_class == one_class).double().mean().item()
-            row[f"{of}challenge_score_%"] = challenge_score(true_class, one_class)
-        rows.append(row)
-    summary = pd.DataFrame(rows)
+    columns = (table[name].to_numpy() for name in ("true_value", "true_class", "value", "class"))
+    pairs = {"": tuple(torch.tensor(column).unflatten(0, (-1, len(MEASURES))) for column in columns)}
+    if doctors_px0.shape[1] == 2:
+        marks = turned_right(doctors_px0, doctors_px0.mean(1))
+        values = [measures(points, mm_per_px0) for points in marks.unbind(1)]
+        pairs["doctors_"] = tuple(v for value in values for v in (value, classes(value)))
+    units = [measure.unit for measure in MEASURES]
+    summary = pd.DataFrame({"measure": MEASURE_NAMES, "unit": units, "patients": len(doctors_px0)})
+    for of, (true_value, true_class, value, one_class) in pairs.items():
+        scores = [challenge_score(*both) for both in zip(true_class.T, one_class.T, strict=True)]
+        summary[f"{of}mean_difference"] = (value - true_value).abs().mean(0)
+        summary[f"{of}agreement_%"] = 100 * (true_class == one_class).double().mean(0)
+        summary[f"{of}challenge_score_%"] = scores
     means = summary[[name for name in summary if name.endswith("_%")]].mean()
     return pd.concat([summary, pd.DataFrame([{"measure": "all", "patients": len(doctors_px0), **means}])])
 

@@ -20,7 +20,7 @@ TEXT = (
 def publish(results, data, out):
     """Write tables and the chart to ``out``; return the section of the report."""
     records = collect(results)
-    table, paired = compute(records), compute_differences(records)
+    table, paired = compute(records), pd.DataFrame(compute_differences(records))
     write_table(out / "causes.csv", table)
     write_table(out / "causes_differences.csv", paired)
     plot(table, out / "causes.png")
@@ -53,15 +53,13 @@ def compute(records):
 
 
 def compute_differences(records):
-    """Targeted landmarks: the last answer minus the first, for each question and method, paired by image."""
-    table = []
+    """Targeted landmarks: the last answer minus the first, a row for each question and method, paired by image."""
     for question, answers in records.items():
         first, *_, second = answers
         rows, others = (of_role(last(answers[answer]), "targeted") for answer in (first, second))
         for method, found in rows.groupby("method", sort=False):
             labels = {"question": question, "answer": second, "minus": first, "method": method}
-            table.append(labels | paired_difference(others[others["method"] == method], found))
-    return pd.DataFrame(table)
+            yield labels | paired_difference(others[others["method"] == method], found)
 
 
 def plot(table, path):

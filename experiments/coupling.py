@@ -29,7 +29,7 @@ def publish(results, data, out):
         name = f"coupling_{result.folder.name}"
         targets = targeted(result.attacked())
         landmarks = compute_landmarks(targets)
-        table = compute(targets, landmarks)
+        table = pd.DataFrame(compute(targets, landmarks))
         write_table(out / f"{name}.csv", landmarks)
         write_table(out / f"{name}_correlations.csv", table)
         plot(landmarks, out / f"{name}.png")
@@ -64,8 +64,7 @@ def compute_landmarks(targets):
 
 
 def compute(targets, landmarks):
-    """Correlations of the error with the distances from neighbours and with the initial distance to the target."""
-    rows = []
+    """Rows of correlations of the error with the distances from neighbours and with the initial distance to target."""
     distances = {column: words for column, (_, words) in NEIGHBOURS.items()} | {"start_mm": "its target"}
     for method in targets["method"].unique():
         points, each = (table[table["method"] == method] for table in (landmarks, targets))
@@ -80,8 +79,7 @@ def compute(targets, landmarks):
             if column != "start_mm":
                 partial = correlation_interval(each, column, "radial_error_mm", "start_mm")
                 row[EQUAL] = with_interval(*partial, "+.2f")
-            rows.append(row)
-    return pd.DataFrame(rows)
+            yield row
 
 
 def plot(landmarks, path):

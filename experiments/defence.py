@@ -62,11 +62,11 @@ def publish(results, data, out):
         "diagnoses": concatenate(compute_diagnoses, runs["diagnosis"]),
     }
     if attacks:
-        tables["masking"] = compute_masking(tables["attacks"], tables["transfer"])
+        tables["masking"] = pd.DataFrame(compute_masking(tables["attacks"], tables["transfer"]))
         plot(tables["attacks"], out / "defence_attacks.png")
     scores = concatenate(compute_scores, [run for run in attacks if run[0]["detector"] == attacks[0][0]["detector"]])
     if len(scores):
-        tables["detection"] = compute_detection(scores)
+        tables["detection"] = pd.DataFrame(compute_detection(scores))
         plot_roc(scores, out / "defence_roc.png")
     tables = {name: table for name, table in tables.items() if len(table)}
     for name, table in tables.items():
@@ -88,8 +88,8 @@ def describe(result):
 
 
 def concatenate(compute, runs):
-    """One table of what ``compute`` finds in each run (labels, result)."""
-    tables = [compute(*run) for run in runs]
+    """One table of what ``compute`` finds in each run (labels, result): a table, or rows."""
+    tables = [pd.DataFrame(compute(*run)) for run in runs]
     return pd.concat([table for table in tables if len(table)] or [pd.DataFrame()])
 
 
@@ -126,28 +126,27 @@ def compute_attack(labels, result):
 
 
 def compute_transfer(labels, result):
-    """Success of the stored attacked images on other detectors."""
-    file, own, rows = result.folder / "read_back.csv", labels["detector"], []
+    """Success of the stored attacked images on other detectors, a row for each and each method."""
+    file, own = result.folder / "read_back.csv", labels["detector"]
     if not file.exists():
-        return pd.DataFrame()
+        return
     table = read_records([file])
     others = table["detector"].str.split(", ").str[0] != own  # "<own>, <defence>" is itself behind a defence
     table = table[others & (table["stored"] == "8-bit input")]
     for (detector, method), found in table.groupby(["detector", "method"], sort=False):
         targeted = of_role(found, "targeted")
         success = named("within_4mm_%", *rate(targeted, targeted["radial_error_mm"] <= SUCCESS_MM))
-        rows.append({"from": own, "to": detector, "epsilon": labels["epsilon"], "method": method} | success)
-    return pd.DataFrame(rows)
+        yield {"from": own, "to": detector, "epsilon": labels["epsilon"], "method": method} | success
 
 
 def compute_diagnoses(labels, result):
-    """Percentage of patients whose diagnosis changes as intended under each condition.
+    """Percentage of patients whose diagnosis changes as intended under each condition, a row for each method.
 
     Patients count whose class before the attack is the same with the defence as without: the targets come from the
     latter.
     """
     config = read_config(result.folder / "config.json")
-    rows, before = [], None
+    before = None
     for condition, records in conditions(labels, result):
         table = diagnose(clean_and_last(records))
         clean = table[(table["iteration"] == 0) & (table["measure"] == config["measure"])]
@@ -157,25 +156,21 @@ def compute_diagnoses(labels, result):
         changed = changed_diagnoses(table, config["measure"], config["to"]).query("iteration > 0").reset_index()
         for method, found in changed[changed["image"].isin(same)].groupby("method", sort=False):
             row = {"detector": labels["detector"], "measure": config["measure"], **condition, "method": method}
-            row |= {"images": len(found)} | named("intended_%", *rate(found, found["intended"], "method"))
-            rows.append(row)
-    return pd.DataFrame(rows)
+            yield row | {"images": len(found)} | named("intended_%", *rate(found, found["intended"], "method"))
 
 
 def compute_masking(attacks, transfer):
-    """The usual checks for masked gradients, each with the two success rates that it compares.
+    """The usual checks for masked gradients, a row each with the two success rates that it compares.
 
     ``holds``: "yes" where the first rate is at most the second, "within intervals" where it is not but their intervals
     overlap, else "no". Of the targeted attacks of several iterations, which alone can fail by masked gradients.
     """
-    rows = []
     for check, one, other in checks(attacks[attacks["method"].isin(ITERATED)], transfer):
         row = {"check": check, "detector": other["detector"], "method": other["method"]}
         for side, rates in (("first", one), ("second", other)):
             row |= named(f"{side}_%", *(rates[f"within_4mm_%{end}"] for end in ("", "_low", "_high")))
         overlap = "within intervals" if row["first_%_low"] <= row["second_%_high"] else "no"
-        rows.append(row | {"holds": "yes" if row["first_%"] <= row["second_%"] else overlap})
-    return pd.DataFrame(rows)
+        yield row | {"holds": "yes" if row["first_%"] <= row["second_%"] else overlap}
 
 
 def checks(attacks, transfer):
@@ -236,14 +231,12 @@ def score_pairs(rows, score):
 
 
 def compute_detection(scores):
-    """Area under the ROC curve in % of each score for each attack."""
-    rows = []
+    """Area under the ROC curve in % of each score, a row for each attack."""
     for key, found in scores.groupby(ATTACK, sort=False):
         row = dict(zip(ATTACK, key, strict=True)) | {"images": found["image"].nunique()}
         for name in SCORES:
             row |= named(f"{name}_auc_%", *(100 * v for v in interval(score_pairs(found, name), auc)))
-        rows.append(row)
-    return pd.DataFrame(rows)
+        yield row
 
 
 # --- charts and text -------------------------------------------------------------------------------------------------

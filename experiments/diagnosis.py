@@ -46,8 +46,8 @@ def publish(results, data, out):
     """Write tables and charts to ``out``; return the section of the report."""
     runs = collect(results)
     records, changed = (pd.concat(tables) for tables in zip(*runs, strict=True))
-    table, doctors = compute(changed), compute_doctors(records, changed, data)
-    movements, patient = compute_movements(changed), find_patient(runs)
+    table, doctors = pd.DataFrame(compute(changed)), compute_doctors(records, changed, data)
+    movements, patient = pd.DataFrame(compute_movements(changed)), find_patient(runs)
     write_table(out / "diagnosis.csv", table)
     write_table(out / "diagnosis_doctors.csv", doctors)
     write_table(out / "diagnosis_movements.csv", movements)
@@ -93,8 +93,8 @@ def pooled_name(names):
 
 
 def compute(changed):
-    """Shares in % with intervals, for each measure, pooled over all where all have been attacked, and ``compared``."""
-    rows, common = [], compared(changed)
+    """Shares in % with intervals, a row for each measure, for all if all were attacked, and for those ``compared``."""
+    common = compared(changed)
     for (epsilon, method), attacks in changed.groupby(["epsilon", "method"], sort=False):
         pools = {measure: [measure] for measure in attacks["measure"].unique()}
         complete = [names for names in (MEASURE_NAMES, common) if names and pools.keys() >= {*names}]
@@ -104,20 +104,17 @@ def compute(changed):
             row |= {"iterations": found["iteration"].max(), "patients": found["image"].nunique(), "attacks": len(found)}
             for share in SHARES:
                 row |= named(f"{share}_%", *rate(found, found[share], "measure"))
-            rows.append(row)
-    return pd.DataFrame(rows)
+            yield row
 
 
 def compute_movements(changed):
-    """Intended changes in % against the movement that they take."""
-    rows = []
+    """Rows of intended changes in % against the movement that they take."""
     for (epsilon, method), attacks in changed.groupby(["epsilon", "method"], sort=False):
         movements = pd.cut(attacks["movement_mm"], [*MOVEMENTS.values(), np.inf], right=False, labels=list(MOVEMENTS))
         for movement, found in attacks.groupby(movements, observed=True):
             row = {"epsilon": epsilon, "method": method, "movement (mm)": movement}
             row |= {"patients": found["image"].nunique(), "attacks": len(found)}
-            rows.append(row | named("intended_%", *rate(found, found["intended"], "measure")))
-    return pd.DataFrame(rows)
+            yield row | named("intended_%", *rate(found, found["intended"], "measure"))
 
 
 def compute_landmarks(records):

@@ -337,7 +337,7 @@ def test_checks_for_masked_gradients_by_hand():
     transfer = pd.DataFrame([{"from": "plain", "to": "robust", "epsilon": 8, "method": "Vote-PGD", "within_4mm_%": 4}])
     for table in (attacks, transfer):
         table["within_4mm_%_low"], table["within_4mm_%_high"] = table["within_4mm_%"] - 5, table["within_4mm_%"] + 5
-    table = compute_masking(attacks, transfer).set_index("check")
+    table = pd.DataFrame(compute_masking(attacks, transfer)).set_index("check")
     assert table["holds"].to_dict() == {
         "steps 30 against 100, epsilon 8": "yes",
         "epsilon 8 against 16, steps 30": "within intervals",
@@ -385,8 +385,8 @@ def test_patients_whose_class_a_defence_changes_do_not_count(tmp_path):
     pd.concat(tables).to_csv(tmp_path / "defences.csv", index=False)
     (tmp_path / "config.json").write_text(json.dumps({"measure": "ANB", "to": None}))
     labels = {"detector": "small", "epsilon": 8, "steps": 5}
-    table = compute_diagnoses(labels, Result({}, tmp_path)).set_index("defence")
+    table = pd.DataFrame(compute_diagnoses(labels, Result({}, tmp_path))).set_index("defence")
     assert table["images"].to_dict() == {"none": 2, "blur:1": 1}  # bits:1 changes everyone
     assert table["intended_%"].tolist() == [100, 100]
-    more = compute_diagnoses(labels | {"steps": 10}, Result({}, tmp_path))
+    more = pd.DataFrame(compute_diagnoses(labels | {"steps": 10}, Result({}, tmp_path)))
     assert len(two_columns(pd.concat([table.reset_index(), more]), "intended_%")) == 4  # steps are told apart
