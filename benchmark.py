@@ -10,7 +10,7 @@ of each.
 
 Images and weights are random.
 
-Writes into --out: table.csv, table.md, config.json.
+Writes into --out: table.csv, config.json.
 """
 
 import support.early  # noqa: F401  for Ctrl-C while the rest is imported
@@ -31,7 +31,6 @@ from attack import ATTACKS, run
 from dataset import to_input
 from detectors import goal_maps, voting
 from experiments.costs import Step
-from experiments.markdown import markdown
 from model import MAX_SIZE, MIN_SIZE, UNet, compile_network, decode, encode, freeze, place
 from readers.points import LANDMARKS
 from support import command
@@ -72,7 +71,6 @@ def main(argv=None):
             tables.append(table)
             table = pd.concat(tables)  # written after each group, since a benchmark may be stopped
             write_text(out / "table.csv", table.to_csv(index=False, float_format="%.4g"))
-            write_text(out / "table.md", markdown(table, ".4g"))
     print(f"written to {out}/")
 
 

@@ -26,23 +26,22 @@ def read_spacing(root, ids, mm_per_px=None):
     """
     if mm_per_px is not None:
         return np.full(len(ids), check(str(mm_per_px), "--mm-per-px")), "--mm-per-px"
-    text, table = (find(root, name) if root else None for name in ("spacing.txt", "spacing.csv"))
-    if root and text.exists() and table.exists():
+    assumed = np.full(len(ids), MM_PER_PX0), None
+    if root is None:
+        return assumed
+    text, table = (find(root, name) for name in ("spacing.txt", "spacing.csv"))
+    if text.exists() and table.exists():
         raise InputError(f"{text}: {table.name} is in the same folder; remove one")
-    if root and text.exists():
+    if text.exists():
         return np.full(len(ids), check(read_text(text), text)), text
-    if root and table.exists():
+    if table.exists():
         values = read_rows(table, ids)
         if missing := [id for id in ids if id not in values]:
             raise InputError(f"{table}: no row for image {missing[0]}; add it")
         return np.array([values[id] for id in ids]), table
-    if (
-        similar := [path for path in root.iterdir() if path.name.lower().startswith("spacing") and path.is_file()]
-        if root
-        else []
-    ):
+    if similar := [path for path in root.iterdir() if path.name.lower().startswith("spacing") and path.is_file()]:
         raise InputError(f"{similar[0]}: is it the spacing? name it spacing.txt or spacing.csv, or give --mm-per-px")
-    return np.full(len(ids), MM_PER_PX0), None
+    return assumed
 
 
 def read_rows(path, ids):

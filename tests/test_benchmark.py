@@ -27,8 +27,6 @@ def test_benchmark_writes_its_table(tmp_path, monkeypatch, run):
     assert flops["bare forward, backward to the image"] == pytest.approx(2 * flops["bare forward"], rel=0.02)
     step = table[table["part"] == "ATI-FGSM, a step"].iloc[0]
     assert step["the paper's, extrapolated (h)"] == pytest.approx(250 * 300 / step["images/s"] / 3600, rel=1e-2)
-    lines = (tmp_path / "runs" / "benchmark" / "table.md").read_text().splitlines()
-    assert len(lines) == len(table) + 2 and {line.count("|") for line in lines} == {len(table.columns) + 1}
     config = json.loads((tmp_path / "runs" / "benchmark" / "config.json").read_text())
     assert config["threads"] == torch.get_num_threads() and config["precision"] == ["fp32"]
     assert "ATI-FGSM, a step" in out
