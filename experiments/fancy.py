@@ -9,7 +9,7 @@ from experiments.markdown import markdown
 from experiments.results import last
 from readers.images import read_image
 from readers.layouts import SIZE0, index  # letters are drawn for images of this size
-from support.figures import grid, save
+from support.figures import grid, save, show
 from support.files import write_table
 
 TITLE = "The fancy attack"
@@ -79,21 +79,12 @@ def plot_images(methods, data, path):
     figure, axes = grid(1 + 2 * len(methods), len(first), 2.4, 3.2)
     for panel, (result, found) in zip(axes[0], first, strict=True):
         clean, size0 = read_image(files[result.labels["image"]], None)
-        draw_found(panel, clean, size0, found, "_clean")
-        panel.set_title(f"image {result.labels['image']}, clean", fontsize=9)
+        show(panel, clean, size0, f"image {result.labels['image']}, clean", fontsize=9)
+        panel.scatter(found["x_px0_clean"], found["y_px0_clean"], c="red", s=14)
     for row, (method, letters) in enumerate(methods.items()):
         for (above, below), (result, found) in zip(axes[1 + 2 * row : 3 + 2 * row].T, letters, strict=True):
             draw_attacked(above, below, result, found, method, files)
     save(figure, path)
-
-
-def draw_found(panel, image, size0, found, which=""):
-    """An image, and the landmarks found on it, which are in px0; returns the frame of the original in the panel."""
-    frame = {"extent": (-0.5, size0[1] - 0.5, size0[0] - 0.5, -0.5)}
-    panel.imshow(image, cmap="gray", vmin=0, vmax=255, **frame)
-    panel.scatter(found[f"x_px0{which}"], found[f"y_px0{which}"], c="red", s=14)
-    panel.set_axis_off()
-    return frame
 
 
 def draw_attacked(above, below, result, found, method, files):
@@ -101,14 +92,12 @@ def draw_attacked(above, below, result, found, method, files):
     id = result.labels["image"]
     attacked, size = read_image(stored_file(result.folder / "adversarial", method, "input", id), None, "RGB")
     clean, size0 = read_image(files[id], size)
-    frame = draw_found(above, attacked, size0, found)
     reached = (found["radial_error_mm"] <= SUCCESS_MM).sum()
-    above.set_title(f"{result.labels['letter']}, {method}: {reached} of {len(found)}", fontsize=9)
+    show(above, attacked, size0, f"{result.labels['letter']}, {method}: {reached} of {len(found)}", fontsize=9)
+    above.scatter(found["x_px0"], found["y_px0"], c="red", s=14)
     perturbation = attacked.astype(float) - clean[..., None]
     bound = max(np.abs(perturbation).max(), 1)
-    below.imshow(perturbation / (2 * bound) + 0.5, **frame)
-    below.set_title(f"perturbation, at most {bound:.0f} of 255", fontsize=8)
-    below.set_axis_off()
+    show(below, perturbation / (2 * bound) + 0.5, size0, f"perturbation, at most {bound:.0f} of 255", fontsize=8)
 
 
 def render(table):

@@ -151,6 +151,13 @@ def plot_attack(summary, column, label, path):
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
+def show(panel, image, size0, title, **look):
+    """An image in px0 of its original of ``size0`` (H0, W0); ``look`` is that of the title."""
+    panel.imshow(image, cmap="gray", vmin=0, vmax=255, extent=(-0.5, size0[1] - 0.5, size0[0] - 0.5, -0.5))
+    panel.set_title(title, **look)
+    panel.set_axis_off()
+
+
 def draw_or_warn(path, *arguments):
     """``draw`` after the record is written: if it fails, a warning, and the next call tries again."""
     try:
@@ -171,22 +178,18 @@ def draw(path, title, data, records, adversarial=None):
         records: its records, see ``eval.record``: of an attack those of one method, in the order of iterations.
         adversarial: (C, H, W) float in [-1, 1], C = 1 or 3.
     """
-    height, width = data.sizes[0].tolist()
-    frame = {"extent": (-0.5, width - 0.5, height - 0.5, -0.5)}  # of the original: records are in px0
-    count = records["landmark"].nunique()
+    size0, count = data.sizes[0].tolist(), records["landmark"].nunique()
     first, final = records[:count], records[-count:]
     figure, axes = panels(1 if adversarial is None else 3, width=4.2, height=5.8)
     figure.suptitle(title)
-    axes[0].imshow(data.images[0], cmap="gray", vmin=0, vmax=255, **frame)
-    axes[0].set_title("clean")
+    show(axes[0], data.images[0], size0, "clean")
     for panel, found in zip(axes[:2], (first, final), strict=False):
         if found["true_x_px0"].notna().any():
             panel.scatter(found["true_x_px0"], found["true_y_px0"], **TRUTH)
         panel.scatter(found["x_px0"], found["y_px0"], **PREDICTED)
     if adversarial is not None:
         attacked = adversarial.cpu().expand(3, -1, -1).permute(1, 2, 0).numpy()
-        axes[1].imshow(attacked / 2 + 0.5, **frame)
-        axes[1].set_title("attacked")
+        show(axes[1], attacked / 2 + 0.5, size0, "attacked")
         aimed = final["target_x_px0"].notna().to_numpy()
         if aimed.any():
             start, end = first[aimed], final[aimed]
@@ -196,10 +199,8 @@ def draw(path, title, data, records, adversarial=None):
             axes[1].scatter(end["target_x_px0"], end["target_y_px0"], **TARGET)
         delta = (attacked + 1) * 127.5 - data.images[0].numpy()[..., None]
         bound = max(np.abs(delta).max(), 1e-6)
-        axes[2].imshow(delta / (2 * bound) + 0.5, **frame)
-        axes[2].set_title(f"perturbation x {127.5 / bound:.3g}: black -{bound:.1f}, white +{bound:.1f} of 255")
-    for panel in axes:
-        panel.set_axis_off()
+        title = f"perturbation x {127.5 / bound:.3g}: black -{bound:.1f}, white +{bound:.1f} of 255"
+        show(axes[2], delta / (2 * bound) + 0.5, size0, title)
     for panel in axes[:2]:
         panel.legend(loc="lower left", fontsize=7)
     save(figure, path)
