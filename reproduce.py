@@ -89,7 +89,7 @@ def main():
             start = time.perf_counter()
             commands = plan.commands(name)
             part = f"{number} of {len(plan.chosen)}"
-            say(f"\n=== {part}: {report.EXPERIMENTS[name].TITLE} ({name}), {len(commands)} commands")
+            say(f"\n=== {part}: {report.describe(name)[0]} ({name}), {len(commands)} commands")
             for program, *argv in commands:
                 say(f"\npython {program} {shlex.join(argv)}")
                 PROGRAMS[program].main(argv)

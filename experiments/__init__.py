@@ -1,6 +1,6 @@
 """What reproduce.py runs and reports.
 
-scales.py lists the runs; each experiment has a module, or a row in sweeps.py, that computes tables from their records,
+scales.py lists the runs; each experiment has a module that computes tables from their records,
 plots them and renders its section of the report, which report.py puts together. They share results.py (from records to
 outcomes), statistics.py and markdown.py. scripts/tables.py makes the tables of single finished runs.
 """

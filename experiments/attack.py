@@ -1,4 +1,8 @@
-"""Experiment 2: the attacks against each other, on the same images and targets."""
+"""The attacks compared.
+
+All methods on the same images and targets. Errors of targeted landmarks are distances from the target, those of
+stationary landmarks from the truth.
+"""
 
 from itertools import combinations
 
@@ -11,12 +15,6 @@ from experiments.statistics import paired_difference
 from support.errors import InputError
 from support.figures import plot_attack
 from support.files import write_table
-
-TITLE = "The attacks compared"
-TEXT = (
-    "All methods on the same images and targets. Errors of targeted landmarks are distances from the target, those of "
-    "stationary landmarks from the truth."
-)
 
 
 def publish(results, data, out):

@@ -1,4 +1,9 @@
-"""Experiment 7: the same attack on detectors, or with perturbations, that differ in one property."""
+"""What makes the attack weak or strong.
+
+Displacements of 8 mm on detectors, or with perturbations, that differ in one property; the answers to a question are
+compared on the images, and at the last iteration, that all of them have. A detector that starts from the weights of
+one of another size differs in its training too. The detector's MRE is that on the clean images of the attack.
+"""
 
 import pandas as pd
 
@@ -7,14 +12,6 @@ from experiments.results import last, of_role, outcome, render_differences, rend
 from experiments.statistics import paired_difference
 from support.figures import bars, by_method, panels, save
 from support.files import write_table
-
-TITLE = "What makes the attack weak or strong"
-TEXT = (
-    "Displacements of 8 mm on detectors, or with perturbations, that differ in one property; the answers to a question "
-    "are compared on the images, and at the last iteration, that all of them have. A detector that starts from the "
-    "weights of one of another size differs in its training too. The detector's MRE is that on the clean images of the "
-    "attack."
-)
 
 
 def publish(results, data, out):

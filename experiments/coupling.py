@@ -1,4 +1,11 @@
-"""Experiment 5: are landmarks with close neighbours harder to move, or is it the distance to their targets?"""
+"""Coupling.
+
+Are landmarks with close neighbours harder to move, or does the error follow the initial distance to the target? *r
+over landmarks*: one point for each landmark, its mean error over the images in which it is targeted; p by 10,000
+permutations. *r over single targets*: one point for each targeted landmark of each image; at equal distance to
+target: partial correlation, the initial distance to the target held constant. A negative r with the distance from
+neighbours is coupling as the paper describes it.
+"""
 
 import numpy as np
 import pandas as pd
@@ -10,14 +17,6 @@ from readers.points import LANDMARKS
 from support.figures import grid, save
 from support.files import write_table
 
-TITLE = "Coupling"
-TEXT = (
-    "Are landmarks with close neighbours harder to move, or does the error follow the initial distance to the target? "
-    "*r over landmarks*: one point for each landmark, its mean error over the images in which it is targeted; p by "
-    "10,000 permutations. *r over single targets*: one point for each targeted landmark of each image; at equal "
-    "distance to target: partial correlation, the initial distance to the target held constant. A negative r with the "
-    "distance from neighbours is coupling as the paper describes it."
-)
 NEIGHBOURS = {"nearest_mm": (1, "its nearest neighbour"), "nearest_six_mm": (6, "its nearest six")}
 EQUAL = "the same at equal way"  # column of the published tables
 

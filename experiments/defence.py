@@ -1,6 +1,9 @@
-"""Experiment 9: defences against attackers who know of them and who do not, and what they cost.
+"""Defences.
 
-Attacks are told by the output of the first of the attacked detectors.
+Transformations of the input, and adversarial training. An *oblivious* attacker perturbs the image for the plain
+detector, an *adaptive* one for the defended detector, with gradients through the transformation, or straight through
+it where it rounds, averaged over the draws of a random one. Only what holds against the adaptive one is a defence.
+Then, whether images can be told to be attacked without any training.
 """
 
 from itertools import pairwise
@@ -20,13 +23,6 @@ from support.figures import bars, panels, save
 from support.files import load_table, read_config, write_table
 
 ACCURACY = ["mre_mm", "median_mm", "sdr_2mm_%", "sdr_4mm_%"]
-TITLE = "Defences"
-TEXT = (
-    "Transformations of the input, and adversarial training. An *oblivious* attacker perturbs the image for the plain "
-    "detector, an *adaptive* one for the defended detector, with gradients through the transformation, or straight "
-    "through it where it rounds, averaged over the draws of a random one. Only what holds against the adaptive one is "
-    "a defence. Then, whether images can be told to be attacked without any training."
-)
 SCORES = {"votes": "share of votes", "peak": "heatmap peak", "shape": "shape", "sum": "sum of the three"}
 HEADINGS = {
     "clean_mre_mm": "clean MRE (mm)",

@@ -1,4 +1,10 @@
-"""Experiment 1: radial errors without an attack, with published results and the inter-observer distance."""
+"""Detection.
+
+Radial errors without an attack, on images that were not used in training. *voting* is the paper's decoding, to a
+whole pixel; *subpixel* is the mean of the votes around it. MRE and SD are means over the 19 landmarks. The truth is
+the mean of the doctors' marks. A stationary landmark whose clean heatmap nowhere exceeds 0.5 has no offsets in the
+paper's goal maps.
+"""
 
 import numpy as np
 import pandas as pd
@@ -11,13 +17,6 @@ from readers.points import LANDMARKS
 from support.figures import grouped_places, panels, save
 from support.files import write_table
 
-TITLE = "Detection"
-TEXT = (
-    "Radial errors without an attack, on images that were not used in training. *voting* is the paper's decoding, to a "
-    "whole pixel; *subpixel* is the mean of the votes around it. MRE and SD are means over the 19 landmarks. The truth "
-    "is the mean of the doctors' marks. A stationary landmark whose clean heatmap nowhere exceeds 0.5 has no offsets "
-    "in the paper's goal maps."
-)
 INTER_OBSERVER = "inter-observer (senior vs. junior)"
 SDR = {f"sdr_{t}mm_%": f"SDR {t:g} mm (%)" for t in SDR_MM}
 HEADINGS = {"mre_mm": "MRE (mm)", "sd_mm": "SD (mm)", "median_mm": "median (mm)", **SDR}

@@ -1,4 +1,12 @@
-"""Experiment 8: diagnoses that an attack changes, by clinical measure, epsilon and method, against uniform noise."""
+"""Diagnoses.
+
+Each patient is attacked for each of the eight clinical measures of the ISBI 2015 challenge: the targets are the least
+movement of landmarks that changes the class by this measure and none of the seven others. *Intended* is the share of
+patients whose class by this measure then differs from that on the clean image; *only intended*, of those whose seven
+other classes are the same; *any*, of patients with any other class. Noise is uniform, of the same epsilon. Patients
+for whom no such movement is found are left out. The yardstick is how often two doctors, who marked the same
+radiographs, disagree.
+"""
 
 import numpy as np
 import pandas as pd
@@ -15,15 +23,6 @@ from support.errors import InputError
 from support.figures import bars, by_method, line_with_band, panels, save, tick_values
 from support.files import read_config, write_table
 
-TITLE = "Diagnoses"
-TEXT = (
-    "Each patient is attacked for each of the eight clinical measures of the ISBI 2015 challenge: the targets are the "
-    "least movement of landmarks that changes the class by this measure and none of the seven others. *Intended* is "
-    "the share of patients whose class by this measure then differs from that on the clean image; *only intended*, of "
-    "those whose seven other classes are the same; *any*, of patients with any other class. Noise is uniform, of the "
-    "same epsilon. Patients for whom no such movement is found are left out. The yardstick is how often two doctors, "
-    "who marked the same radiographs, disagree."
-)
 SHARES = {"intended": "intended diagnosis changed", "only intended": "... and no other", "any": "any diagnosis changed"}
 POOLED = "all"
 MOVEMENTS = {"0 to 1.5": 0, "1.5 to 3": 1.5, "3 to 5": 3, "over 5": 5}  # in mm: name -> from

@@ -1,4 +1,7 @@
-"""Experiment 6: all landmarks moved onto the strokes of letters, each letter on another image."""
+"""The fancy attack.
+
+All 19 landmarks targeted on the strokes of a letter; each letter of the word on another image.
+"""
 
 import numpy as np
 import pandas as pd
@@ -11,9 +14,6 @@ from readers.images import read_image
 from readers.layouts import SIZE0, index  # letters are drawn for images of this size
 from support.figures import grid, save, show
 from support.files import write_table
-
-TITLE = "The fancy attack"
-TEXT = "All 19 landmarks targeted on the strokes of a letter; each letter of the word on another image."
 
 
 def publish(results, data, out):

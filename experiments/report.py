@@ -2,16 +2,16 @@
 
 import os
 
-from experiments import attack, causes, coupling, defence, detection, diagnosis, fancy, robustness, sweeps
+from experiments import attack, causes, count, coupling, defence, detection, diagnosis, epsilon, fancy, robustness
 from experiments.statistics import ENOUGH
 from support.files import read_config, write_text
 
-EXPERIMENTS = {  # in order; each has TITLE, TEXT and publish(results, data, out) -> Markdown
+EXPERIMENTS = {  # in order; each has publish(results, data, out) -> Markdown
     "detection": detection,
     "attack": attack,
     "robustness": robustness,
-    "epsilon": sweeps.epsilon,
-    "count": sweeps.count,
+    "epsilon": epsilon,
+    "count": count,
     "coupling": coupling,
     "fancy": fancy,
     "causes": causes,
@@ -23,6 +23,12 @@ NOTE = (
     f"exact bound of as many images. Fewer than {ENOUGH} images are a pilot: their intervals are too narrow. All "
     "numbers are in the CSV files beside this report."
 )
+
+
+def describe(name):
+    """The title of an experiment's section and its introduction: its module's docstring."""
+    title, _, text = EXPERIMENTS[name].__doc__.partition(".\n\n")
+    return title, text.strip()
 
 
 def publish(name, results, data, commands, out):
@@ -52,7 +58,7 @@ def assemble(scale, names, run, out):
     text = f"# Reproduction at the scale `{scale}`\n\n{machine}, PyTorch {config['versions']['torch']}, "
     text += f"{config['precision']}. {NOTE}\n"
     for number, name in enumerate(names, 1):
-        experiment, file = EXPERIMENTS[name], out / f"{name}.md"
+        (title, introduction), file = describe(name), out / f"{name}.md"
         section = file.read_text(encoding="utf-8") if file.exists() else f"Not yet run: `--only {name}`.\n"
-        text += f"\n## {number}. {experiment.TITLE}\n\n{experiment.TEXT}\n\n{section.lstrip()}"
+        text += f"\n## {number}. {title}\n\n{introduction}\n\n{section.lstrip()}"
     write_text(out / "report.md", text)

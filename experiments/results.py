@@ -33,13 +33,12 @@ def join_clean(table):
     """Records of an attack, see ``eval.record_attack``, joined with the clean ones.
 
     Further columns: x_px0_clean, y_px0_clean; start_mm, distance of the clean prediction from the target, or from the
-    truth if a landmark has none; flown_mm, displacement of the prediction from the clean one.
+    truth if a landmark has none.
     """
     keys = ["method", "image", "landmark"]
     clean = table[table["iteration"] == 0][[*keys, "x_px0", "y_px0", "radial_error_mm"]]
     table = table.merge(clean, on=keys, suffixes=("", "_clean"), validate="many_to_one")
-    table = table.rename(columns={"radial_error_mm_clean": "start_mm"})
-    return table.assign(flown_mm=distance_mm(table, ("x_px0", "y_px0"), ("x_px0_clean", "y_px0_clean")))
+    return table.rename(columns={"radial_error_mm_clean": "start_mm"})
 
 
 def distance_mm(records, a, b):

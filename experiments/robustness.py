@@ -1,4 +1,10 @@
-"""Attacks with equal budgets of passes through the network, and the worst case for each image."""
+"""Robustness.
+
+Attacks with the same number of forward and backward passes, on the same images and targets; FGSM and random search
+are controls. The *worst case* takes for each image the attack that brings most of its targets within 4 mm, of several
+the one with the smallest mean distance, as AutoAttack does (arXiv 2003.01690): it is the figure that a detector
+should be judged by. The curves have intervals at that distance.
+"""
 
 import numpy as np
 import pandas as pd
@@ -10,13 +16,6 @@ from support.errors import InputError
 from support.figures import METHODS, by_method, panels, save
 from support.files import write_table
 
-TITLE = "Robustness"
-TEXT = (
-    "Attacks with the same number of forward and backward passes, on the same images and targets; FGSM and random "
-    "search are controls. The *worst case* takes for each image the attack that brings most of its targets within "
-    f"{SUCCESS_MM} mm, of several the one with the smallest mean distance, as AutoAttack does (arXiv 2003.01690): it "
-    "is the figure that a detector should be judged by. The curves have intervals at that distance."
-)
 WORST = "worst case"
 RADII_MM = np.linspace(0, 2 * SUCCESS_MM, 33)  # of the curves
 

@@ -7,7 +7,7 @@ from conftest import K, attack_record, images
 
 from eval import record
 from experiments import attack, causes, coupling, detection, diagnosis, robustness
-from experiments.results import Result, last, outcome, outcomes
+from experiments.results import Result, error_from_truth, last, outcome, outcomes
 from readers.points import LANDMARKS
 
 
@@ -43,7 +43,7 @@ def folder(tmp_path):
 
 def test_outcomes_by_hand(folder):
     records = Result({}, folder).attacked()
-    assert last(records).query("method == 'ATI-FGSM' and landmark == 1")["flown_mm"].tolist() == [7, 7, 7]
+    assert error_from_truth(last(records).query("method == 'ATI-FGSM' and landmark == 1")).tolist() == [7, 7, 7]
     i, ati = outcome(records, {"size": "small"}).to_dict("records")
     assert list(i)[:2] == ["size", "method"]
     assert (i["method"], i["images"], i["targeted"], i["start_mm"]) == ("I-FGSM", 3, 6, 15)
@@ -61,7 +61,7 @@ def test_millimetres_follow_the_spacing_of_each_image(folder, spacing):
     records = records.drop(columns="mm_per_px0") if spacing is None else records.assign(mm_per_px0=spacing)
     records.to_csv(folder / "predictions.csv", index=False)
     found = last(Result({}, folder).attacked()).query("method == 'ATI-FGSM' and landmark == 1")
-    assert found["flown_mm"].tolist() == pytest.approx([70 * (spacing or 0.1)] * 3)
+    assert error_from_truth(found).tolist() == pytest.approx([70 * (spacing or 0.1)] * 3)
 
 
 def test_an_attack_without_stationary_landmarks(tmp_path):

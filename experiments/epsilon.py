@@ -1,6 +1,9 @@
-"""Experiments 3 and 4: success against epsilon, and against the number of targets."""
+"""Epsilon.
 
-from types import SimpleNamespace
+Success against the L-infinity budget of the perturbation, for random targets and for displacements from the truth.
+Targets less than 4 mm away may be within 4 mm of the clean prediction already; *more than halfway* therefore counts
+the landmarks whose distance from the target is below half of the initial one.
+"""
 
 from eval import SUCCESS_MM
 from experiments.results import outcomes, render_outcomes
@@ -27,7 +30,7 @@ def plot(table, x, group, xlabel, path, **axis):
     save(figure, path)
 
 
-def publish_epsilon(results, data, out):
+def publish(results, data, out):
     table, text = outcomes(results), ""
     write_table(out / "epsilon.csv", table)
     for method, rows in table.groupby("method", sort=False):
@@ -36,25 +39,3 @@ def publish_epsilon(results, data, out):
         shown = render_outcomes(rows.drop(columns="method"))
         text += f"\n{method}:\n\n{shown}\n![success against epsilon]({chart})\n"
     return text
-
-
-def publish_count(results, data, out):
-    table = outcomes(results)
-    write_table(out / "count.csv", table)
-    plot(table, "|T|", "method", "number of targeted landmarks |T|", out / "count.png")
-    return f"\n{render_outcomes(table)}\n![success against |T|](count.png)\n"
-
-
-# two experiments, with what the modules of the others have
-epsilon = SimpleNamespace(
-    TITLE="Epsilon",
-    TEXT="Success against the L-infinity budget of the perturbation, for random targets and for displacements from the "
-    "truth. Targets less than 4 mm away may be within 4 mm of the clean prediction already; *more than halfway* "
-    "therefore counts the landmarks whose distance from the target is below half of the initial one.",
-    publish=publish_epsilon,
-)
-count = SimpleNamespace(
-    TITLE="Number of targeted landmarks",
-    TEXT="Success against the number |T| of landmarks that are targeted at once; all others are stationary.",
-    publish=publish_count,
-)
