@@ -55,8 +55,15 @@ class Attack(NamedTuple):
         """Whether its perturbation is made without the detector and the image that are attacked."""
         return self.universal or self.loss is self.score is None
 
+    @property
+    def descends(self):
+        """Whether its iterates follow the gradient towards targets."""
+        return self.loss is not None and self.targeted and not self.universal and "seed" not in self.options
+
     def counting(self, iterate):
-        """The targeted attack of which the "last" iterate counts, or the "best" one, with most landmarks in place."""
+        """The attack, if it ``descends``, of which the "last" or the "best" iterate counts, with most landmarks in
+        place.
+        """
         return self._replace(score=landmarks_in_place if iterate == "best" else None)
 
 

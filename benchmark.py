@@ -193,11 +193,12 @@ def time_steps(size, device, precision, batch_size):
     seconds, memory = {}, {}
     for name in ("training", "attack"):
         network = prepared(UNet(), images, device, precision, False, name)
+        if name == "training":  # before its weights are cast
+            fixed = 4 * sum(weight.nbytes for weight in network.parameters())
         bare = GROUPS[name](network, images, to_input(images, device))[0].call
         bare()
         peak_memory(device)
         seconds[name], memory[name] = clock(bare, device) / batch_size, peak_memory(device) * 2**20
-    fixed = 4 * sum(weight.nbytes for weight in network.parameters())
     image_bytes = max(memory["training"] - fixed, 0) / batch_size
     return Step(tuple(size), seconds["training"], seconds["attack"], fixed, image_bytes)
 

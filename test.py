@@ -19,7 +19,6 @@ how often their classes are right or changed; for an attack also line charts and
 import support.early  # noqa: F401  for Ctrl-C while the rest is imported
 
 import argparse
-import warnings
 from pathlib import Path
 
 from attack import ATTACKS
@@ -83,7 +82,14 @@ def make_parser():
     add("--split", choices=SPLITS, default="test", help="images; test: test1 and test2, as far as present")
     add("--limit", type=command.positive_int, metavar="N", help="only the first N images (default: all)")
     add("--images", nargs="+", metavar="ID", help="only these images (default: all)")
-    add("--image", nargs="+", metavar="FILE", may_change=True, help="own images without annotation, or folders")
+    add(
+        "--image",
+        type=image_files,
+        nargs="+",
+        metavar="FILE",
+        may_change=True,
+        help="own images without annotation, or folders",
+    )
     rand = "output folder (default: below runs/TAG/, named test, attack or read_back)"
     add("--rand", metavar="DIR", may_change=True, help=rand)
     add_attack_arguments(parser)
@@ -153,13 +159,13 @@ def parse_arguments(parser, argv):
                 parser.error(f"--{name.replace('_', '-')}: not with --detector")
     if args.image and (args.images or args.limit or args.adversarial):
         parser.error("--image: not with --images, --limit or --adversarial")
-    args.image = args.image and [str(file) for path in map(Path, args.image) for file in image_files(path)]
+    args.image = args.image and [str(file) for files in args.image for file in files]
+    if args.iterate and not all(attack.descends for attack in attacks):
+        parser.error("--iterate: for targeted attacks by gradients, without a universal one")
     if any(attack.universal for attack in attacks) and (args.targets != "common" or args.image):
         parser.error("--attack: a universal one needs --targets common, and --data to train on")
     if (args.measure is not None) != (args.targets == "diagnosis"):
         parser.error("--measure and --targets diagnosis: neither works without the other")
-    if args.measure is None and args.to is not None:
-        parser.error("--to: needs --targets diagnosis")
     if args.measure and args.to not in (None, *(reachable := diagnosis.reachable_classes(args.measure))):
         known = ", ".join(f"{number} ({meaning})" for number, meaning in reachable.items())
         parser.error(f"--to {args.to}: {args.measure} can be moved to class {known}, or any")
@@ -174,15 +180,10 @@ def parse_arguments(parser, argv):
         args.pictures = len(args.image) if args.image else 4
     if args.attack and args.adversarial:
         parser.error("--adversarial: tests stored images; omit --attack")
-    for name in ("measure", "grey", "save_adversarial"):
-        if getattr(args, name) and not args.attack:
-            parser.error(f"--{name.replace('_', '-')}: needs an --attack")
-    if args.attack and 0 < args.epsilon * 127.5 / 256 < 0.5:
-        warnings.warn(
-            f"--epsilon {args.epsilon:g} is less than half a grey level, of which 8-bit images keep nothing; it counts "
-            "half grey levels: 8/255 of an image in [0, 1] is --epsilon 16",
-            stacklevel=2,
-        )
+    needs = dict.fromkeys(("measure", "grey", "iterate", "save_adversarial"), "attack") | {"to": "measure"}
+    for name, other in needs.items():
+        if getattr(args, name) not in (None, False) and not getattr(args, other):
+            parser.error(f"--{name.replace('_', '-')}: needs --{other}")
     return args
 
 

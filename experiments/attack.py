@@ -55,7 +55,8 @@ def render(table, paired, charts):
     shown = fold_intervals(table[(table["iteration"] == 0) | is_last(table)])
     shown = shown[["role", "method", "iteration", "landmarks", *LABELS, "largest_change"]]
     text = markdown(shown.rename(columns=LABELS | {"largest_change": "largest change (of 255)"}))
-    text += f"\nDifferences at the last iteration:\n\n{render_differences(paired)}"
+    if len(paired):
+        text += f"\nDifferences at the last iteration:\n\n{render_differences(paired)}"
     return text + "".join(f"\n![{LABELS[column]}]({chart})\n" for column, chart in charts.items())
 
 
@@ -74,11 +75,13 @@ def check(results):
         if "method" not in table:
             raise InputError(f"{result.folder}: not the results of an attack; give output folders of test.py --attack")
         methods += table["method"].unique().tolist()
-        found = table.drop_duplicates(["image", "landmark"]).set_index(["image", "landmark"])
-        found = found[["target_x_px0", "target_y_px0"]]
+        found = table[table["role"] != "untargeted"].drop_duplicates(["image", "landmark"])
+        found = found.set_index(["image", "landmark"])[["target_x_px0", "target_y_px0"]]
         targets = found if targets is None else targets
         if not found.loc[common := found.index.intersection(targets.index)].equals(targets.loc[common]):
-            raise InputError(f"{result.folder}: other targets than in {results[0].folder}; give runs with the same")
+            raise InputError(
+                f"{result.folder}: other targets than in {results[0].folder}; give runs of one --targets, --seed"
+            )
     several = len(methods) > len({*methods})
     prefixes = [f"{result.labels['run']} " if several else "" for result in results]
     labels = [{"description": "Finished runs", "prefix": prefix} for prefix in prefixes]

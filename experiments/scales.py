@@ -78,8 +78,9 @@ def draw(**options):
 
 
 def to_attack(ids):
-    """Of the test images those to attack, in order: the ``EVALUATION`` ones, if there are any."""
-    return tuple(id for id in EVALUATION.split() if id in ids) or tuple(ids)
+    """Of the test images those to attack, in order: the ``EVALUATION`` ones, if all are there."""
+    chosen = EVALUATION.split()
+    return tuple(chosen if {*chosen} <= {*ids} else ids)
 
 
 def train(detector, **options):
@@ -279,7 +280,8 @@ def cpu(splits, ids):
             learn("random-encoder", encoder_weights="none"),
             learn("heatmap", output="heatmap"),
             learn("coordinates", output="coordinates"),
-            *causes({"attack": BEST, **NEAR, "epsilon": 8, **few, "subpixel": True}, shift, CPU_CAUSES),
+            # as many steps as ``shift``: an attack with falling steps has not ended before
+            *causes({"attack": BEST, **NEAR, "epsilon": 8, **few, "steps": 100, "subpixel": True}, shift, CPU_CAUSES),
             *causes({"attack": "Vote-PGD", **few, "steps": 100, "subpixel": True}, None, OUTPUTS),
         ],
         "diagnosis": [
@@ -327,7 +329,7 @@ def cpu_full(splits, ids):
         "fancy": spell(partial(test, "400x320", **{**attacks, "attack": ADAPTIVE}, steps=100), ids),
         "causes": [
             smaller._replace(scale="cpu"),
-            *causes({**attacks, **NEAR, "images": ids[:20], "steps": 30}, shift, sizes),
+            *causes({**attacks, **NEAR, "attack": PAPER, "images": ids[:20], "steps": 30}, shift, sizes),
         ],
     }
     return Scale(victim, experiments)

@@ -233,11 +233,12 @@ def list_files(folder, suffixes):
 
 
 def image_files(path):
-    """The images of a folder; a file as it is.
+    """The images of a folder, given by its path; a file as it is.
 
     Raises:
         InputError: the folder has no image.
     """
+    path = Path(path)
     images = list_images(path).values() if path.is_dir() else [path]
     if not images:
         raise InputError(f"--image {path}: no images in this folder")

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from dataset import Cephalograms, rescale, same_radiographs
-from eval import SDR_MM, interval, read_records
+from eval import SDR_MM, exact, interval, read_records
 from readers.images import read_image
 from support import command
 from support.errors import InputError
@@ -102,7 +102,9 @@ def summarize(parts, names):
     for *labels, found in (part for part in parts if len(part[-1])):
         for name, chosen in zip((*names, "all landmarks"), (*found.T[..., None], found), strict=True):
             scores = np.stack([chosen, *(100 * (chosen <= t) for t in SDR_MM)], axis=-1).mean(1)
-            rows.append([*labels, len(found), name, *np.stack(interval(scores, lambda v: v.mean(0)), axis=-1).ravel()])
+            ends = np.stack(interval(scores, lambda v: v.mean(0)))
+            ends[:, 1:] = exact(*ends[:, 1:], len(found))  # of SDR
+            rows.append([*labels, len(found), name, *ends.T.ravel()])
     ends = [f"{score}{end}" for score in ("mre_mm", *(f"sdr_{t}mm_%" for t in SDR_MM)) for end in ("", "_low", "_high")]
     return pd.DataFrame(rows, columns=["between", "images", "count", "landmark", *ends])
 

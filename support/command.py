@@ -102,6 +102,12 @@ class Parser(argparse.ArgumentParser):
             self.may_change.add(action.dest)
         return action
 
+    def parse_args(self, *arguments):
+        try:
+            return super().parse_args(*arguments)
+        except InputError as error:  # of a type
+            self.error(str(error))
+
     def error(self, message):
         line = f"{self.prog}: error: {one_line(message)} (--help lists all arguments)\n"
         self.exit(2, line if is_main() else None)
@@ -202,7 +208,14 @@ def half_grey_levels(text):
         raise argparse.ArgumentTypeError(
             f"{text}: epsilon counts half grey levels; {text} of an image in [0, 1] is --epsilon {levels:g}"
         )
-    return bounded(float, lambda value: 0 <= value < math.inf, "a number of half grey levels")(text)
+    value = bounded(float, lambda value: 0 <= value < math.inf, "a number of half grey levels")(text)
+    if 0 < value * 127.5 / 256 < 0.5:
+        warnings.warn(
+            f"--epsilon {value:g} is less than half a grey level, of which 8-bit images keep nothing; it counts half "
+            "grey levels: 8/255 of an image in [0, 1] is --epsilon 16",
+            stacklevel=2,
+        )
+    return value
 
 
 def tag(text):

@@ -35,11 +35,11 @@ def make_step(name, device, size=(64, 48), batch=2, precision="fp32"):
 
 
 def training_step(model, optimizer, images, landmarks, device, adversarial):
-    """As in train.py; if adversarial, the second image stays clean."""
+    """As in train.py."""
     image, landmarks = to_input(images, device), landmarks.to(device, non_blocking=True)
     detector = voting(model, size=image.shape[-2:])
     if adversarial:
-        options = {"adversarial": "targeted", "epsilon": 8.0, "attack_steps": 1, "clean_share": 0.6}
+        options = {"epsilon": 8.0, "attack_steps": 1}
         rngs = [np.random.default_rng(b) for b in range(len(images))]
         image = attack_images(detector, image, landmarks, rngs, Namespace(**options))
     train_step(model, detector, optimizer, image, landmarks, len(images))

@@ -666,8 +666,10 @@ BAD_ARGUMENTS = {
     ),
     "a diagnosis of nothing": (["--attack", 1, "--targets", "diagnosis"], "--measure and --targets diagnosis"),
     "a measure without diagnosis": (["--attack", 1, "--measure", "ANB"], "--measure and --targets diagnosis"),
-    "a measure without attack": (["--targets", "diagnosis", "--measure", "ANB"], "--measure: needs an --attack"),
-    "a class without diagnosis": (["--attack", 1, "--to", 2], "--to: needs --targets diagnosis"),
+    "a measure without attack": (["--targets", "diagnosis", "--measure", "ANB"], "--measure: needs --attack"),
+    "an iterate of the control": (["--attack", "noise", "--iterate", "best"], "--iterate: for targeted attacks"),
+    "an iterate of no attack": (["--iterate", "last"], "--iterate: needs --attack"),
+    "a class without diagnosis": (["--attack", 1, "--to", 2], "--to: needs --measure"),
     "a class that there is not": (
         ["--attack", 1, "--targets", "diagnosis", "--measure", "MW", "--to", 2],
         "--to 2: MW can be moved to class 1 (normal), 3 (anterior cross bite), 4 (overjet), or any",

@@ -158,7 +158,7 @@ def test_wrong_folders(case, attacked, official, tmp_path, run):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (["--save-adversarial"], "--save-adversarial: needs an --attack"),
+        (["--save-adversarial"], "--save-adversarial: needs --attack"),
         (["--transfer", "other"], "--transfer: needs --save-adversarial or --adversarial"),
         (["--attack", 0, "--save-adversarial", "--transfer", "small"], "--transfer: name each run once"),
         (["--attack", 0, "--save-adversarial", "--transfer", "nowhere"], "no such run (existing runs: "),
