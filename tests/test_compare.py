@@ -50,6 +50,19 @@ def test_other_targets_are_refused(tmp_path, run):
     assert_refused(result, f"two: other targets than in {tmp_path}/one", tmp_path / "tables")
 
 
+def test_an_untargeted_run_alone_and_beside_a_targeted_one(tmp_path, run):
+    truth = np.full((2, K, 2), 1000.0)
+    targets = np.where(np.arange(K)[:, None] == 0, truth + (100, 0), np.nan)
+    for name, method, aims in (("one", "untargeted-FGSM", None), ("two", "FGSM", targets)):
+        tables = [attack_record(["151", "152"], truth + (5 * i, 0), truth, aims, method, i) for i in (0, 1)]
+        (tmp_path / name).mkdir()
+        pd.concat(tables).to_csv(tmp_path / name / "predictions.csv", index=False)
+    for folders in ((tmp_path / "one",), (tmp_path / "one", tmp_path / "two")):
+        status, _, err = run("scripts/tables.py", "attack", *folders, "--out", tmp_path / f"tables_{len(folders)}")
+        assert status == 0, err
+    assert "Differences" not in (tmp_path / "tables_1" / "attack.md").read_text()
+
+
 def test_methods_of_several_runs_are_named_with_them(tmp_path, run):
     truth = np.full((2, K, 2), 1000.0)
     targets = np.where(np.arange(K)[:, None] == 0, truth + (100, 0), np.nan)
