@@ -262,4 +262,4 @@ def test_training_of_each_output(output, official, tmp_path, monkeypatch, run):
     attacks = "--attack", 0, 1, "Vote-PGD", "--steps", 3
     done(run("test.py", "--tag", output, "--data", official, "--split", "test1", *attacks))
     init = "--init", f"runs/{output}/model_epoch_2.pth"
-    done(run(*train[:-2], "--tag", "robust", *init, "--adversarial", "targeted", "--epochs", 1, "--batch-size", 4))
+    done(run(*train[:-2], "--tag", "robust", *init, "--adversarial", "--epochs", 1, "--batch-size", 4))

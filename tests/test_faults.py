@@ -175,7 +175,7 @@ def test_sigterm_after_the_last_step_is_not_lost(moment, trained, official, tmp_
         return original(first, *arguments, **options)
 
     monkeypatch.chdir(tmp_path)
-    name = {"monitoring": "predict", "saving": "save_results"}[moment]
+    name = {"monitoring": "errors_on", "saving": "save_results"}[moment]
     original = getattr(train, name)
     monkeypatch.setattr(train, name, terminate)
     with pytest.raises(Stopped, match="stopped by SIGTERM"):

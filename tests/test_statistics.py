@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from conftest import K, attack_record
 
-from eval import interval, resample, summarize
+from eval import exact, interval, resample, summarize
 from experiments.markdown import fold_intervals, markdown
 from experiments.statistics import (
     ENOUGH,
@@ -73,11 +73,11 @@ def test_each_row_of_a_summary_has_its_own_interval():
     errors = np.random.default_rng(1).uniform(0, 8, (4, K))
     records = pd.concat(
         attacked(errors * scale, method, iteration, targeted=[0, 5])
-        for method, iteration, scale in (("I-FGSM", 0, 1), ("I-FGSM", 5, 2), ("ATI-FGSM", 0, 1), ("ATI-FGSM", 5, 0.5))
+        for method, iteration, scale in (("I-FGSM", 0, 1), ("I-FGSM", 5, 2), ("ATI-FGSM", 0, 1), ("ATI-FGSM", 5, 0.75))
     )
     table = summarize(records, draws=50)
     row = table.query("role == 'targeted' and method == 'ATI-FGSM' and iteration == 5").iloc[0]
-    drawn = 0.5 * errors[:, [0, 5]][resample(4, 50)].reshape(50, -1)
+    drawn = 0.75 * errors[:, [0, 5]][resample(4, 50)].reshape(50, -1)
     for name, values in (
         ("mre_mm", drawn.mean(1)),
         ("median_mm", np.median(drawn, axis=1)),
@@ -85,6 +85,15 @@ def test_each_row_of_a_summary_has_its_own_interval():
     ):
         ends = row[[f"{name}_low", f"{name}_high"]].tolist()
         assert ends == pytest.approx(np.percentile(values, [2.5, 97.5])), name
+
+
+def test_where_all_succeed_or_none_the_bound_is_exact():
+    """Of 20 images without a failure: 0.025 = 0.8316^20."""
+    low, high = exact(np.array([0.0, 40.0, 100.0]), np.array([0.0, 20, 100]), np.array([0.0, 60, 100]), 20)[1:]
+    assert low == pytest.approx([0, 20, 83.16], abs=0.01) and high == pytest.approx([16.84, 60, 100], abs=0.01)
+    records = attacked(np.zeros((4, K)), "I-FGSM", 5, targeted=[0])
+    row = summarize(records, draws=10).query("role == 'targeted'").iloc[0]
+    assert row["within_4mm_%_low"] == pytest.approx(100 * 0.025**0.25) and row["within_4mm_%_high"] == 100
 
 
 # --- differences and correlations ------------------------------------------------------------------------------------
