@@ -13,7 +13,7 @@ from experiments.markdown import fold_intervals, markdown
 from experiments.results import last, of_role, render_differences
 from experiments.statistics import paired_difference
 from support.errors import InputError
-from support.figures import plot_attack
+from support.figures import by_method, plot_attack
 from support.files import write_table
 
 
@@ -41,9 +41,9 @@ def attacked(run):
 
 
 def compare(records):
-    """Differences in each role of each method from those before it, paired by image."""
+    """Differences in each role of each method from those before it in ``METHODS``, paired by image."""
     rows = []
-    for (a, first), (b, second) in combinations(records.groupby("method", sort=False), 2):
+    for (a, first), (b, second) in combinations(by_method(records).items(), 2):
         for role in ("targeted", "stationary"):
             labels = {"methods": f"{b} minus {a}", "landmarks": role}
             rows.append(labels | paired_difference(of_role(second, role), of_role(first, role)))

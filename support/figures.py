@@ -17,20 +17,22 @@ TRUTH, PREDICTED, TARGET = (
     {"marker": "x", "c": "cyan", "s": 20, "linewidths": 1.3, "label": "target"},  # fits into a prediction's circle
 )
 METHODS = {  # in this order and colour in every chart
-    "I-FGSM": "tab:blue",
-    "ATI-FGSM": "tab:orange",
-    "Vote-PGD": "tab:green",
-    "ATI-PGD": "tab:red",
-    "MI-FGSM": "navy",
-    "APGD": "teal",
-    "CosPGD": "goldenrod",
-    "Square": "black",
-    "evasive-Vote-PGD": "tab:olive",
-    "universal-Vote-PGD": "tab:cyan",
-    "FGSM": "tab:purple",
-    "untargeted-FGSM": "tab:brown",
     "random-search": "tab:pink",
     "noise": "tab:gray",
+    "untargeted-FGSM": "tab:brown",
+    "FGSM": "tab:purple",
+    "I-FGSM": "tab:blue",
+    "MI-FGSM": "navy",
+    "I-PGD": "lightskyblue",
+    "APGD": "teal",
+    "CosPGD": "goldenrod",
+    "ATI-FGSM": "tab:orange",
+    "ATI-PGD": "tab:red",
+    "Vote-FGSM": "yellowgreen",
+    "Vote-PGD": "tab:green",
+    "evasive-Vote-PGD": "tab:olive",
+    "universal-Vote-PGD": "tab:cyan",
+    "Square": "black",
 }
 LOSSES = {"loss": "loss", "heatmap_bce": "heatmap BCE", "offset_x_l1": "x-offset L1", "offset_y_l1": "y-offset L1"}
 
