@@ -9,8 +9,8 @@ should be judged by. The curves have intervals at that distance.
 import numpy as np
 import pandas as pd
 
-from eval import SUCCESS_MM, exact, interval, is_last, named
-from experiments.results import last, of_role, outcome, render_outcomes
+from eval import SUCCESS_MM, exact, interval, named
+from experiments.results import clean_and_last, last, of_role, outcome, render_outcomes
 from experiments.statistics import by_image
 from support.errors import InputError
 from support.figures import METHODS, by_method, panels, save
@@ -42,7 +42,7 @@ def check(results):
 
 def with_worst_case(records):
     """Records of several attacks, first and last iterations, with those of the worst case for each image."""
-    records = records[(records["iteration"] == 0) | is_last(records)]
+    records = clean_and_last(records)
     targeted = of_role(last(records), "targeted")
     keys = ["image", "method"]
     found = targeted.assign(missed=targeted["radial_error_mm"] > SUCCESS_MM).groupby(keys, sort=False)
