@@ -140,7 +140,11 @@ def shard(items):
 
 def broadcast(value):
     """The main process's value, in all processes; anything that can be pickled."""
-    return gather(value)[0]
+    if world_size() > 1:
+        values = [value]
+        dist.broadcast_object_list(values)
+        (value,) = values
+    return value
 
 
 def all_reduce(tensor):
