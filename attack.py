@@ -73,20 +73,21 @@ class Aim(NamedTuple):
     detector: Detector
     places: torch.Tensor  # (B, K, 2) x, y in px: targets, and the clean predictions of the others
     targeted: torch.Tensor  # (B, K) bool
+    held: torch.Tensor  # (B, K) bool: False for landmarks that may go anywhere, whose losses and distances are 0
     tolerance: float  # px, up to which a place counts as reached
     goal: Any  # the detector's
 
     def losses(self, outputs):
         """The detector's loss of each landmark: (B, K)."""
-        return self.detector.loss(outputs, self.goal)
+        return self.detector.loss(outputs, self.goal) * self.held
 
     def distances(self, outputs):
         """Distances (B, K) of the landmarks from their places, in tolerances."""
-        return (self.detector.landmarks(outputs) - self.places).norm(dim=-1) / self.tolerance
+        return (self.detector.landmarks(outputs) - self.places).norm(dim=-1) * self.held / self.tolerance
 
 
 @torch.no_grad()
-def aim_at(detector, image, targets, targeted, untargeted=False):
+def aim_at(detector, image, targets, targeted, untargeted=False, free=None):
     """The ``Aim`` of an attack, from the outputs on the clean image; arguments as in ``run``.
 
     Args:
@@ -101,10 +102,11 @@ def aim_at(detector, image, targets, targeted, untargeted=False):
     check_tensors(landmarks=(found, "BK2", "float"), targeted=(targeted, "BK", "bool"))
     places = torch.where(targeted[..., None] & (not untargeted), targets, found)
     goal = detector.goal(clean, places, targeted | untargeted)
-    return Aim(detector, places, targeted, TOLERANCE * radius_of(image.shape[-2:]), goal)
+    held = torch.ones_like(targeted) if free is None else ~free
+    return Aim(detector, places, targeted, held, TOLERANCE * radius_of(image.shape[-2:]), goal)
 
 
-def run(attack, detector, image, targets, targeted, epsilon=8, steps=300, seed=0):
+def run(attack, detector, image, targets, targeted, epsilon=8, steps=300, seed=0, free=None):
     """Attack a batch of images.
 
     Args:
@@ -117,6 +119,7 @@ def run(attack, detector, image, targets, targeted, epsilon=8, steps=300, seed=0
         epsilon: L-infinity norm of the perturbation in half grey levels (1/256 of the [-1, 1] scale).
         steps: iterations, unless the attack has its own number.
         seed: of random perturbations.
+        free: (B, K) bool, landmarks that are neither targeted nor stationary (default: none).
 
     Yields:
         (iteration, adversarial, outputs) for iteration 0 .. steps: int, like ``image``, the network's, without
@@ -137,7 +140,7 @@ def run(attack, detector, image, targets, targeted, epsilon=8, steps=300, seed=0
     if attack.delta is not None:
         return replay(network, image, (image + attack.delta).clamp(-1, 1), steps)
     targets = targets.to(image.dtype).masked_fill(~targeted[..., None], 0)
-    aim = aim_at(detector, image, targets, targeted, not attack.targeted)
+    aim = aim_at(detector, image, targets, targeted, not attack.targeted, free)
     if attack.votes and not isinstance(aim.goal, VotingGoal):
         raise ValueError(f"{attack.name} is an attack on detectors by voting")
     if attack.universal:
@@ -459,7 +462,7 @@ def vote_loss(outputs, aim, targeted_weight=(1.0, 2.5, 1.5), stationary_weight=(
     """
     distance = aim.distances(outputs.detach())
     by_role = ((slope * distance).clamp(low, high) for low, high, slope in (targeted_weight, stationary_weight))
-    weights = torch.where(aim.targeted, *by_role)
+    weights = torch.where(aim.targeted, *by_role) * aim.held
     if aim.detector.pull is None:
         return (weights * aim.losses(outputs)).sum(-1)
     widths = (TOLERANCE * distance).clamp(*width)
@@ -499,7 +502,7 @@ def evasive_loss(outputs, aim):
     """
     nearest = torch.full_like(aim.places[..., 0], VOTE_WIDTH[0])
     confidence = F.logsigmoid(outputs[:, 0].amax((-2, -1))) - aim.detector.pull(outputs, aim.goal, nearest)
-    return vote_loss(outputs, aim) - EVASION_WEIGHT * confidence.sum(-1)
+    return vote_loss(outputs, aim) - EVASION_WEIGHT * (confidence * aim.held).sum(-1)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

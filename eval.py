@@ -28,7 +28,7 @@ VOTES = 0.15  # median vote share of an image, below which no head is seen: real
 SUCCESS_MM = 4  # the radial error up to which the paper counts an attack on a landmark as successful
 # columns of the summary
 LABELS = {"mre_mm": "MRE (mm)", "median_mm": "median radial error (mm)", "within_4mm_%": f"within {SUCCESS_MM} mm (%)"}
-ROLES = ("targeted", "stationary", "untargeted")  # of a landmark in an attack
+ROLES = ("targeted", "stationary", "free", "untargeted")  # of a landmark in an attack
 TEXT = ("image", "name", "method", "role", "defence", "attacker", "detector", "stored", "seen")
 CONDITION = ("method", "iteration", "defence", "attacker", "detector", "stored")  # with the image: what K rows are of
 COLUMNS = (  # of a record, in this order; those of attacks and of single conditions are absent elsewhere
@@ -253,13 +253,14 @@ def record_attack(data, points_px0, targets, **columns):
         targets: targets.Targets of the images; None for an untargeted attack.
         columns: method, iteration, largest_change (N, 1), the L-infinity norms in grey levels of 255, and others.
 
-    The column role is targeted (radial error: distance from the target), stationary or untargeted (distance from
+    The column role is targeted (radial error: distance from the target), stationary, free or untargeted (distance from
     ``data.reference_px0``).
     """
     reference = data.reference_px0
     role, aims = "untargeted", torch.full_like(reference, torch.nan)
     if targets is not None:
         role, aims = np.where(targets.targeted, *ROLES[:2]), targets.or_nan()
+        role = role if targets.free is None else np.where(targets.free, "free", role)
         reference = torch.where(targets.targeted[..., None], aims, reference)
     return record(
         data, points_px0, reference, role=role, target_x_px0=aims[..., 0], target_y_px0=aims[..., 1], **columns
@@ -369,10 +370,11 @@ def attack_batch(attack, detector, data, targets, defended=(), device="cpu", eps
     image = to_input(data.images, device)[:, : 1 if grey else 3]
     places = rescale(targets.places, data.sizes[:, None], data.images.shape[-2:]).float().to(device)
     targeted, steps = targets.targeted.to(device), attack.steps or steps
+    free = None if targets.free is None else targets.free.to(device)
     wrap = grey_detector if grey else lambda detector: detector
 
     def craft(detector):
-        iterates = run(attack, detector, image, places, targeted, epsilon, steps, seed)
+        iterates = run(attack, detector, image, places, targeted, epsilon, steps, seed, free)
         return progress(iterates, desc=attack.name, total=steps + 1, unit="iteration", leave=False)
 
     tables = {}

@@ -23,6 +23,7 @@ DRAWN = ("random", "shift", "common")  # sources of targets that are no file
 RANDOM_SIZE = (800, 640)  # (H, W) px of the image for which the paper states its random targets,
 RANDOM_X = (100, 600)  # the range of x
 RANDOM_Y = (250, 750)  # and of y
+NEAREST = 2  # landmarks that count as the neighbours of one
 
 
 class Targets(NamedTuple):
@@ -30,17 +31,19 @@ class Targets(NamedTuple):
 
     places: torch.Tensor  # (N, K, 2) float64 x, y in px0; of no meaning where a landmark is stationary
     targeted: torch.Tensor  # (N, K) bool
+    free: torch.Tensor | None = None  # (N, K) bool: neither targeted nor stationary, may go anywhere; None: no landmark
 
     def of(self, images):
         """Those of some images, given by their indices."""
-        return Targets(self.places[images], self.targeted[images])
+        return Targets(*(part if part is None else part[images] for part in self))
 
     def or_nan(self):
         """(N, K, 2) places, nan for stationary landmarks: for tables and charts."""
         return self.places.masked_fill(~self.targeted[..., None], torch.nan)
 
     def sha256(self):
-        return hashlib.sha256(self.or_nan().numpy().tobytes()).hexdigest()
+        free = b"" if self.free is None else self.free.numpy().tobytes()
+        return hashlib.sha256(self.or_nan().numpy().tobytes() + free).hexdigest()
 
 
 def image_rng(seed, id):
@@ -48,7 +51,7 @@ def image_rng(seed, id):
     return np.random.default_rng([seed, zlib.crc32(id.encode())])
 
 
-def choose_targets(source, data, seed, count, shift_mm):
+def choose_targets(source, data, seed, count, shift_mm, neighbours=None):
     """Targets for all images of a data set.
 
     Args:
@@ -58,6 +61,7 @@ def choose_targets(source, data, seed, count, shift_mm):
         seed: of what is drawn.
         count: number of landmarks that "shift" and "common" target.
         shift_mm: their displacement in mm, from ``data.reference_px0``.
+        neighbours: of those that "shift" displaces, see ``with_neighbours``.
 
     Raises:
         InputError: the file is wrong, a target lies outside its image, or ``count`` exceeds the landmarks.
@@ -74,7 +78,8 @@ def choose_targets(source, data, seed, count, shift_mm):
                 (image_rng(seed, id) for id in data.ids), landmarks, sizes, data.mm_per_px0.tolist(), strict=True
             )
         ]
-        return Targets(*(torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True)))
+        targets = Targets(*(torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True)))
+        return with_neighbours(targets, data, neighbours) if neighbours else targets
     if source == "common":
         displacement, chosen = common_displacement(image_rng(seed, source), landmarks.shape[1], count, shift_mm)
         places = landmarks + displacement / data.mm_per_px0.numpy()[:, None, None]
@@ -143,6 +148,24 @@ def shift_targets(rng, landmarks, size0, count, displacement):
         k = chosen[~inside.any(1)][0]
         raise InputError(f"--shift-mm: landmark {k + 1} cannot be displaced by {displacement:g} px inside its image")
     return place(len(landmarks), chosen, places[np.arange(count), inside.argmax(1)])
+
+
+def with_neighbours(targets, data, neighbours):
+    """Targets whose landmarks' two nearest, unless they are targeted themselves, go "along", displaced like the first
+    such landmark, or are "free".
+    """
+    points = data.reference_px0
+    apart = torch.cdist(points, points).diagonal_scatter(torch.full(points.shape[:2], torch.inf).to(points), 0, 1, 2)
+    near = torch.zeros_like(apart, dtype=torch.bool).scatter_(-1, apart.topk(NEAREST, largest=False).indices, True)
+    near &= targets.targeted[..., None] & ~targets.targeted[:, None]  # (N, K, K): the latter is a neighbour
+    which = near.any(1)
+    if neighbours == "free":
+        return targets._replace(free=which)
+    displacement = (targets.places - points).take_along_dim(near.int().argmax(1)[..., None], 1)
+    places = torch.where(which[..., None], points + displacement, targets.places)
+    targets = Targets(places, targets.targeted | which)
+    check_inside(targets, data, "shift")
+    return targets
 
 
 def common_displacement(rng, num_landmarks, count, distance):

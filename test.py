@@ -82,14 +82,8 @@ def make_parser():
     add("--split", choices=SPLITS, default="test", help="images; test: test1 and test2, as far as present")
     add("--limit", type=command.positive_int, metavar="N", help="only the first N images (default: all)")
     add("--images", nargs="+", metavar="ID", help="only these images (default: all)")
-    add(
-        "--image",
-        type=image_files,
-        nargs="+",
-        metavar="FILE",
-        may_change=True,
-        help="own images without annotation, or folders",
-    )
+    image = "own images without annotation, or folders"
+    add("--image", type=image_files, nargs="+", metavar="FILE", may_change=True, help=image)
     rand = "output folder (default: below runs/TAG/, named test, attack or read_back)"
     add("--rand", metavar="DIR", may_change=True, help=rand)
     add_attack_arguments(parser)
@@ -116,22 +110,16 @@ def add_attack_arguments(parser):
     add("--targets", default="random", metavar="SOURCE", help=targets)
     add("--measure", choices=diagnosis.MEASURE_NAMES, help="whose class is to change, see docs/diagnoses.md")
     add("--to", type=class_or_any, metavar="CLASS", help="the class that it should become (default: any other)")
-    add(
-        "--shift-count",
-        type=command.positive_int,
-        default=5,
-        metavar="N",
-        help="landmarks that shift and common move",
-    )
+    count = "landmarks that shift and common move"
+    add("--shift-count", type=command.positive_int, default=5, metavar="N", help=count)
     add("--shift-mm", type=command.positive_float, default=8.0, metavar="MM", help="their displacement")
+    neighbours = "the two nearest landmarks of each that shift moves go along with it, or are free to go anywhere "
+    neighbours += "(default: they are stationary)"
+    add("--neighbours", choices=["along", "free"], help=neighbours)
     epsilon = "L-infinity bound in half grey levels: 8 is 4 of 255 grey levels, 4/255 of an image in [0, 1]"
     add("--epsilon", type=command.half_grey_levels, default=8.0, help=epsilon)
-    add(
-        "--steps",
-        type=command.positive_int,
-        default=300,
-        help="iterations, draws of random-search, queries of Square",
-    )
+    steps = "iterations, draws of random-search, queries of Square"
+    add("--steps", type=command.positive_int, default=300, help=steps)
     iterate = "which counts: the last, or the best one, with most landmarks in place (default: the attack's)"
     add("--iterate", choices=["last", "best"], help=iterate)
     add("--grey", action="store_true", help="the same perturbation in all three channels")
@@ -166,6 +154,8 @@ def parse_arguments(parser, argv):
         parser.error("--attack: a universal one needs --targets common, and --data to train on")
     if (args.measure is not None) != (args.targets == "diagnosis"):
         parser.error("--measure and --targets diagnosis: neither works without the other")
+    if args.neighbours and args.targets != "shift":
+        parser.error("--neighbours: needs --targets shift")
     if args.measure and args.to not in (None, *(reachable := diagnosis.reachable_classes(args.measure))):
         known = ", ".join(f"{number} ({meaning})" for number, meaning in reachable.items())
         parser.error(f"--to {args.to}: {args.measure} can be moved to class {known}, or any")
@@ -275,7 +265,11 @@ def load_training(args, detector):
     if not any(ATTACKS[name].universal for name in args.attack or ()):
         return None
     data = load_data(args, detector.size, detector.names, "train")
-    return data, choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm)
+    return data, chosen_targets(args, data)
+
+
+def chosen_targets(args, data):
+    return choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm, args.neighbours)
 
 
 def find_references(args, detector, data, device):
@@ -285,7 +279,7 @@ def find_references(args, detector, data, device):
         data: list of dataset.Cephalograms of the same images at several sizes, the first that of ``detector``.
     """
     if args.attack and args.targets not in (*DRAWN, "diagnosis"):
-        choose_targets(args.targets, data[0], args.seed, args.shift_count, args.shift_mm)  # a wrong file ends here
+        chosen_targets(args, data[0])  # a wrong file ends here
     found = predict_px0(detector, data[0], args.batch_size, device)
     for images in data:
         images.reference_px0 = found
@@ -303,7 +297,7 @@ def make_targets(args, detector, data, device, file):
 
     def find():  # by one process: the least movements of two machines may differ
         if not args.measure:
-            return data.ids, choose_targets(args.targets, data, args.seed, args.shift_count, args.shift_mm)
+            return data.ids, chosen_targets(args, data)
         if file.exists():
             return read_stored_targets(file, data)
         return diagnosis.diagnosis_targets(clean, data, args.measure, args.to)

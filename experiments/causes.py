@@ -1,8 +1,11 @@
 """What makes the attack weak or strong.
 
 Displacements of 8 mm on detectors, or with perturbations, that differ in one property; the answers to a question are
-compared on the images, and at the last iteration, that all of them have. A detector that starts from the weights of
-one of another size differs in its training too. The detector's MRE is that on the clean images of the attack.
+compared on the images, at the last iteration and on the targeted landmarks that all of them have. *Neighbours* are the
+two nearest landmarks of a displaced one: they are held in place like all others, go along with it, or are free to go
+anywhere; were they what holds it, it would be easier to move when they are free. A detector that starts from the
+weights of one of another size differs in its training too. The detector's MRE is that on the clean images of the
+attack.
 """
 
 import pandas as pd
@@ -28,7 +31,7 @@ def publish(results, data, out):
 
 
 def collect(results):
-    """{question: {answer: records}}, cut down to the images, methods and iterations that all answers have."""
+    """{question: {answer: records}}, cut down to the images, methods, iterations and targeted landmarks of all."""
     records = {}
     for result in results:
         records.setdefault(result.labels["question"], {})[result.labels["answer"]] = result.attacked()
@@ -37,6 +40,11 @@ def collect(results):
             shared = set.intersection(*(set(rows[column]) for rows in answers.values()))
             for answer, rows in answers.items():
                 answers[answer] = rows[rows[column].isin(shared)]
+        places = {answer: pd.MultiIndex.from_frame(rows[["image", "landmark"]]) for answer, rows in answers.items()}
+        targeted = [set(places[answer][rows["role"] == "targeted"]) for answer, rows in answers.items()]
+        for answer, rows in answers.items():
+            shared = places[answer].isin(set.intersection(*targeted))
+            answers[answer] = rows[shared | (rows["role"] != "targeted")]
     return records
 
 

@@ -2,7 +2,7 @@
 
 import os
 
-from experiments import attack, causes, count, coupling, defence, detection, diagnosis, epsilon, fancy, robustness
+from experiments import attack, causes, count, defence, detection, diagnosis, epsilon, fancy, robustness
 from experiments.statistics import ENOUGH
 from support.files import read_config, write_text
 
@@ -12,7 +12,6 @@ EXPERIMENTS = {  # in order; each has publish(results, data, out) -> Markdown
     "robustness": robustness,
     "epsilon": epsilon,
     "count": count,
-    "coupling": coupling,
     "fancy": fancy,
     "causes": causes,
     "diagnosis": diagnosis,

@@ -222,7 +222,6 @@ def paper(splits, ids):
         "attack": [*random, shift],
         "epsilon": sweep_epsilon(partial(attack, attack=BEST, **few), {"random": EPSILONS, "8 mm": EPSILONS}),
         "count": sweep_count(partial(attack, attack=PAPER, epsilon=8, **few), (1, 2, 4, 8, 12, 16, 19)),
-        "coupling": [random[0], shift],
         "fancy": spell(partial(attack, attack=ADAPTIVE, epsilon=8), ids),
         "causes": [
             train("400x320", size=(400, 320)),
@@ -242,6 +241,12 @@ def paper(splits, ids):
     return Scale(victim, experiments)
 
 
+def neighbours(detector, count):
+    """Answers to the question of what the neighbours of displaced landmarks do."""
+    return {name: (detector, {"shift_count": count} | options) for name, options in NEIGHBOURS.items()}
+
+
+NEIGHBOURS = {"held": {}, "along": {"neighbours": "along"}, "free": {"neighbours": "free"}}
 PAPER_CAUSES = {
     "encoder's initial weights": {"random": ("random-encoder", {}), "as given": None},
     "epochs of training": {"10": ("800x640", {"iteration": 9}), "60": ("800x640", {"iteration": 59}), "230": None},
@@ -249,6 +254,7 @@ PAPER_CAUSES = {
     "statistics of batch norm": {"of the training": None, "of the image": ("800x640", {"batch_statistics": True})},
     "batch norm in the encoder, from random weights": {"no": ("random-encoder", {}), "yes": ("batch-norm", {})},
     "channels of the perturbation": {"one": ("800x640", {"grey": True}), "three": None},
+    "neighbours of a displaced landmark": neighbours("800x640", 1),
 }
 
 
@@ -274,7 +280,6 @@ def cpu(splits, ids):
         "robustness": [shift, random],
         "epsilon": sweep_epsilon(partial(attack, attack=ADAPTIVE, **few), {"random": EPSILONS, "8 mm": EPSILONS}),
         "count": sweep_count(partial(attack, epsilon=8, attack="ATI-FGSM", **few), (1, 2, 5, 10, 19)),
-        "coupling": [shift, random],
         "fancy": spell(partial(attack, epsilon=8, attack=ADAPTIVE, steps=100), ids),
         "causes": [
             learn("random-encoder", encoder_weights="none"),
@@ -298,6 +303,7 @@ CPU_CAUSES = {
     "encoder's initial weights": {"random": ("random-encoder", {}), "as given": None},
     "statistics of batch norm": {"of the training": None, "of the image": ("200x160", {"batch_statistics": True})},
     "channels of the perturbation": {"one": ("200x160", {"grey": True}), "three": None},
+    "neighbours of a displaced landmark": neighbours("200x160", 1),
 }
 OUTPUTS = {
     f"output of the network, {name}, epsilon {epsilon}": {
@@ -325,7 +331,6 @@ def cpu_full(splits, ids):
             *detection(victim, splits),
         ],
         "attack": [shift, random],
-        "coupling": [shift, random],
         "fancy": spell(partial(test, "400x320", **{**attacks, "attack": ADAPTIVE}, steps=100), ids),
         "causes": [
             smaller._replace(scale="cpu"),
@@ -349,7 +354,6 @@ def quick(splits, ids):
         "attack": [shift, random],
         "epsilon": sweep_epsilon(ati, dict.fromkeys(TARGETS, (2, 8, 32))),
         "count": sweep_count(partial(ati, epsilon=8), (1, 19)),
-        "coupling": [shift, random],
         "fancy": [
             refine("200x160", (200, 160), Checkpoint(victim, 15), lr=5e-4, epochs=8),
             refine("400x320", (400, 320), Checkpoint("200x160", 7), lr=3e-4, epochs=4),
@@ -376,6 +380,7 @@ QUICK_CAUSES = {
     "batch norm in the encoder, from random weights": {"no": ("random-encoder", {}), "yes": ("batch-norm", {})},
     "statistics of batch norm": {"of the training": SMALLEST, "of the image": ("50x40", {"batch_statistics": True})},
     "channels of the perturbation": {"one": ("50x40", {"grey": True}), "three": SMALLEST},
+    "neighbours of a displaced landmark": neighbours("50x40", 1),
     "input size (px)": {"50 x 40": SMALLEST, "100 x 80": None},
 }
 

@@ -387,6 +387,21 @@ def test_the_iterate_that_counts_can_be_chosen(small, image):
         assert torch.equal(found["last"][-1][1], plain[1])
 
 
+@pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if attack.loss and attack.targeted])
+def test_a_free_landmark_counts_in_no_loss(small, image, name):
+    free = torch.zeros_like(TARGETED)
+    free[:, (~TARGETED).all(0).nonzero()[0]] = True
+    aim = aim_at(voting(small), image, TARGETS, TARGETED, free=free)
+    maps = (small(image) + torch.randn(small(image).shape, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    loss = ATTACKS[name].loss(maps, aim).sum()
+    if loss.requires_grad:  # that of Square attack has no gradient
+        gradient = torch.autograd.grad(loss, maps)[0].abs().sum((1, 3, 4))
+        assert (gradient[free] == 0).all() and (gradient[TARGETED] > 0).all()
+    changed = torch.where(free[:, None, :, None, None], -maps.detach(), maps.detach())
+    assert torch.allclose(ATTACKS[name].loss(changed, aim), ATTACKS[name].loss(maps.detach(), aim))
+    assert landmarks_in_place(changed, aim).equal(landmarks_in_place(maps.detach(), aim))
+
+
 def test_the_evasive_attack_leaves_more_confident_maps(small, image):
     goal = aim_at(voting(small), image, TARGETS, TARGETED).goal
     nearest, scores = torch.full((2, K), 0.1).double(), []

@@ -414,12 +414,15 @@ def test_batch_norm_in_the_encoder(here, official, run):
 
 def test_a_grey_attack(here, official, run):
     arguments = ["--tag", "small", "--data", official, "--attack", 1, "--steps", 3, "--limit", 2, "--rand", "grey"]
-    arguments += ["--pictures", 0]
+    arguments += ["--pictures", 0, "--targets", "shift", "--shift-count", 1, "--neighbours", "free"]
     assert run("test.py", *arguments, "--grey", "--save-adversarial")[0] == 0
     for id in (151, 152):
         assert Image.open(here / "grey" / "adversarial" / "ATI-FGSM_input" / f"{id}.png").mode == "L"
     table = read_records([here / "grey" / "predictions.csv"])
     assert (table[table["iteration"] == 3]["largest_change"] > 0.1).all()
+    stored = read_records([here / "grey" / "read_back.csv"]).query("stored == 'JPEG input'")
+    for rows in (table[table["iteration"] == 3], stored):
+        assert rows["role"].value_counts().to_dict() == {"stationary": 2 * 16, "free": 2 * 2, "targeted": 2}
     assert_refused(run("test.py", *arguments), "grey was True, now it is False")
 
 
@@ -679,6 +682,7 @@ BAD_ARGUMENTS = {
     "unknown split": (["--split", "val"], "--split"),
     "unknown argument": (["--epslion", 8], "--epslion"),
     "too many to shift": (["--attack", 0, "--targets", "shift", "--shift-count", 20], "there are 19 landmarks"),
+    "neighbours of others": (["--attack", 0, "--neighbours", "free"], "--neighbours: needs --targets shift"),
     "shift too far": (["--attack", 0, "--targets", "shift", "--shift-mm", 900], "cannot be displaced by 9000 px"),
     "no file of targets": (["--attack", 0, "--targets", "nowhere.csv"], "nowhere.csv: not a readable CSV file"),
     "unknown tag": (["--tag", "large"], "no such run (existing runs: "),

@@ -6,9 +6,8 @@ import pytest
 from conftest import K, attack_record, images
 
 from eval import record
-from experiments import attack, causes, coupling, detection, diagnosis, robustness
+from experiments import attack, causes, detection, diagnosis, robustness
 from experiments.results import Result, error_from_truth, last, outcome, outcomes
-from readers.points import LANDMARKS
 
 
 def write_attack(folder, truth, steps):
@@ -110,36 +109,6 @@ def test_the_worst_case_is_found_for_each_image(tmp_path):
     assert (tmp_path / "robustness.png").stat().st_size > 10000 and "| near | worst case | 2 |" in text
 
 
-def test_neighbours_by_hand():
-    line = np.array([[0.0, 0], [3, 4], [6, 8], [60, 80], [61, 80], [62, 80], [63, 80], [64, 80]])
-    nearest, six = coupling.neighbour_distances(line[None])[0].T
-    assert nearest.tolist() == [5, 5, 5, 1, 1, 1, 1, 1]
-    from_first = sorted(np.hypot(*line[1:].T))[:6]
-    assert six[0] == pytest.approx(np.mean(from_first))
-
-
-def test_coupling_finds_what_was_put_in(tmp_path):
-    """Errors that follow the distance to the nearest neighbour, at equal distances to the target."""
-    truth = np.random.default_rng(0).uniform(500, 1500, (12, K, 2))
-    nearest = coupling.neighbour_distances(truth)[..., :1]
-    targets = truth + (200, 0)
-    left = 10 + nearest  # px0 that remain
-    steps = [
-        (points, targets, method, iteration)
-        for method in ("I-FGSM", "ATI-FGSM")
-        for iteration, points in ((0, truth), (5, targets - left * (1, 0)))
-    ]
-    folder = write_attack(tmp_path / "shift", truth, steps)
-    text = coupling.publish([Result({"description": "Displacements"}, folder)], None, tmp_path)
-    found = pd.read_csv(tmp_path / "coupling_shift_correlations.csv")
-    first = found[found["error against distance from"] == "its nearest neighbour"]
-    assert (first["r over landmarks"] > 0.999).all() and (first["p"] == "< 0.001").all()
-    assert first["r over single targets"].str.startswith("+1.00 [+1.00, +1.00]").all()
-    points = pd.read_csv(tmp_path / "coupling_shift.csv")
-    assert points["name"].tolist() == [*LANDMARKS] * 2 and (points["times_targeted"] == 12).all()
-    assert (tmp_path / "coupling_shift.png").stat().st_size > 10000 and "its nearest six" in text
-
-
 def test_causes_are_compared_on_what_all_answers_have(folder, tmp_path):
     """A second run with one image less, and an iteration more."""
     records = pd.read_csv(folder / "predictions.csv", dtype={"image": str})
@@ -157,6 +126,30 @@ def test_causes_are_compared_on_what_all_answers_have(folder, tmp_path):
     small, large = (table[table["answer"] == answer]["within_4mm_%"].tolist() for answer in ("small", "large"))
     assert small == large == [25, 50]
     assert "| size | large | small | I-FGSM | 2 | +0.0 [+0.0, +0.0] (pilot, n = 2) |" in text
+
+
+def test_of_causes_the_same_targeted_landmarks_count(tmp_path):
+    """With a free neighbour that is off, and one that goes along and fails: what is displaced in both succeeds."""
+    truth = np.full((2, K, 2), 500.0)
+    targets = np.full_like(truth, np.nan)
+    targets[:, 0] = 580
+    results = []
+    for answer in ("held", "free", "along"):
+        aims, points = targets.copy(), truth.copy()
+        points[:, 0] = 580
+        if answer == "along":
+            aims[:, 1] = 580
+        (tmp_path / answer).mkdir()
+        folder = write_attack(tmp_path / answer, truth, [(truth, aims, "I-FGSM", 0), (points, aims, "I-FGSM", 1)])
+        if answer == "free":
+            table = pd.read_csv(folder / "predictions.csv", dtype={"image": str})
+            table.loc[table["landmark"] == 2, ["role", "radial_error_mm"]] = "free", 50
+            table.to_csv(folder / "predictions.csv", index=False)
+        results.append(Result({"question": "neighbours", "answer": answer}, folder))
+    causes.publish(results, None, tmp_path)
+    table = pd.read_csv(tmp_path / "causes.csv")
+    assert table["targeted"].tolist() == [2, 2, 2] and (table["within_4mm_%"] == 100).all()
+    assert (table["stationary_within_4mm_%"] == 100).all()
 
 
 def test_detection_beside_the_doctors(official, drawn, tmp_path):

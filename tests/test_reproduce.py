@@ -47,7 +47,6 @@ def tiny(splits, ids):
         "attack": [shift, random, random._replace(options=random.options | longer, name="random_longer")],
         "epsilon": scales.sweep_epsilon(partial(ati, steps=1, limit=2), {"random": (4, 64), "4 mm": (4,)}),
         "count": scales.sweep_count(partial(ati, **few), (1, 19)),
-        "coupling": [shift, random],
         "fancy": [
             scales.train("letters", **LARGE),
             *scales.spell(partial(scales.test, "letters", subpixel=True, attack=PAPER, steps=1), ids, "MI"),
@@ -117,7 +116,7 @@ CPU = ["--scale", "cpu", "--data", "runs/demo-phantoms", "--encoder-weights", "n
     "words, message",
     [
         (["cpu", "--only", "epsilon"], "--only epsilon: depends on detection"),
-        (["cpu", "--only", "detection", "coupling"], "--only coupling: depends on attack"),
+        (["cpu", "--only", "detection", "causes"], "--only causes: depends on attack"),
         (["cpu", "--only", "detection", "attack", "fancy"], "omit fancy by --only"),  # the images have another size
         (["cpu", "--only", "everything"], "invalid choice: 'everything'"),
         (["cpu", "--data", "nowhere"], "nowhere: no such folder"),
@@ -287,14 +286,14 @@ def test_one_experiment_then_the_others(demonstrated, reproduced):
     check_numbers(demonstrated)
     other = "bf16" if command.fast_precision() == "fp32" else "fp32"
     assert_refused(reproduced(*CPU, "--precision", other), f"now it is '{other}'")
-    assert_refused(reproduced(*CPU, "--precision", other, "--only", "coupling"), "--only coupling: compares with")
+    assert_refused(reproduced(*CPU, "--precision", other, "--only", "causes"), "--only causes: compares with")
 
 
 def check_report(results, out):
     """Complete, in order, with all its charts, and with the commands that were printed."""
     report = (results / "report.md").read_text()
     assert "Not yet run" not in report and "nan" not in report
-    assert [int(n) for n in re.findall(r"^## (\d+)\.", report, re.M)] == [*range(1, 11)]
+    assert [int(n) for n in re.findall(r"^## (\d+)\.", report, re.M)] == [*range(1, 10)]
     for name in re.findall(r"!\[[^]]*\]\(([^)]*)\)", report):
         assert (results / name).stat().st_size > 5000, name
     assert not [file.name for file in results.iterdir() if ".part" in file.name]

@@ -1,5 +1,3 @@
-import itertools
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,11 +7,7 @@ from eval import exact, interval, resample, summarize
 from experiments.markdown import fold_intervals, markdown
 from experiments.statistics import (
     ENOUGH,
-    correlation,
-    correlation_interval,
     paired_difference,
-    partial_correlation,
-    permutation_p,
     verdict,
 )
 
@@ -96,7 +90,7 @@ def test_where_all_succeed_or_none_the_bound_is_exact():
     assert row["within_4mm_%_low"] == pytest.approx(100 * 0.025**0.25) and row["within_4mm_%_high"] == 100
 
 
-# --- differences and correlations ------------------------------------------------------------------------------------
+# --- differences -----------------------------------------------------------------------------------------------------
 
 
 def test_differences_are_paired_by_image():
@@ -121,27 +115,3 @@ def test_differences_are_paired_by_image():
 )
 def test_what_an_interval_supports(low, high, images, words):
     assert verdict(low, high, images) == words
-
-
-def test_permutations_against_all_of_them():
-    x, y = np.array([1.0, 2, 4, 8, 16]), np.array([1.0, 3, 2, 5, 4])
-    r = abs(correlation(x, y))
-    exact = np.mean([abs(correlation(x, np.array(p))) >= r - 1e-12 for p in itertools.permutations(y)])
-    assert permutation_p(x, y) == pytest.approx(exact, abs=0.01)
-    assert np.isnan(permutation_p(x, np.ones(5)))
-    assert permutation_p(x, x) == pytest.approx(1 / 120, abs=0.004)  # no other order is as good
-
-
-def test_a_correlation_by_a_third_variable_vanishes_when_that_is_constant():
-    rng = np.random.default_rng(0)
-    way = rng.normal(size=5000)
-    near, error = way + rng.normal(size=5000), way + rng.normal(size=5000)  # related by way only
-    assert correlation(near, error) == pytest.approx(0.5, abs=0.05)
-    assert partial_correlation(near, error, way) == pytest.approx(0, abs=0.05)
-    image = np.arange(5000) % 37  # images with different numbers of rows
-    rows = pd.DataFrame({"image": image, "near": near, "error": error, "way": way})
-    value, low, high = correlation_interval(rows, "near", "error")
-    assert value == correlation(*rows.sort_values("image", kind="stable")[["near", "error"]].to_numpy().T)
-    assert low < 0.5 < high and high - low < 0.1
-    value, low, high = correlation_interval(rows, "near", "error", "way")
-    assert low < 0 < high and high - low < 0.1

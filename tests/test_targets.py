@@ -2,15 +2,19 @@
 
 import numpy as np
 import pytest
-from conftest import SIZE0
+import torch
+from conftest import SIZE0, K
 
 from dataset import Cephalograms
+from support.errors import InputError
 from targets import (
+    Targets,
     choose_targets,
     image_rng,
     random_targets,
     read_stored_targets,
     shift_targets,
+    with_neighbours,
     write_targets,
 )
 
@@ -46,6 +50,29 @@ def test_targets_depend_on_seed_and_image_alone(official):
         assert one.sha256() != choose_targets(kind, few, 4, 5, 4.0).sha256()
         assert one.of([0]).sha256() != one.of([1]).sha256()
     assert image_rng(0, "151").random() != image_rng(0, "152").random()
+
+
+def test_neighbours_go_along_or_are_free(official):
+    """Landmarks 1 to 4 and 19 far from the others; 1 and 4 are displaced, 1's nearest are 2 and 3, 4's are 3 and 2."""
+    data = Cephalograms(official, "test1", (50, 40), limit=1)
+    points = torch.full((1, K, 2), 250.0, dtype=torch.float64)
+    points[0, :4, 0] = torch.tensor([10.0, 20, 31, 43], dtype=torch.float64)
+    points[0, :4, 1] = 50
+    points[0, 18] = torch.tensor([10.0, 80])
+    data.reference_px0 = points
+    targeted = torch.zeros(1, K, dtype=torch.bool)
+    targeted[0, [0, 3]] = True
+    start = Targets(torch.where(targeted[..., None], points + torch.tensor([[[0, 5.0]]]), 0), targeted)
+    start.places[0, 3] += 4  # displaced by (4, 9)
+    free = with_neighbours(start, data, "free")
+    assert free.free.nonzero().tolist() == [[0, 1], [0, 2]] and free.targeted.equal(targeted)
+    assert free.sha256() != start.sha256() == start._replace(free=None).sha256() and free.of([0]).free.equal(free.free)
+    along = with_neighbours(start, data, "along")
+    assert along.targeted.nonzero()[:, 1].tolist() == [0, 1, 2, 3] and along.free is None
+    assert (along.places - points)[0, :4].tolist() == [[0, 5], [0, 5], [0, 5], [4, 9]]
+    start.places[0, 0, 0] = 400  # inside for no neighbour
+    with pytest.raises(InputError, match="lies outside image 151"):
+        with_neighbours(start, data, "along")
 
 
 def test_targets_from_a_file_and_back(official, tmp_path):
