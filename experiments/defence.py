@@ -14,7 +14,6 @@ import torch
 
 from attack import ATTACKS
 from beyond.defences import shape_distance
-from beyond.diagnosis import changed_diagnoses, diagnose
 from eval import SUCCESS_MM, interval, named, read_records
 from experiments.markdown import fold_intervals, markdown
 from experiments.results import clean_and_last, join_clean, of_role, outcome, rate
@@ -28,7 +27,6 @@ HEADINGS = {
     "clean_mre_mm": "clean MRE (mm)",
     "within_4mm_%": f"targeted within {SUCCESS_MM} mm (%)",
     "stationary_within_4mm_%": f"stationary within {SUCCESS_MM} mm (%)",
-    "intended_%": "intended diagnosis changed (%)",
 }
 HEADINGS |= {f"{score}_auc_%": label for score, label in SCORES.items()}
 RUN = ["detector", "epsilon", "steps"]  # labels of a run
@@ -38,7 +36,6 @@ INTRODUCTIONS = {  # of each table in the report
     "accuracy": "Accuracy on clean images:",
     "attacks": "Attacks, 95 % intervals:\n\n![success behind each defence](defence_attacks.png)",
     "masking": "Checks for masked gradients: the first of each pair should succeed at most as often as the second.",
-    "diagnoses": "Diagnoses:",
     "detection": "Detecting attacks, area under the ROC curve (%, 50: chance):\n\n![ROC](defence_roc.png)",
 }
 ITERATED = [name for name, attack in ATTACKS.items() if attack.steps is None and not attack.universal]
@@ -46,7 +43,7 @@ ITERATED = [name for name, attack in ATTACKS.items() if attack.steps is None and
 
 def publish(results, data, out):
     """Write tables and charts to ``out``; return the section of the report."""
-    runs = {"accuracy": [], "attack": [], "diagnosis": []}
+    runs = {"accuracy": [], "attack": []}
     for result in results:
         kind, labels = describe(result)
         runs[kind].append((labels, result))
@@ -55,7 +52,6 @@ def publish(results, data, out):
         "accuracy": concatenate(compute_accuracy, runs["accuracy"]),
         "attacks": concatenate(compute_attack, attacks),
         "transfer": concatenate(compute_transfer, attacks),
-        "diagnoses": concatenate(compute_diagnoses, runs["diagnosis"]),
     }
     if attacks:
         tables["masking"] = pd.DataFrame(compute_masking(tables["attacks"], tables["transfer"]))
@@ -71,7 +67,7 @@ def publish(results, data, out):
 
 
 def describe(result):
-    """The kind of a run, and a dict of its ``RUN``.
+    """The kind of a run, accuracy or attack, and a dict of its ``RUN``.
 
     Raises:
         InputError: not a run of test.py.
@@ -79,7 +75,7 @@ def describe(result):
     config = read_config(result.folder / "config.json")
     if "attack" not in config:
         raise InputError(f"{result.folder}: not results of test.py")
-    kind = "accuracy" if not config["attack"] else "diagnosis" if config.get("measure") else "attack"
+    kind = "attack" if config["attack"] else "accuracy"
     return kind, {"detector": config["tag"], "epsilon": config["epsilon"], "steps": config["steps"]}
 
 
@@ -133,26 +129,6 @@ def compute_transfer(labels, result):
         targeted = of_role(found, "targeted")
         success = named("within_4mm_%", *rate(targeted, targeted["radial_error_mm"] <= SUCCESS_MM))
         yield {"from": own, "to": detector, "epsilon": labels["epsilon"], "method": method} | success
-
-
-def compute_diagnoses(labels, result):
-    """Percentage of patients whose diagnosis changes as intended under each condition, a row for each method.
-
-    Patients count whose class before the attack is the same with the defence as without: the targets come from the
-    latter.
-    """
-    config = read_config(result.folder / "config.json")
-    before = None
-    for condition, records in conditions(labels, result):
-        table = diagnose(clean_and_last(records))
-        clean = table[(table["iteration"] == 0) & (table["measure"] == config["measure"])]
-        clean = clean.drop_duplicates("image").set_index("image")["class"]
-        before = clean if before is None else before
-        same = clean.index[clean == before.reindex(clean.index)]
-        changed = changed_diagnoses(table, config["measure"], config["to"]).query("iteration > 0").reset_index()
-        for method, found in changed[changed["image"].isin(same)].groupby("method", sort=False):
-            row = {"detector": labels["detector"], "measure": config["measure"], **condition, "method": method}
-            yield row | {"images": len(found)} | named("intended_%", *rate(found, found["intended"], "method"))
 
 
 def compute_masking(attacks, transfer):
@@ -272,11 +248,11 @@ def plot_roc(scores, path):
     save(figure, path)
 
 
-def two_columns(table, value):
-    """A table with a column for each attacker, who is adaptive where there is no defence."""
-    others = [HEADINGS[name] for name in ("stationary_within_4mm_%", "clean_mre_mm") if name in table]
-    value, table = HEADINGS[value], fold_intervals(table).rename(columns=HEADINGS)
-    keys = [name for name in table if name in (*ATTACK, "defence", "measure", "images")]
+def two_columns(table):
+    """Success with a column for each attacker, who is adaptive where there is no defence."""
+    others = [HEADINGS[name] for name in ("stationary_within_4mm_%", "clean_mre_mm")]
+    value, table = HEADINGS["within_4mm_%"], rename(table)
+    keys = [*ATTACK, "defence", "images"]
     wide = table.pivot(index=keys, columns="attacker", values=value)
     wide = wide.reindex(pd.MultiIndex.from_frame(table[keys].drop_duplicates()))
     wide.columns = [f"{value}, {attacker}" for attacker in wide]
@@ -285,13 +261,16 @@ def two_columns(table, value):
 
 
 def render(tables):
-    text, compared = "", {"attacks": "within_4mm_%", "diagnoses": "intended_%"}
+    text = ""
     for name, introduction in INTRODUCTIONS.items():
-        if name in compared and name in tables:
-            text += f"\n{introduction}\n\n{markdown(two_columns(tables[name], compared[name]))}"
-        elif name in tables:
-            text += f"\n{introduction}\n\n{markdown(fold_intervals(tables[name]).rename(columns=HEADINGS))}"
+        if name in tables:
+            shown = two_columns if name == "attacks" else rename
+            text += f"\n{introduction}\n\n{markdown(shown(tables[name]))}"
     return text
+
+
+def rename(table):
+    return fold_intervals(table).rename(columns=HEADINGS)
 
 
 # --- finished runs ---------------------------------------------------------------------------------------------------
@@ -303,7 +282,7 @@ def check(results):
     for result in results:
         (kind, labels), config = describe(result), read_config(result.folder / "config.json")
         for method in config["attack"] or ["none"]:
-            key = (kind, *labels.values(), method, config.get("measure"))
+            key = (kind, *labels.values(), method)
             if key in seen:
                 raise InputError(f"{result.folder}: the same kind of run as {seen[key]}; give one of them")
             seen[key] = result.folder

@@ -143,13 +143,12 @@ def sweep_diagnosis(attack, epsilons, measures=MEASURE_NAMES, suffix=""):
     return runs
 
 
-def sweep_defence(plain, few, ids, training, split, epsilons, more_steps, measure="ANB", inputs=INPUT_DEFENCES):
+def sweep_defence(plain, few, training, split, epsilons, more_steps, inputs=INPUT_DEFENCES):
     """Input defences and adversarial training of a detector, and the checks for masked gradients.
 
     Args:
         plain: the detector.
         few: options of the attacks: their steps and images.
-        ids: images of the attacks on diagnoses.
         training: options of the adversarial training.
         more_steps: of an attack.
     """
@@ -157,8 +156,6 @@ def sweep_defence(plain, few, ids, training, split, epsilons, more_steps, measur
     run = partial(test, experiment="defence", labels={})
     accuracy = partial(run, name="accuracy", split=split, subpixel=True)
     attack = partial(run, **few, **NEAR, subpixel=True)
-    diagnose = partial(run, name="diagnosis", targets="diagnosis", measure=measure, epsilon=4, subpixel=True)
-    diagnose = partial(diagnose, attack="Vote-PGD", steps=10, images=ids)
     return [
         train(robust, adversarial=True, **training),
         accuracy(plain, defence=inputs),
@@ -168,8 +165,6 @@ def sweep_defence(plain, few, ids, training, split, epsilons, more_steps, measur
         *(attack(robust, name=f"{epsilon:g}", attack=ADAPTIVE, epsilon=epsilon) for epsilon in epsilons),
         attack(robust, name="more_steps", attack=ADAPTIVE, epsilon=8, steps=more_steps),
         attack(robust, name="random_search", attack="random-search", epsilon=8),
-        diagnose(plain, defence=inputs),
-        diagnose(robust),
     ]
 
 
@@ -233,9 +228,7 @@ def paper(splits, ids):
         "diagnosis": sweep_diagnosis(
             partial(attack, attack=("Vote-PGD", "noise"), steps=50, images=ids[:50], subpixel=True), EPSILONS
         ),
-        "defence": sweep_defence(
-            victim, {"steps": 100, "images": ids[:40]}, ids[:30], robust, splits[0], (2, 4, 8, 16, 32), 300
-        ),
+        "defence": sweep_defence(victim, {"steps": 100, "images": ids[:40]}, robust, splits[0], (2, 4, 8, 16, 32), 300),
         "robustness": shift_and_random(partial(attack, attack=EQUAL, steps=100, images=ids[:30]), "robustness"),
     }
     return Scale(victim, experiments)
@@ -294,7 +287,7 @@ def cpu(splits, ids):
             # steps of 0.05 epsilon take 20 iterations to the bound
             *sweep_diagnosis(partial(attack, images=ids[:30], attack=PAPER, steps=20), (4,), suffix="_paper"),
         ],
-        "defence": sweep_defence(victim, few, ids[:30], robust, splits[0], (2, 4, 8, 16, 32), 100),
+        "defence": sweep_defence(victim, few, robust, splits[0], (2, 4, 8, 16, 32), 100),
     }
     return Scale(victim, experiments)
 
@@ -366,9 +359,7 @@ def quick(splits, ids):
             *causes(vary, shift, QUICK_CAUSES),
         ],
         "diagnosis": sweep_diagnosis(partial(attack, attack=ALL, steps=10, images=ids[:4]), (4, 16), ("ANB", "MW")),
-        "defence": sweep_defence(
-            victim, {"steps": 10, "images": ids[:4]}, ids[:4], robust, splits[0], (8, 32), 30, "MW"
-        ),
+        "defence": sweep_defence(victim, {"steps": 10, "images": ids[:4]}, robust, splits[0], (8, 32), 30),
         "robustness": shift_and_random(partial(attack, attack=EQUAL, steps=10, images=ids[:4]), "robustness"),
     }
     return Scale(victim, experiments)

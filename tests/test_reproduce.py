@@ -41,7 +41,7 @@ def tiny(splits, ids):
         "input size (px)": {"40 x 32": ("40x32", {"iteration": 0}), "48 x 40": None},
     }
     diagnose = partial(attack, attack=("ATI-FGSM", "noise"), steps=1, limit=3)
-    defend = partial(scales.sweep_defence, victim, {"steps": 1, "limit": 3}, ids[:3], LARGE, splits[0], (8,), 2)
+    defend = partial(scales.sweep_defence, victim, {"steps": 1, "limit": 3}, LARGE, splits[0], (8,), 2)
     experiments = {
         "detection": [scales.train("40x32", **SMALL), scales.train(victim, **LARGE), *scales.detection(victim, splits)],
         "attack": [shift, random, random._replace(options=random.options | longer, name="random_longer")],
@@ -56,7 +56,7 @@ def tiny(splits, ids):
             *scales.causes({"attack": PAPER, **NEAR, **few, "subpixel": True}, shift, table),
         ],
         "diagnosis": scales.sweep_diagnosis(diagnose, (4, 16), ("MW",)),
-        "defence": defend("MW", ("jpeg:75", "noise:4")),
+        "defence": defend(("jpeg:75", "noise:4")),
         "robustness": scales.shift_and_random(partial(attack, attack=scales.EQUAL, steps=1, limit=2), "robustness"),
     }
     return Scale(victim, experiments)
