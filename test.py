@@ -65,9 +65,9 @@ def defence(text):
     return f"{text.partition(':')[0]}:{int(number) if number.is_integer() else number}"
 
 
-def class_or_any(text):
+def class_or_direction(text):
     """A value of --to."""
-    return None if text == "any" else command.natural_int(text)
+    return None if text == "any" else text if text in diagnosis.DIRECTIONS else command.natural_int(text)
 
 
 def make_parser():
@@ -109,7 +109,11 @@ def add_attack_arguments(parser):
     targets += "CSV file [image,]landmark,x,y in px of the original"
     add("--targets", default="random", metavar="SOURCE", help=targets)
     add("--measure", choices=diagnosis.MEASURE_NAMES, help="whose class is to change, see docs/diagnoses.md")
-    add("--to", type=class_or_any, metavar="CLASS", help="the class that it should become (default: any other)")
+    to = (
+        "the class that it should become (default: any other); or up, down: the measure is driven, as far as landmarks "
+    )
+    to += "moved by --shift-mm together change it"
+    add("--to", type=class_or_direction, metavar="CLASS", help=to)
     count = "landmarks that shift and common move"
     add("--shift-count", type=command.positive_int, default=5, metavar="N", help=count)
     add("--shift-mm", type=command.positive_float, default=8.0, metavar="MM", help="their displacement")
@@ -156,9 +160,10 @@ def parse_arguments(parser, argv):
         parser.error("--measure and --targets diagnosis: neither works without the other")
     if args.neighbours and args.targets != "shift":
         parser.error("--neighbours: needs --targets shift")
-    if args.measure and args.to not in (None, *(reachable := diagnosis.reachable_classes(args.measure))):
+    reachable = diagnosis.reachable_classes(args.measure) if args.measure else {}
+    if args.measure and args.to not in (None, *reachable, *diagnosis.DIRECTIONS):
         known = ", ".join(f"{number} ({meaning})" for number, meaning in reachable.items())
-        parser.error(f"--to {args.to}: {args.measure} can be moved to class {known}, or any")
+        parser.error(f"--to {args.to}: {args.measure} can be moved to class {known}, any, up or down")
     if args.transfer and not (args.save_adversarial or args.adversarial):
         parser.error("--transfer: needs --save-adversarial or --adversarial")
     if len({args.tag, *(args.transfer or ())}) <= len(args.transfer or ()):
@@ -300,7 +305,7 @@ def make_targets(args, detector, data, device, file):
             return data.ids, chosen_targets(args, data)
         if file.exists():
             return read_stored_targets(file, data)
-        return diagnosis.diagnosis_targets(clean, data, args.measure, args.to)
+        return diagnosis.diagnosis_targets(clean, data, args.measure, args.to, args.shift_mm)
 
     return distributed.on_main(find)
 

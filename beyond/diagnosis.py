@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
 from eval import SEEN, is_last, listed
 from readers.plausibility import faces_left
@@ -29,6 +30,7 @@ from targets import Targets
 
 MARGIN_MM = 1.0  # of ``least_movement``: how far beyond a threshold, as a movement of landmarks
 MOVED_MM = 0.1  # a landmark that moves less stays
+DIRECTIONS = {"up": 1, "down": -1}  # in which a measure is driven
 PENALTY = 1e3  # weight of violated bounds in ``least_movement``
 
 
@@ -189,6 +191,24 @@ def least_movement(points_px0, mm_per_px0, measure, to=None, margin_mm=MARGIN_MM
     return found
 
 
+def steepest_movement(points_px0, mm_per_px0, measure, direction, distance_mm):
+    """The movement of landmarks that changes a measure most: along its gradient, all together by ``distance_mm``.
+
+    Args:
+        points_px0, mm_per_px0, measure: see ``least_movement``.
+        direction: of ``DIRECTIONS``.
+        distance_mm: root of the sum of squares over landmarks; those that would move less than ``MOVED_MM`` stay.
+
+    Returns:
+        as ``least_movement``: none moves where landmarks that coincide leave no gradient.
+    """
+    start, mm_per_px0 = points_px0.double(), mm_per_px0.to(points_px0.device).double()
+    gradient = torch.func.vmap(torch.func.jacrev(measures))(start, mm_per_px0)[:, measure]
+    movement = DIRECTIONS[direction] * distance_mm * F.normalize(gradient.flatten(1), eps=0).view_as(start).nan_to_num()
+    movement[movement.norm(dim=-1) < MOVED_MM] = 0
+    return Targets(start + movement / mm_per_px0[:, None, None], (movement != 0).any(-1))
+
+
 def move(start, mm_per_px0, wanted, measure, steepness, margin_mm):
     """The least movement (N, 19, 2) in mm to the classes ``wanted`` (N, 8), by a penalty method.
 
@@ -224,13 +244,14 @@ def bounds(wanted, margin):
     return low + margin, high - margin
 
 
-def diagnosis_targets(clean, data, measure, to):
+def diagnosis_targets(clean, data, measure, to, distance_mm):
     """The patients whose class by a measure can be changed, and the targets that do it.
 
     Args:
         clean: (N, 19, 2) px0, the predictions on the clean images.
         data: dataset.Cephalograms of N images.
-        measure, to: see ``least_movement``; the measure by its name.
+        measure, to: see ``least_movement``; the measure by its name. Or a direction, see ``steepest_movement``.
+        distance_mm: of a movement in a direction.
 
     Returns:
         their ids, and targets.Targets.
@@ -239,12 +260,16 @@ def diagnosis_targets(clean, data, measure, to):
         InputError: there are none.
     """
     facing = turned_right(clean, data.reference_px0)
-    places, moved = least_movement(facing, data.mm_per_px0, MEASURE_NAMES.index(measure), to)
+    number = MEASURE_NAMES.index(measure)
+    if to in DIRECTIONS:
+        places, moved, _ = steepest_movement(facing, data.mm_per_px0, number, to, distance_mm)
+    else:
+        places, moved, _ = least_movement(facing, data.mm_per_px0, number, to)
     places = turned_right(places, data.reference_px0).round(decimals=4)  # as stored
     outside = ((places < 0) | (places > data.sizes.flip(-1)[:, None] - 1)).any(-1)
     possible = moved.any(-1) & ~(outside & moved).any(-1)
     ids = [id for id, attacked in zip(data.ids, possible.tolist(), strict=True) if attacked]
-    wanted = f"{measure} to {'another class' if to is None else f'class {to}'}"
+    wanted = f"{measure} {to if to in DIRECTIONS else 'to another class' if to is None else f'to class {to}'}"
     if not ids:
         raise InputError(f"--targets diagnosis: no patient has or can get {wanted} while the other classes stay")
     if len(ids) < len(data):
@@ -331,7 +356,7 @@ def changed_diagnoses(table, measure=None, to=None):
     Args:
         table: ``diagnose`` of an attack.
         measure: name of the measure that the attack is meant to change.
-        to: the class that it should have (None: any other than before).
+        to: the class that it should have (None, or a direction: any other than before).
 
     Returns:
         DataFrame with a row for each method, iteration and image: a bool for each measure, whether its class differs;
@@ -344,7 +369,7 @@ def changed_diagnoses(table, measure=None, to=None):
     others = changed.drop(columns=measure) if measure else changed
     changed = changed.assign(any=changed.any(axis=1))
     if measure:
-        wanted = changed[measure] if to is None else found[measure] == to
+        wanted = found[measure] == to if isinstance(to, int) else changed[measure]
         changed = changed.assign(**{"intended": wanted, "only intended": wanted & ~others.any(axis=1)})
     return changed
 

@@ -5,15 +5,18 @@ movement of landmarks that changes the class by this measure and none of the sev
 patients whose class by this measure then differs from that on the clean image; *only intended*, of those whose seven
 other classes are the same; *any*, of patients with any other class. Noise is uniform, of the same epsilon. Patients
 for whom no such movement is found are left out. The yardstick is how often two doctors, who marked the same
-radiographs, disagree.
+radiographs, disagree. *Driven*: landmarks are moved where a measure rises or falls most, by a distance that is the root
+of the sum of squares over landmarks. *Delivered*: the attacked images stored as files and read again.
 """
+
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
 
-from beyond.diagnosis import MEASURE_NAMES, changed_diagnoses, classes, diagnose, measures, turned_right
-from eval import named
+from beyond.diagnosis import DIRECTIONS, MEASURE_NAMES, changed_diagnoses, classes, diagnose, measures, turned_right
+from eval import interval, named, read_records
 from experiments.markdown import fold_intervals, markdown
 from experiments.results import Result, clean_and_last, last, of_role, rate, read_marks
 from readers.images import read_image
@@ -43,17 +46,25 @@ LINES = {  # of each measure
 
 def publish(results, data, out):
     """Write tables and charts to ``out``; return the section of the report."""
-    runs = collect(results)
-    records, changed = (pd.concat(tables) for tables in zip(*runs, strict=True))
-    table, doctors = pd.DataFrame(compute(changed)), compute_doctors(records, changed, data)
-    movements, patient = pd.DataFrame(compute_movements(changed)), find_patient(runs)
-    write_table(out / "diagnosis.csv", table)
-    write_table(out / "diagnosis_doctors.csv", doctors)
-    write_table(out / "diagnosis_movements.csv", movements)
-    write_table(out / "diagnosis_landmarks.csv", compute_landmarks(records))
-    plot(table, compared(changed), doctors, out / "diagnosis.png")
-    plot_patient(*patient, data, out / "diagnosis_patient.png")
-    return render(table, doctors, movements, patient)
+    driven = [result for result in results if result.labels.get("to") in DIRECTIONS]
+    runs, text = collect([result for result in results if result not in driven]), ""
+    if runs:
+        records, changed = (pd.concat(tables) for tables in zip(*runs, strict=True))
+        table, doctors = pd.DataFrame(compute(changed)), compute_doctors(records, changed, data)
+        movements, patient = pd.DataFrame(compute_movements(changed)), find_patient(runs)
+        write_table(out / "diagnosis.csv", table)
+        write_table(out / "diagnosis_doctors.csv", doctors)
+        write_table(out / "diagnosis_movements.csv", movements)
+        write_table(out / "diagnosis_landmarks.csv", compute_landmarks(records))
+        plot(table, compared(changed), doctors, out / "diagnosis.png")
+        plot_patient(*patient, data, out / "diagnosis_patient.png")
+        text += render(table, doctors, movements, patient)
+    for name, compute_rows in {"driven": partial(compute_driven, data=data), "delivered": compute_delivered}.items():
+        rows = [row for result in results for row in compute_rows(result)]
+        if rows:
+            write_table(out / f"diagnosis_{name}.csv", pd.DataFrame(rows))
+            text += f"\n{name.capitalize()}:\n\n{markdown(fold_intervals(pd.DataFrame(rows)))}"
+    return text
 
 
 def collect(results):
@@ -125,26 +136,69 @@ def compute_landmarks(records):
     return groups.agg(**columns).reset_index()
 
 
-def compute_doctors(records, changed, data):
-    """How often two doctors' classes differ for the attacked patients, in %: a row for each measure, and their mean.
+def compute_driven(result, data):
+    """Rows of how far a measure was driven, in its unit, and what that means for its class, one for each method."""
+    labels = result.labels
+    if labels.get("to") not in DIRECTIONS:
+        return
+    records = clean_and_last(result.attacked())
+    table = diagnose(records).query("measure == @labels['measure']")
+    apart, _ = doctors_apart(records, data)
+    usual = apart[labels["measure"]].mean()
+    for method, rows in table.groupby("method", sort=False):
+        before, after = (found.reset_index(drop=True) for _, found in rows.groupby("iteration"))  # of the same images
+        change = after["value"] - before["value"]
+        row = {**labels, "method": method, "patients": len(change), "unit": rows["unit"].iloc[0]}
+        row |= named("change", *interval(change.to_numpy(), np.median)) | {"doctors_apart": usual}
+        row |= named("beyond_doctors_%", *rate(after, change.abs() > usual, "measure"))
+        row |= named("class_changed_%", *rate(after, after["class"] != before["class"], "measure"))
+        for when, found in {"before": before, "after": after}.items():
+            row[f"class_wrong_{when}_%"] = 100 * (found["class"] != found["true_class"]).mean()
+        yield row
 
-    No row where not every patient was marked by two doctors.
+
+def compute_delivered(result):
+    """Rows of intended changes that are left in the stored images, one for each method and way of storing."""
+    file = result.folder / "read_back.csv"
+    if not file.exists():
+        return
+    labels = {name: result.labels[name] for name in ("measure", "epsilon")}
+    clean, stored = result.predictions().query("iteration == 0"), read_records([file])
+    for (method, detector, form), rows in stored.groupby(["method", "detector", "stored"], sort=False):
+        records = pd.concat([clean[clean["method"] == method], rows])
+        changed = changed_diagnoses(diagnose(records), labels["measure"], result.labels.get("to"))
+        found = changed.query("iteration > 0").reset_index().assign(**labels)
+        row = {**labels, "method": method, "detector": detector, "stored": form, "patients": len(found)}
+        yield row | named("intended_%", *rate(found, found["intended"], "measure"))
+
+
+def doctors_apart(records, data):
+    """How two doctors' measures of the attacked patients differ: tables (patients, measures) of the absolute difference
+    and of whether the classes do. Empty where not every patient was marked by two doctors.
     """
     spacing = records.groupby("image")["mm_per_px0"].first()
     marks = read_marks(data, "test", spacing.index)
     points = torch.tensor(np.reshape([*marks.values()], (-1, 2, len(LANDMARKS), 2)))
     mm_per_px0, points = torch.tensor(spacing[[*marks]].to_numpy()), turned_right(points, points.mean(1))
-    senior, junior = (classes(measures(marked, mm_per_px0)).numpy() for marked in points.unbind(1))
-    differ = pd.DataFrame(senior != junior, [*marks], MEASURE_NAMES)
-    rows = []
+    senior, junior = (measures(marked, mm_per_px0) for marked in points.unbind(1))
+    differ = abs(senior - junior), classes(senior) != classes(junior)
+    return [pd.DataFrame(values.numpy(), [*marks], MEASURE_NAMES) for values in differ]
+
+
+def compute_doctors(records, changed, data):
+    """How often two doctors' classes differ for the attacked patients, in %: a row for each measure, and their mean.
+
+    No row where not every patient was marked by two doctors.
+    """
+    rows, (_, differ) = [], doctors_apart(records, data)
     for measure in MEASURE_NAMES:
         images = changed.loc[changed["measure"] == measure, "image"].unique()
-        if len(images) and marks.keys() >= {*images}:
-            share = 100 * differ.loc[images, measure].mean()
-            rows.append({"measure": measure, "patients": len(images), "disagree_%": share})
+        if len(images) and {*differ.index} >= {*images}:
+            disagree = 100 * differ.loc[images, measure].mean()
+            rows.append({"measure": measure, "patients": len(images), "disagree_%": disagree})
     table = pd.DataFrame(rows, columns=["measure", "patients", "disagree_%"])
     if rows:
-        table.loc[len(rows)] = [POOLED, len(spacing), table["disagree_%"].mean()]
+        table.loc[len(rows)] = [POOLED, records["image"].nunique(), table["disagree_%"].mean()]
     return table
 
 
@@ -250,5 +304,5 @@ def check(results):
             raise InputError(
                 f"{folder}: not an attack on a diagnosis; give output folders of test.py --targets diagnosis"
             )
-        labelled.append(Result({name: config[name] for name in ("measure", "epsilon", "to")}, folder))
+        labelled.append(Result({name: config[name] for name in ("measure", "epsilon", "to", "shift_mm")}, folder))
     return labelled

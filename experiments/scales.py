@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from beyond.diagnosis import MEASURE_NAMES
+from beyond.diagnosis import DIRECTIONS, MEASURE_NAMES
 
 WORD = "MICCAI"
 DEMO_IMAGES = "154", "153", "151", "157"  # on which the demo writes its letters
@@ -33,6 +33,7 @@ EVALUATION = (
     "211 207 280 300 218 241 299 252 274 272 228 205 230 273 234 226 215 286 253 216 221 258"
 )
 SMALL = {"batch_size": 4, "schedule": "cosine"}
+DELIVERED = {"grey": True, "save_adversarial": True}  # as an attacker must who only has a file
 
 
 class Checkpoint(NamedTuple):
@@ -133,13 +134,26 @@ def sweep_count(attack, counts):
     return [attack("count", f"{count}", {"|T|": count}, **NEAR, shift_count=count) for count in counts]
 
 
-def sweep_diagnosis(attack, epsilons, measures=MEASURE_NAMES, suffix=""):
+def sweep_diagnosis(attack, epsilons, measures=MEASURE_NAMES, suffix="", **options):
     """Attacks on the diagnosis by each clinical measure at several epsilons."""
+    options["targets"] = "diagnosis"
     runs = []
     for value in epsilons:
         for measure in measures:
             labels = {"measure": measure, "epsilon": value}
-            runs.append(attack("diagnosis", f"{measure}_{value:g}{suffix}", labels, targets="diagnosis", **labels))
+            runs.append(attack("diagnosis", f"{measure}_{value:g}{suffix}", labels, **options, **labels))
+    return runs
+
+
+def drive_diagnosis(attack, strengths, measures=MEASURE_NAMES):
+    """Attacks that raise and lower each clinical measure; ``strengths``: list of (epsilon, movement in mm)."""
+    runs = []
+    for epsilon, mm in strengths:
+        for measure in measures:
+            for to in DIRECTIONS:
+                labels = {"measure": measure, "to": to, "epsilon": epsilon, "shift_mm": mm}
+                name = f"{measure}_{to}_{epsilon:g}_{mm:g}_mm"
+                runs.append(attack("diagnosis", name, labels, targets="diagnosis", **labels))
     return runs
 
 
@@ -206,6 +220,7 @@ def paper(splits, ids):
     """As published, for GPUs: an hour at half of an H200's peak in bf16."""
     victim, few = "800x640", {"steps": 100, "images": ids[:50]}
     attack = partial(test, victim)
+    diagnose = partial(attack, attack="Vote-PGD", images=ids[:20], subpixel=True)
     shift, random = shift_and_random(partial(attack, attack=BEST, steps=100))
     random = [  # the paper's attacks with its 300 iterations
         random._replace(options=random.options | {"attack": PAPER, "steps": 300}),
@@ -225,21 +240,25 @@ def paper(splits, ids):
             train("batch-norm", size=(800, 640), encoder_weights="none", encoder_batch_norm=True),
             *causes({"attack": BEST, **NEAR, "epsilon": 8, **few}, shift, PAPER_CAUSES),
         ],
-        "diagnosis": sweep_diagnosis(
-            partial(attack, attack=("Vote-PGD", "noise"), steps=50, images=ids[:50], subpixel=True), EPSILONS
-        ),
+        "diagnosis": [
+            *sweep_diagnosis(
+                partial(attack, attack=("Vote-PGD", "noise"), steps=50, images=ids[:40], subpixel=True), EPSILONS
+            ),
+            *drive_diagnosis(partial(diagnose, steps=25), [(4, 8)]),
+            *sweep_diagnosis(partial(diagnose, steps=50), (4,), ("ANB",), "_stored", **DELIVERED),
+        ],
         "defence": sweep_defence(victim, {"steps": 100, "images": ids[:40]}, robust, splits[0], (2, 4, 8, 16, 32), 300),
         "robustness": shift_and_random(partial(attack, attack=EQUAL, steps=100, images=ids[:30]), "robustness"),
     }
     return Scale(victim, experiments)
 
 
-def neighbours(detector, count):
-    """Answers to the question of what the neighbours of displaced landmarks do."""
-    return {name: (detector, {"shift_count": count} | options) for name, options in NEIGHBOURS.items()}
+def neighbours(detector):
+    """Answers to the question of what the neighbours of a displaced landmark do."""
+    held = {"attack": ADAPTIVE, "shift_count": 1}
+    return {"held": (detector, held), **{do: (detector, {**held, "neighbours": do}) for do in ("along", "free")}}
 
 
-NEIGHBOURS = {"held": {}, "along": {"neighbours": "along"}, "free": {"neighbours": "free"}}
 PAPER_CAUSES = {
     "encoder's initial weights": {"random": ("random-encoder", {}), "as given": None},
     "epochs of training": {"10": ("800x640", {"iteration": 9}), "60": ("800x640", {"iteration": 59}), "230": None},
@@ -247,7 +266,7 @@ PAPER_CAUSES = {
     "statistics of batch norm": {"of the training": None, "of the image": ("800x640", {"batch_statistics": True})},
     "batch norm in the encoder, from random weights": {"no": ("random-encoder", {}), "yes": ("batch-norm", {})},
     "channels of the perturbation": {"one": ("800x640", {"grey": True}), "three": None},
-    "neighbours of a displaced landmark": neighbours("800x640", 1),
+    "neighbours of a displaced landmark": neighbours("800x640"),
 }
 
 
@@ -256,6 +275,7 @@ def cpu(splits, ids):
     victim, few = "200x160", {"images": ids[:20], "steps": 30}
     learn = partial(train, size=(200, 160), epochs=50, schedule="cosine", checkpoint_every=50)
     attack = partial(test, victim, subpixel=True)
+    diagnose = partial(attack, attack="Vote-PGD", steps=10)
     equal = {"steps": 100, "images": ids[:50], "epsilon": 8}
     shift, random = shift_and_random(partial(attack, attack=EQUAL, **equal), "robustness")
     equal["attack"] = LOSSES_AND_SCHEDULES
@@ -286,6 +306,8 @@ def cpu(splits, ids):
             *sweep_diagnosis(partial(attack, images=ids[:30], attack=("Vote-PGD", "noise"), steps=10), EPSILONS),
             # steps of 0.05 epsilon take 20 iterations to the bound
             *sweep_diagnosis(partial(attack, images=ids[:30], attack=PAPER, steps=20), (4,), suffix="_paper"),
+            *drive_diagnosis(partial(diagnose, images=ids[:20]), [(2, 8), (4, 8), (8, 8), (4, 2)]),
+            *sweep_diagnosis(partial(diagnose, images=ids[:50]), (4,), ("ANB", "SNB"), "_stored", **DELIVERED),
         ],
         "defence": sweep_defence(victim, few, robust, splits[0], (2, 4, 8, 16, 32), 100),
     }
@@ -296,7 +318,7 @@ CPU_CAUSES = {
     "encoder's initial weights": {"random": ("random-encoder", {}), "as given": None},
     "statistics of batch norm": {"of the training": None, "of the image": ("200x160", {"batch_statistics": True})},
     "channels of the perturbation": {"one": ("200x160", {"grey": True}), "three": None},
-    "neighbours of a displaced landmark": neighbours("200x160", 1),
+    "neighbours of a displaced landmark": neighbours("200x160"),
 }
 OUTPUTS = {
     f"output of the network, {name}, epsilon {epsilon}": {
@@ -358,7 +380,10 @@ def quick(splits, ids):
             train("batch-norm", size=(50, 40), **start, encoder_weights="none", encoder_batch_norm=True),
             *causes(vary, shift, QUICK_CAUSES),
         ],
-        "diagnosis": sweep_diagnosis(partial(attack, attack=ALL, steps=10, images=ids[:4]), (4, 16), ("ANB", "MW")),
+        "diagnosis": [
+            *sweep_diagnosis(partial(attack, attack=ALL, steps=10, images=ids[:4]), (4, 16), ("ANB", "MW")),
+            *drive_diagnosis(partial(attack, attack="Vote-PGD", steps=10, images=ids[:4]), [(8, 8)], ("MW",)),
+        ],
         "defence": sweep_defence(victim, {"steps": 10, "images": ids[:4]}, robust, splits[0], (8, 32), 30),
         "robustness": shift_and_random(partial(attack, attack=EQUAL, steps=10, images=ids[:4]), "robustness"),
     }
@@ -371,7 +396,7 @@ QUICK_CAUSES = {
     "batch norm in the encoder, from random weights": {"no": ("random-encoder", {}), "yes": ("batch-norm", {})},
     "statistics of batch norm": {"of the training": SMALLEST, "of the image": ("50x40", {"batch_statistics": True})},
     "channels of the perturbation": {"one": ("50x40", {"grey": True}), "three": SMALLEST},
-    "neighbours of a displaced landmark": neighbours("50x40", 1),
+    "neighbours of a displaced landmark": neighbours("50x40"),
     "input size (px)": {"50 x 40": SMALLEST, "100 x 80": None},
 }
 

@@ -675,7 +675,7 @@ BAD_ARGUMENTS = {
     "a class without diagnosis": (["--attack", 1, "--to", 2], "--to: needs --measure"),
     "a class that there is not": (
         ["--attack", 1, "--targets", "diagnosis", "--measure", "MW", "--to", 2],
-        "--to 2: MW can be moved to class 1 (normal), 3 (anterior cross bite), 4 (overjet), or any",
+        "--to 2: MW can be moved to class 1 (normal), 3 (anterior cross bite), 4 (overjet), any, up or down",
     ),
     "a class that is no number": (["--attack", 1, "--to", "II"], "argument --to"),
     "unknown attack": (["--attack", "PGD"], "'PGD' is not one of 0, 1"),

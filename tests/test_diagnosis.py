@@ -20,6 +20,7 @@ from beyond.diagnosis import (
     least_movement,
     measures,
     reachable_classes,
+    steepest_movement,
     summarize_changes,
     summarize_diagnoses,
 )
@@ -149,7 +150,8 @@ def test_no_attacked_landmark_turns_a_head(known):
         assert table[table["measure"] == "MW"]["value"].tolist() == pytest.approx([-3, -3] if known else [3, -3])
 
 
-def test_targets_of_a_head_that_faces_left_are_the_mirrored_ones():
+@pytest.mark.parametrize("to", [3, "up"])
+def test_targets_of_a_head_that_faces_left_are_the_mirrored_ones(to):
     found = {}
     for name, place in (
         ("right", lambda points: points),
@@ -158,7 +160,7 @@ def test_targets_of_a_head_that_faces_left_are_the_mirrored_ones():
         points = place(plausible(6))
         data = Cephalograms.__new__(Cephalograms)
         vars(data).update(vars(images([*"abcdef"], points.numpy())), sizes=torch.tensor([[2400, 1935]] * 6))
-        ids, targets = diagnosis_targets(points, data, "APDI", 3)
+        ids, targets = diagnosis_targets(points, data, "APDI", to, 8.0)
         found[name] = ids, place(targets.places), targets.targeted
     assert found["right"][0] == found["left"][0] and len(found["left"][0]) >= 3
     assert torch.allclose(found["right"][1], found["left"][1], atol=2e-4)
@@ -193,7 +195,7 @@ def test_the_least_movement_of_the_overjet_by_hand():
     """Both incisors move by the same amount along their line: each by half of 1.5 mm and of the margin, sqrt(2) mm."""
     points = plausible()
     points[0, 10], points[0, 11] = torch.tensor([1000.0, 1500.0]), torch.tensor([1018.0, 1524.0])  # 3 mm
-    found, moved = least_movement(points, torch.tensor([0.1]), MEASURE_NAMES.index("MW"), to=4)
+    found, moved, _ = least_movement(points, torch.tensor([0.1]), MEASURE_NAMES.index("MW"), to=4)
     assert moved.nonzero().tolist() == [[0, 10], [0, 11]]
     step = 10 * (1.5 + math.sqrt(2)) / 2 * torch.tensor([0.6, 0.8])
     assert torch.allclose(found[0, [10, 11]] - points[0, [10, 11]], torch.stack([-step, step]).double(), atol=0.05)
@@ -203,7 +205,7 @@ def test_the_least_movement_of_the_overjet_by_hand():
 def test_the_least_movement_changes_one_class_and_is_least(measure):
     points, mm = plausible(12), torch.full((12,), 0.1)
     before = classes(measures(points, 0.1))
-    places, moved = least_movement(points, mm, measure)
+    places, moved, _ = least_movement(points, mm, measure)
     possible = moved.any(1)
     assert possible.sum() >= 6 and torch.equal(places[~possible], points[~possible])
     after = classes(measures(places, 0.1))
@@ -221,16 +223,34 @@ def test_the_least_movement_changes_one_class_and_is_least(measure):
 def test_no_movement_where_none_is_needed_or_possible():
     points, mm = plausible(12), torch.full((12,), 0.1)
     before = classes(measures(points, 0.1))[:, 0]
-    _, moved = least_movement(points, mm, 0, to=1)
+    _, moved, _ = least_movement(points, mm, 0, to=1)
     assert not moved[before == 1].any() and (before == 1).any()
     points[0, 10] = points[0, 11]  # the angle and the distance of coinciding landmarks have no gradient
     points[1, :] = 500
-    _, moved = least_movement(points, mm, MEASURE_NAMES.index("MW"))
+    _, moved, _ = least_movement(points, mm, MEASURE_NAMES.index("MW"))
     assert not moved[:2].any() and moved[2:].any(1).all()
     # retrognathic maxilla, prognathic mandible: ANB is below 0.7 degrees whatever moves
     contradiction = patient(L1=(500, 500), L2=NASION, L5=polar(105, 600, NASION), L6=polar(99, 900, NASION))
     assert classes(measures(contradiction, 0.1))[0, :3].tolist() == [3, 3, 3]
     assert not least_movement(contradiction, mm[:1], 0).targeted.any()
+
+
+@pytest.mark.parametrize("name", MEASURE_NAMES)
+def test_a_measure_is_driven_as_far_as_a_movement_can(name):
+    """Of movements of 1 mm, none of a hundred random ones changes it more."""
+    start, mm, measure = plausible(), torch.tensor([0.1]), MEASURE_NAMES.index(name)
+    before = measures(start, mm)[0, measure]
+    rng = np.random.default_rng(0)
+    for direction, sign in (("up", 1), ("down", -1)):
+        found = steepest_movement(start, mm, measure, direction, 1.0)
+        movement = (found.places - start)[0]
+        assert 0.1 * movement.norm() == pytest.approx(1, abs=0.02) and (movement[~found.targeted[0]] == 0).all()
+        change = sign * (measures(found.places, mm)[0, measure] - before)
+        for _ in range(100):
+            other = torch.from_numpy(rng.normal(size=(19, 2)))
+            assert sign * (measures(start + 10 * other / other.norm(), mm)[0, measure] - before) < change
+    start[:, 10] = start[:, 11]
+    assert not steepest_movement(start, mm, MEASURE_NAMES.index("MW"), "up", 1.0).targeted.any()
 
 
 def test_classes_to_aim_at():

@@ -55,7 +55,10 @@ def tiny(splits, ids):
             scales.train("normed", **SMALL, encoder_batch_norm=True),
             *scales.causes({"attack": PAPER, **NEAR, **few, "subpixel": True}, shift, table),
         ],
-        "diagnosis": scales.sweep_diagnosis(diagnose, (4, 16), ("MW",)),
+        "diagnosis": [
+            *scales.sweep_diagnosis(diagnose, (4, 16), ("MW",), **scales.DELIVERED),
+            *scales.drive_diagnosis(diagnose, [(4, 8)], ("MW",)),
+        ],
         "defence": defend(("jpeg:75", "noise:4")),
         "robustness": scales.shift_and_random(partial(attack, attack=scales.EQUAL, steps=1, limit=2), "robustness"),
     }
@@ -331,6 +334,17 @@ def check_numbers(work):
     for method in ("ATI-FGSM", "noise"):
         for share in ("intended", "only intended", "any"):
             assert table.loc[(16, method, "MW"), f"{share}_%"] == changes.loc[(method, 1, share), "changed_%"]
+    delivered = pd.read_csv(work / "results" / "cpu" / "diagnosis_delivered.csv").set_index(
+        ["epsilon", "method", "stored"]
+    )
+    assert delivered.loc[(16, "ATI-FGSM", "in memory"), "intended_%"] == table.loc[(16, "ATI-FGSM", "MW"), "intended_%"]
+    assert {"8-bit original", "JPEG original"} < {*delivered.index.unique("stored")}
+    driven = pd.read_csv(work / "results" / "cpu" / "diagnosis_driven.csv").query("method == 'ATI-FGSM'")
+    for to, row in driven.set_index("to").iterrows():
+        values = pd.read_csv(folder_of.parent / f"MW_{to}_4_8_mm" / "measures.csv").query("measure == 'MW'")
+        first, final = (values.query("method == 'ATI-FGSM' and iteration == @i").set_index("image") for i in (0, 1))
+        assert row["change"] == pytest.approx((final["value"] - first["value"]).median(), abs=1e-3)
+        assert row["class_wrong_after_%"] == pytest.approx(100 * (final["class"] != final["true_class"]).mean())
     config = read_config(folder / "config.json")
     assert config["subpixel"] is True and config["seed"] == 0
 
