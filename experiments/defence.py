@@ -112,7 +112,7 @@ def conditions(labels, result):
 def compute_attack(labels, result):
     """The outcome of each method under each condition."""
     table = pd.concat(outcome(rows, condition) for condition, rows in conditions(labels, result))
-    shown = ["images", "clean_mre_mm", "targeted", "targeted_mre_mm"]
+    shown = ["images", "clean_mre_mm", "targeted", "start_mm", "targeted_mre_mm"]
     shown += [f"{name}{end}" for name in ("within_4mm_%", "stationary_within_4mm_%") for end in ("", "_low", "_high")]
     return table[[*RUN, *CONDITION, "method", *shown]]
 

@@ -158,25 +158,28 @@ def drive_diagnosis(attack, strengths, measures=MEASURE_NAMES):
 
 
 def sweep_defence(plain, few, training, split, epsilons, more_steps, inputs=INPUT_DEFENCES):
-    """Input defences and adversarial training of a detector, and the checks for masked gradients.
+    """Input defences of a detector, adversarial training beside a clean one as long, checks for masked gradients.
 
     Args:
         plain: the detector.
         few: options of the attacks: their steps and images.
-        training: options of the adversarial training.
+        training: options of both trainings.
         more_steps: of an attack.
     """
-    robust = f"{plain}-adversarial"
+    robust, longer = f"{plain}-adversarial", f"{plain}-longer"
     run = partial(test, experiment="defence", labels={})
     accuracy = partial(run, name="accuracy", split=split, subpixel=True)
     attack = partial(run, **few, **NEAR, subpixel=True)
     return [
         train(robust, adversarial=True, **training),
+        train(longer, **training),
         accuracy(plain, defence=inputs),
         accuracy(robust),
+        accuracy(longer),
         attack(plain, name="input", epsilon=8, attack=ADAPTIVE, defence=inputs, save_adversarial=True, transfer=robust),
         attack(plain, name="evasive", epsilon=8, attack="evasive-Vote-PGD"),
         *(attack(robust, name=f"{epsilon:g}", attack=ADAPTIVE, epsilon=epsilon) for epsilon in epsilons),
+        attack(longer, name="8", attack=ADAPTIVE, epsilon=8),
         attack(robust, name="more_steps", attack=ADAPTIVE, epsilon=8, steps=more_steps),
         attack(robust, name="random_search", attack="random-search", epsilon=8),
     ]
