@@ -2,7 +2,6 @@
 
     python reproduce.py --scale paper                       # as published; for GPUs
     python reproduce.py --scale cpu                         # a quarter of the size; two cores, two nights
-    python reproduce.py --scale cpu-full                    # then at full size, on few images; another night
     python reproduce.py --scale quick --data phantoms       # to see that everything works
     python reproduce.py --scale demo                        # on phantoms that it draws; two cores, twenty minutes
     python reproduce.py --scale cpu --only epsilon          # one experiment
@@ -47,13 +46,15 @@ PROGRAMS = {"phantom.py": phantom, "train.py": train, "test.py": test}
 def parse_arguments():
     parser = command.Parser("Run the paper's experiments and write a report of them.")
     add = parser.add_argument
-    scales = "paper: as published; cpu: a quarter of its size; cpu-full: from there to its size, few images; quick: to "
-    scales += "see that everything works; demo: detection and attack on phantoms, needs no data"
+    scales = (
+        "paper: as published; cpu: a quarter of its size; quick: to see that everything works; demo: detection and "
+    )
+    scales += "attack on phantoms, needs no data"
     add("--scale", choices=SCALES, required=True, help=scales)
     command.add_data_arguments(parser)
     some = f"some of {', '.join(report.EXPERIMENTS)} (default: all of the scale)"
     add("--only", nargs="+", choices=report.EXPERIMENTS, metavar="EXPERIMENT", help=some)
-    weights = "imagenet, none, or a file, see train.py; not for cpu-full (default: imagenet; quick, demo: none)"
+    weights = "imagenet, none, or a file, see train.py (default: imagenet; quick, demo: none)"
     add("--encoder-weights", metavar="SOURCE", help=weights)
     add("--list", action="store_true", help="show the commands, and what they would take on this machine; run nothing")
     add("--name", type=command.tag, help="of results/NAME/ and runs/NAME-... (default: the scale)")
@@ -62,8 +63,6 @@ def parse_arguments():
     add("--precision", choices=["fp32", "bf16"], help=precision)
     args = parser.parse_args()
     args.name = args.name or args.scale
-    if args.scale == "cpu-full" and args.encoder_weights:
-        parser.error("--scale cpu-full: starts from the detector of --scale cpu; omit --encoder-weights")
     args.encoder_weights = args.encoder_weights or ("none" if args.scale in ("quick", "demo") else "imagenet")
     if args.scale == "demo":
         if args.data != parser.get_default("data"):
@@ -172,19 +171,18 @@ class Plan(NamedTuple):
     def out(self):
         return RESULTS / self.name
 
-    def folder(self, detector, scale=None):
-        """The folder of a detector of this scale, or of another."""
-        return RUNS / f"{scale or self.name}-{detector}"
+    def folder(self, detector):
+        """The folder of a detector."""
+        return RUNS / f"{self.name}-{detector}"
 
     def result(self, run):
         """The folder of a run's results."""
-        return self.folder(run.detector, run.scale) / run.experiment / run.name
+        return self.folder(run.detector) / run.experiment / run.name
 
     def commands(self, experiment):
         """The command lines (program, argument, ...) of an experiment, each once; not those of other experiments."""
         runs = self.scale.experiments[experiment]
-        made = [run for run in runs if run.scale is None and run.experiment in ("", experiment)]
-        return list(dict.fromkeys(map(self.command, made)))
+        return list(dict.fromkeys(self.command(run) for run in runs if run.experiment in ("", experiment)))
 
     def command(self, run):
         options = dict(run.options)
@@ -204,7 +202,7 @@ class Plan(NamedTuple):
 
     def weights(self, checkpoint):
         """The file of a Checkpoint."""
-        return checkpoint_path(self.folder(checkpoint.detector, checkpoint.scale), checkpoint.epoch)
+        return checkpoint_path(self.folder(checkpoint.detector), checkpoint.epoch)
 
     def results(self, experiment):
         """What an experiment reports on, as results.Result."""
@@ -243,18 +241,14 @@ def find_images(args):
 
 
 def check_order(plan):
-    """Refuse experiments that depend on others, or on another scale, which have not been run."""
+    """Refuse experiments that depend on others which have not been run."""
     trained = is_trained(plan.folder(plan.scale.victim))
     for name in plan.chosen:
         needed = [] if trained or name == "detection" else ["detection"]
         for run in plan.scale.experiments[name]:
-            init = run.options.get("init")
-            file = plan.weights(init) if init else plan.result(run) / "predictions.csv"
-            if (init or run).scale and not file.exists():
-                raise InputError(f"--only {name}: {file} of another scale is missing; run that scale first")
-            if run.name and not file.exists():
+            if run.name and not (plan.result(run) / "predictions.csv").exists():
                 needed.append(run.experiment)
-            elif run.name and (run.scale or run.experiment not in plan.chosen):
+            elif run.name and run.experiment not in plan.chosen:
                 check_precision(plan, name, plan.result(run))
         for other in needed:
             if other not in plan.chosen:

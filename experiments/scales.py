@@ -41,7 +41,6 @@ class Checkpoint(NamedTuple):
 
     detector: str
     epoch: int
-    scale: str | None = None  # that trains it; None: this one
 
 
 class Run(NamedTuple):
@@ -53,7 +52,6 @@ class Run(NamedTuple):
     labels: dict = {}  # noqa: RUF012 never changed; columns of the experiment's table
     experiment: str = ""  # that makes it; "": the one that lists it
     name: str = ""  # of its results: <experiment>/<name> below the detector's folder
-    scale: str | None = None  # that makes it; None: this one
 
 
 class Scale(NamedTuple):
@@ -333,74 +331,39 @@ OUTPUTS = {
 }
 
 
-def cpu_full(splits, ids):
-    """800 x 640 px, coarse to fine from the detector of the scale cpu: two cores, another night."""
-    victim, attacks = "800x640", {"attack": BEST, "epsilon": 8, "subpixel": True}
-    attack = partial(test, victim, **attacks, images=ids[:20], batch_size=1)
-    shift = compare(partial(attack, steps=30), "shift", "Displacements of 8 mm, epsilon 8", **NEAR)
-    random = compare(partial(attack, steps=75), "random", "Random targets, epsilon 8", **FAR)
-    smaller = test("200x160", "robustness", "shift", {"question": "input size (px)", "answer": "200 x 160"})
-    sizes = {"input size (px)": {"400 x 320": ("400x320", {}), "800 x 640": None}}
-    refined = partial(refine, lr=3e-4)
-    experiments = {
-        "detection": [
-            refined("400x320", (400, 320), Checkpoint("200x160", 49, "cpu"), 5),
-            refined(victim, (800, 640), Checkpoint("400x320", 4), 13, batch_size=2),
-            *detection(victim, splits),
-        ],
-        "attack": [shift, random],
-        "fancy": spell(partial(test, "400x320", **{**attacks, "attack": ADAPTIVE}, steps=100), ids),
-        "causes": [
-            smaller._replace(scale="cpu"),
-            *causes({**attacks, **NEAR, "attack": PAPER, "images": ids[:20], "steps": 30}, shift, sizes),
-        ],
-    }
-    return Scale(victim, experiments)
-
-
 def quick(splits, ids):
     """To see that everything works, on phantoms for example."""
-    victim = "100x80"
-    attack = partial(test, victim, subpixel=True)
-    ati = partial(attack, attack="ATI-FGSM", steps=20, images=ids[:3])
-    shift, random = shift_and_random(partial(attack, attack=BEST, steps=30, images=ids[:4]))
-    start = {**SMALL, "epochs": 16, "checkpoint_every": 16}
-    vary = {"attack": PAPER, **NEAR, "epsilon": 8, "steps": 30, "images": ids[:4], "subpixel": True}
+    victim, few = "100x80", ids[:4]
+    learn = partial(train, size=(100, 80), **SMALL, epochs=16, checkpoint_every=16)
+    attack = partial(test, victim, subpixel=True, images=few)
+    shift, random = shift_and_random(partial(attack, attack=BEST, steps=30))
+    vary = {"attack": PAPER, **NEAR, "epsilon": 8, "steps": 30, "images": few, "subpixel": True}
     robust = {"size": (100, 80), "init": Checkpoint(victim, 15), **SMALL, "lr": 3e-4, "epochs": 3}
     experiments = {
-        "detection": [train(victim, size=(100, 80), **start), *detection(victim, splits)],
+        "detection": [learn(victim), *detection(victim, splits)],
         "attack": [shift, random],
-        "epsilon": sweep_epsilon(ati, dict.fromkeys(TARGETS, (2, 8, 32))),
-        "count": sweep_count(partial(ati, epsilon=8), (1, 19)),
-        "fancy": [
-            refine("200x160", (200, 160), Checkpoint(victim, 15), lr=5e-4, epochs=8),
-            refine("400x320", (400, 320), Checkpoint("200x160", 7), lr=3e-4, epochs=4),
-            *spell(partial(test, "400x320", subpixel=True, attack="Vote-PGD", epsilon=8, steps=200), ids),
-        ],
+        "epsilon": sweep_epsilon(partial(attack, attack="ATI-FGSM", steps=20), dict.fromkeys(TARGETS, (2, 8, 32))),
+        "count": sweep_count(partial(attack, attack="ATI-FGSM", steps=20, epsilon=8), (1, 19)),
+        "fancy": spell(partial(attack, attack="Vote-PGD", epsilon=8, steps=200), ids),
         "causes": [
-            train("50x40", size=(50, 40), **start),
-            train("random-encoder", size=(50, 40), **start, encoder_weights="none"),
-            train("batch-norm", size=(50, 40), **start, encoder_weights="none", encoder_batch_norm=True),
+            learn("random-encoder", encoder_weights="none"),
+            learn("batch-norm", encoder_weights="none", encoder_batch_norm=True),
             *causes(vary, shift, QUICK_CAUSES),
         ],
         "diagnosis": [
-            *sweep_diagnosis(partial(attack, attack=ALL, steps=10, images=ids[:4]), (4, 16), ("ANB", "MW")),
-            *drive_diagnosis(partial(attack, attack="Vote-PGD", steps=10, images=ids[:4]), [(8, 8)], ("MW",)),
+            *sweep_diagnosis(partial(attack, attack=ALL, steps=10), (4, 16), ("ANB", "MW")),
+            *drive_diagnosis(partial(attack, attack="Vote-PGD", steps=10), [(8, 8)], ("MW",)),
         ],
-        "defence": sweep_defence(victim, {"steps": 10, "images": ids[:4]}, robust, splits[0], (8, 32), 30),
-        "robustness": shift_and_random(partial(attack, attack=EQUAL, steps=10, images=ids[:4]), "robustness"),
+        "defence": sweep_defence(victim, {"steps": 10, "images": few}, robust, splits[0], (8, 32), 30),
+        "robustness": shift_and_random(partial(attack, attack=EQUAL, steps=10), "robustness"),
     }
     return Scale(victim, experiments)
 
 
-SMALLEST = "50x40", {}
 QUICK_CAUSES = {
-    "encoder's initial weights": {"random": ("random-encoder", {}), "as given": SMALLEST},
+    "encoder's initial weights": {"random": ("random-encoder", {}), "as given": None},
     "batch norm in the encoder, from random weights": {"no": ("random-encoder", {}), "yes": ("batch-norm", {})},
-    "statistics of batch norm": {"of the training": SMALLEST, "of the image": ("50x40", {"batch_statistics": True})},
-    "channels of the perturbation": {"one": ("50x40", {"grey": True}), "three": SMALLEST},
-    "neighbours of a displaced landmark": neighbours("50x40"),
-    "input size (px)": {"50 x 40": SMALLEST, "100 x 80": None},
+    "neighbours of a displaced landmark": neighbours("100x80"),
 }
 
 
@@ -427,4 +390,4 @@ def demo(encoder_weights="none"):
     return Scale(victim, experiments)
 
 
-SCALES = {"paper": paper, "cpu": cpu, "cpu-full": cpu_full, "quick": quick, "demo": demo}
+SCALES = {"paper": paper, "cpu": cpu, "quick": quick, "demo": demo}

@@ -20,7 +20,7 @@ from experiments.report import EXPERIMENTS
 from experiments.scales import NEAR, PAPER, SCALES, Checkpoint, Scale, arguments
 from readers.points import LANDMARKS
 from support import command
-from support.errors import InputError, Stopped
+from support.errors import Stopped
 from support.files import read_config
 
 SMALL = {"size": (40, 32), "batch_size": 2, "epochs": 1}
@@ -123,7 +123,6 @@ CPU = ["--scale", "cpu", "--data", "runs/demo-phantoms", "--encoder-weights", "n
         (["cpu", "--only", "detection", "attack", "fancy"], "omit fancy by --only"),  # the images have another size
         (["cpu", "--only", "everything"], "invalid choice: 'everything'"),
         (["cpu", "--data", "nowhere"], "nowhere: no such folder"),
-        (["cpu-full"], "runs/cpu-200x160/model_epoch_49.pth of another scale is missing; run that scale first"),
         (["demo", "--only", "epsilon"], "--only epsilon: not part of --scale demo"),
         (["demo", "--only", "attack"], "--only attack: depends on detection"),
         (["demo", "--data", "images"], "--scale demo: draws its own data"),
@@ -133,21 +132,6 @@ def test_refused_before_any_work(words, message, reproduced, official, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dataset").symlink_to(official)  # the default of --data
     assert_refused(reproduced("--scale", *words), message, tmp_path / "results", tmp_path / "runs")
-
-
-def test_results_of_another_scale_are_of_the_same_precision(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    plan = make_plan("cpu-full")
-    for name in plan.chosen:
-        for result in plan.results(name):
-            result.folder.mkdir(parents=True, exist_ok=True)
-            (result.folder / "predictions.csv").touch()
-            (result.folder / "config.json").write_text('{"precision": "fp32"}')
-    (tmp_path / "runs" / "cpu-200x160" / "model_epoch_49.pth").touch()
-    reproduce.check_order(plan)
-    other = plan._replace(options={"precision": "bf16"})
-    with pytest.raises(InputError, match="--only causes: compares with runs/cpu-200x160/robustness/shift"):
-        reproduce.check_order(other)
 
 
 # --- what it would take ----------------------------------------------------------------------------------------------
@@ -373,8 +357,8 @@ def make_plan(name):
 @pytest.mark.filterwarnings("ignore:--epsilon 0.5 is less than half a grey level")
 @pytest.mark.parametrize("name", SCALES)
 def test_the_real_scales_fit_together(name):
-    plans = [make_plan("cpu"), make_plan(name)] if name == "cpu-full" else [make_plan(name)]  # it starts from cpu's
-    commands = [line for plan in plans for experiment in plan.chosen for line in plan.commands(experiment)]
+    plan = make_plan(name)
+    commands = [line for experiment in plan.chosen for line in plan.commands(experiment)]
     trained, folders = {}, []
     for program, *words in commands:
         if program == "train.py":
@@ -391,8 +375,8 @@ def test_the_real_scales_fit_together(name):
             assert args.rand.startswith(f"runs/{args.tag}/")
             assert args.iteration is None or (args.iteration + 1) % trained[args.tag].checkpoint_every == 0
     assert len(set(folders)) == len(folders)  # none writes where another does
-    assert f"{name}-{plans[-1].scale.victim}" in trained
-    results = {str(result.folder) for plan in plans for name in plan.chosen for result in plan.results(name)}
+    assert f"{name}-{plan.scale.victim}" in trained
+    results = {str(result.folder) for name in plan.chosen for result in plan.results(name)}
     assert results == set(folders)  # each is reported
 
 
