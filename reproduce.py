@@ -46,10 +46,7 @@ PROGRAMS = {"phantom.py": phantom, "train.py": train, "test.py": test}
 def parse_arguments():
     parser = command.Parser("Run the paper's experiments and write a report of them.")
     add = parser.add_argument
-    scales = (
-        "paper: as published; cpu: a quarter of its size; quick: to see that everything works; demo: detection and "
-    )
-    scales += "attack on phantoms, needs no data"
+    scales = "paper: as published; cpu: a quarter of its size; quick: to see that everything works; demo: needs no data"
     add("--scale", choices=SCALES, required=True, help=scales)
     command.add_data_arguments(parser)
     some = f"some of {', '.join(report.EXPERIMENTS)} (default: all of the scale)"
