@@ -4,7 +4,7 @@ A figure is a number that fills a cell of a table or stands in a column in %, po
 with %, points, mm or an interval. A paragraph, a list item or a table names where its figures come from, below docs/; a
 table in the line above it, or in a row, for this row and those below:
 
-    <!-- figures: results/pretrained/attack_shift.csv by method, iteration -->
+    <!-- figures: results/cosine-200x160/attack_shift.csv by method, iteration -->
     <!-- figures: results/pretrained/epsilon.csv: 8 mm, epsilon=4; epsilon=8; results/pretrained/count.csv -->
     <!-- no result: why these figures are none -->
 
