@@ -102,7 +102,7 @@ def aim_at(detector, image, targets, targeted, untargeted=False, free=None):
     check_tensors(landmarks=(found, "BK2", "float"), targeted=(targeted, "BK", "bool"))
     places = torch.where(targeted[..., None] & (not untargeted), targets, found)
     goal = detector.goal(clean, places, targeted | untargeted)
-    held = torch.ones_like(targeted) if free is None else ~free
+    held = torch.ones_like(targeted) if free is None or untargeted else ~free
     return Aim(detector, places, targeted, held, TOLERANCE * radius_of(image.shape[-2:]), goal)
 
 
@@ -133,7 +133,8 @@ def run(attack, detector, image, targets, targeted, epsilon=8, steps=300, seed=0
     detector = detector if isinstance(detector, Detector) else voting(detector)
     check_images(image, epsilon, steps)
     network, steps = detector.network, attack.steps or steps
-    check_tensors(image=(image, "BCHW", "float"), targeted=(targeted, "BK", "bool"), targets=(targets, "BK2", "number"))
+    roles = {"targeted": (targeted, "BK", "bool"), "free": (targeted if free is None else free, "BK", "bool")}
+    check_tensors(image=(image, "BCHW", "float"), **roles, targets=(targets, "BK2", "number"))
     check_network(network, image)
     if attack.targeted:
         check_places(targets, targeted, image.shape[-2:])
@@ -146,9 +147,8 @@ def run(attack, detector, image, targets, targeted, epsilon=8, steps=300, seed=0
     if attack.universal:
         deltas = universal_perturbation(attack, network, itertools.repeat((image, aim)), epsilon, steps)
         return ((i, *perturbed(network, image, delta)) for i, delta in deltas)
-    loss, options = attack.loss and partial(attack.loss, aim=aim), dict(attack.options)
-    if "seed" in options:
-        options["seed"] = seed
+    loss = attack.loss and partial(attack.loss, aim=aim)
+    options = attack.options | ({"seed": seed} if "seed" in attack.options else {})
     iterates = (attack.loop or pgd)(network, image, loss, epsilon, steps, **options)
     return keep_best(iterates, partial(attack.score, aim=aim)) if attack.score else iterates
 

@@ -29,7 +29,7 @@ NEAREST = 2  # landmarks that count as the neighbours of one
 class Targets(NamedTuple):
     """Targets of N images with K landmarks."""
 
-    places: torch.Tensor  # (N, K, 2) float64 x, y in px0; of no meaning where a landmark is stationary
+    places: torch.Tensor  # (N, K, 2) float64 x, y in px0; of no meaning where a landmark is not targeted
     targeted: torch.Tensor  # (N, K) bool
     free: torch.Tensor | None = None  # (N, K) bool: neither targeted nor stationary, may go anywhere; None: no landmark
 
@@ -38,7 +38,7 @@ class Targets(NamedTuple):
         return Targets(*(part if part is None else part[images] for part in self))
 
     def or_nan(self):
-        """(N, K, 2) places, nan for stationary landmarks: for tables and charts."""
+        """(N, K, 2) places, nan where a landmark is not targeted: for tables and charts."""
         return self.places.masked_fill(~self.targeted[..., None], torch.nan)
 
     def sha256(self):
@@ -155,8 +155,10 @@ def with_neighbours(targets, data, neighbours):
     such landmark, or are "free".
     """
     points = data.reference_px0
-    apart = torch.cdist(points, points).diagonal_scatter(torch.full(points.shape[:2], torch.inf).to(points), 0, 1, 2)
-    near = torch.zeros_like(apart, dtype=torch.bool).scatter_(-1, apart.topk(NEAREST, largest=False).indices, True)
+    apart = torch.cdist(points, points)
+    apart.diagonal(0, 1, 2).fill_(torch.inf)
+    nearest = apart.topk(min(NEAREST, points.shape[1]), largest=False).indices
+    near = torch.zeros_like(apart, dtype=torch.bool).scatter_(-1, nearest, True)
     near &= targets.targeted[..., None] & ~targets.targeted[:, None]  # (N, K, K): the latter is a neighbour
     which = near.any(1)
     if neighbours == "free":

@@ -105,14 +105,13 @@ def add_attack_arguments(parser):
     attack = f"attack, by one method or several: {names}; see docs/attacks.md"
     add("--attack", type=attack_name, nargs="+", metavar="METHOD", help=attack)
     targets = "random (the paper's protocol), shift (displacements, drawn for each image), common (displacements, one "
-    targets += "for all images), diagnosis (the least movement that changes the class by --measure and no other), or a "
-    targets += "CSV file [image,]landmark,x,y in px of the original"
+    targets += (
+        "for all images), diagnosis (of the class by --measure, see --to), or a CSV file [image,]landmark,x,y in px "
+    )
+    targets += "of the original"
     add("--targets", default="random", metavar="SOURCE", help=targets)
     add("--measure", choices=diagnosis.MEASURE_NAMES, help="whose class is to change, see docs/diagnoses.md")
-    to = (
-        "the class that it should become (default: any other); or up, down: the measure is driven, as far as landmarks "
-    )
-    to += "moved by --shift-mm together change it"
+    to = "the class that it should become (default: any other); or up, down: how far a movement by --shift-mm drives it"
     add("--to", type=class_or_direction, metavar="CLASS", help=to)
     count = "landmarks that shift and common move"
     add("--shift-count", type=command.positive_int, default=5, metavar="N", help=count)
@@ -453,7 +452,9 @@ def attack_all(args, detector, data, targets, training, device, out):
 
 def progress_figure(records):
     """{name: MRE} of the landmarks that were attacked, at the last iteration."""
-    rows = records[(records["iteration"] == records["iteration"].max()) & (records["role"] != "stationary")]
+    rows = records[
+        (records["iteration"] == records["iteration"].max()) & records["role"].isin(["targeted", "untargeted"])
+    ]
     return {f"{rows['role'].iloc[0]} MRE": f"{rows['radial_error_mm'].mean():.1f} mm"}
 
 

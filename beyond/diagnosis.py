@@ -245,7 +245,7 @@ def bounds(wanted, margin):
 
 
 def diagnosis_targets(clean, data, measure, to, distance_mm):
-    """The patients whose class by a measure can be changed, and the targets that do it.
+    """The patients whose class by a measure can be changed, or who can be driven by it, and the targets that do it.
 
     Args:
         clean: (N, 19, 2) px0, the predictions on the clean images.
@@ -260,8 +260,8 @@ def diagnosis_targets(clean, data, measure, to, distance_mm):
         InputError: there are none.
     """
     facing = turned_right(clean, data.reference_px0)
-    number = MEASURE_NAMES.index(measure)
-    if to in DIRECTIONS:
+    number, driven = MEASURE_NAMES.index(measure), to in DIRECTIONS
+    if driven:
         places, moved, _ = steepest_movement(facing, data.mm_per_px0, number, to, distance_mm)
     else:
         places, moved, _ = least_movement(facing, data.mm_per_px0, number, to)
@@ -269,13 +269,15 @@ def diagnosis_targets(clean, data, measure, to, distance_mm):
     outside = ((places < 0) | (places > data.sizes.flip(-1)[:, None] - 1)).any(-1)
     possible = moved.any(-1) & ~(outside & moved).any(-1)
     ids = [id for id, attacked in zip(data.ids, possible.tolist(), strict=True) if attacked]
-    wanted = f"{measure} {to if to in DIRECTIONS else 'to another class' if to is None else f'to class {to}'}"
+    wanted = f"to {'another class' if to is None else f'class {to}'}, by a margin, while the other classes stay"
+    wanted = f"drives {measure} {to} inside the image" if driven else f"takes {measure} {wanted}"
     if not ids:
-        raise InputError(f"--targets diagnosis: no patient has or can get {wanted} while the other classes stay")
+        raise InputError(f"--targets diagnosis: for no patient a movement of landmarks is found that {wanted}")
     if len(ids) < len(data):
+        already = "" if driven else "they have the class already, or "
         warnings.warn(
-            f"{len(data) - len(ids)} of {len(data)} patients are not attacked: they have the class already, or no "
-            f"movement of landmarks is found that takes {wanted}, by a margin, while the other classes stay",
+            f"{len(data) - len(ids)} of {len(data)} patients are not attacked: {already}no movement of landmarks is "
+            f"found that {wanted}",
             stacklevel=2,
         )
     return ids, Targets(places, moved).of(possible)

@@ -100,11 +100,9 @@ def read_in_memory(folder, data):
         if missing := set(ids) - set(data.ids):
             raise InputError(f"{file}: image {min(missing)} is not in this --data, --split, --limit, --images")
         places = torch.from_numpy(rows[["target_x_px0", "target_y_px0"]].to_numpy(float)).unflatten(0, (len(ids), -1))
-        targeted, free, untargeted = (
-            torch.from_numpy((rows["role"] == role).to_numpy()).view(places.shape[:2])
-            for role in ("targeted", "free", "untargeted")
-        )
-        attacks.append((method, rows, ids, None if untargeted.all() else Targets(places, targeted, free)))
+        roles = rows["role"].to_numpy().reshape(len(ids), -1)
+        targeted, free = (torch.from_numpy(roles == role) for role in ("targeted", "free"))
+        attacks.append((method, rows, ids, None if "untargeted" in roles else Targets(places, targeted, free)))
     return attacks
 
 

@@ -76,12 +76,11 @@ def check(results):
             raise InputError(f"{result.folder}: not the results of an attack; give output folders of test.py --attack")
         methods += table["method"].unique().tolist()
         found = table[table["role"] != "untargeted"].drop_duplicates(["image", "landmark"])
-        found = found.set_index(["image", "landmark"])[["target_x_px0", "target_y_px0"]]
+        found = found.set_index(["image", "landmark"])[["role", "target_x_px0", "target_y_px0"]]
         targets = found if targets is None else targets
         if not found.loc[common := found.index.intersection(targets.index)].equals(targets.loc[common]):
-            raise InputError(
-                f"{result.folder}: other targets than in {results[0].folder}; give runs of one --targets, --seed"
-            )
+            same = "give runs of one --targets, --neighbours, --seed"
+            raise InputError(f"{result.folder}: other targets than in {results[0].folder}; {same}")
     several = len(methods) > len({*methods})
     prefixes = [f"{result.labels['run']} " if several else "" for result in results]
     labels = [{"description": "Finished runs", "prefix": prefix} for prefix in prefixes]

@@ -1,12 +1,14 @@
 """What makes the attack weak or strong.
 
 Displacements of 8 mm on detectors, or with perturbations, that differ in one property; the answers to a question are
-compared on the images, at the last iteration and on the targeted landmarks that all of them have. *Neighbours* are the
+compared on the images, at the last iteration and on the landmarks whose role is the same in all. *Neighbours* are the
 two nearest landmarks of a displaced one: they are held in place like all others, go along with it, or are free to go
 anywhere; were they what holds it, it would be easier to move when they are free. A detector that starts from the
 weights of one of another size differs in its training too. The detector's MRE is that on the clean images of the
 attack.
 """
+
+from itertools import product
 
 import pandas as pd
 
@@ -31,7 +33,10 @@ def publish(results, data, out):
 
 
 def collect(results):
-    """{question: {answer: records}}, cut down to the images, methods, iterations and targeted landmarks of all."""
+    """{question: {answer: records}}, cut down to the images, methods and iterations that all answers have.
+
+    Landmarks that have another role in another answer have the role "other".
+    """
     records = {}
     for result in results:
         records.setdefault(result.labels["question"], {})[result.labels["answer"]] = result.attacked()
@@ -40,11 +45,11 @@ def collect(results):
             shared = set.intersection(*(set(rows[column]) for rows in answers.values()))
             for answer, rows in answers.items():
                 answers[answer] = rows[rows[column].isin(shared)]
-        places = {answer: pd.MultiIndex.from_frame(rows[["image", "landmark"]]) for answer, rows in answers.items()}
-        targeted = [set(places[answer][rows["role"] == "targeted"]) for answer, rows in answers.items()]
+        keys = ["image", "landmark", "role"]
+        roles = {answer: pd.MultiIndex.from_frame(rows[keys]) for answer, rows in answers.items()}
+        shared = set.intersection(*map(set, roles.values()))
         for answer, rows in answers.items():
-            shared = places[answer].isin(set.intersection(*targeted))
-            answers[answer] = rows[shared | (rows["role"] != "targeted")]
+            answers[answer] = rows.assign(role=rows["role"].where(roles[answer].isin(shared), "other"))
     return records
 
 
@@ -58,13 +63,12 @@ def compute(records):
 
 
 def compute_differences(records):
-    """Targeted landmarks: the last answer minus the first, a row for each question and method, paired by image."""
+    """Targeted landmarks: each answer minus the first, a row for each question and method, paired by image."""
     for question, answers in records.items():
-        first, *_, second = answers
-        rows, others = (of_role(last(answers[answer]), "targeted") for answer in (first, second))
-        for method, found in rows.groupby("method", sort=False):
-            labels = {"question": question, "answer": second, "minus": first, "method": method}
-            yield labels | paired_difference(others[others["method"] == method], found)
+        (first, rows), *others = ((answer, of_role(last(rows), "targeted")) for answer, rows in answers.items())
+        for (answer, other), method in product(others, rows["method"].unique()):
+            labels = {"question": question, "answer": answer, "minus": first, "method": method}
+            yield labels | paired_difference(other[other["method"] == method], rows[rows["method"] == method])
 
 
 def plot(table, path):

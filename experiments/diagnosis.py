@@ -5,11 +5,11 @@ movement of landmarks that changes the class by this measure and none of the sev
 patients whose class by this measure then differs from that on the clean image; *only intended*, of those whose seven
 other classes are the same; *any*, of patients with any other class. Noise is uniform, of the same epsilon. Patients
 for whom no such movement is found are left out. The yardstick is how often two doctors, who marked the same
-radiographs, disagree. *Driven*: landmarks are moved where a measure rises or falls most, by a distance that is the root
-of the sum of squares over landmarks. *Delivered*: the attacked images stored as files and read again.
+radiographs, disagree. *Driven*: landmarks are moved where a measure rises or falls most, by a distance that is the
+root of the sum of squares over landmarks; the change is a median, *apart* the mean difference of the two doctors for
+the same patients, *beyond* the share of patients whose change is larger; classes are wrong against the mean of both.
+*Delivered*: intended changes that are left in the attacked images, stored as files and read again.
 """
-
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -47,7 +47,8 @@ LINES = {  # of each measure
 def publish(results, data, out):
     """Write tables and charts to ``out``; return the section of the report."""
     driven = [result for result in results if result.labels.get("to") in DIRECTIONS]
-    runs, text = collect([result for result in results if result not in driven]), ""
+    classes = [result for result in results if result not in driven]
+    text, runs = "", collect([result for result in classes if not result.labels.get("delivered")])
     if runs:
         records, changed = (pd.concat(tables) for tables in zip(*runs, strict=True))
         table, doctors = pd.DataFrame(compute(changed)), compute_doctors(records, changed, data)
@@ -59,11 +60,15 @@ def publish(results, data, out):
         plot(table, compared(changed), doctors, out / "diagnosis.png")
         plot_patient(*patient, data, out / "diagnosis_patient.png")
         text += render(table, doctors, movements, patient)
-    for name, compute_rows in {"driven": partial(compute_driven, data=data), "delivered": compute_delivered}.items():
-        rows = [row for result in results for row in compute_rows(result)]
-        if rows:
-            write_table(out / f"diagnosis_{name}.csv", pd.DataFrame(rows))
-            text += f"\n{name.capitalize()}:\n\n{markdown(fold_intervals(pd.DataFrame(rows)))}"
+    more = {
+        "driven": compute_driven(driven, data),
+        "delivered": (row for run in classes for row in compute_delivered(run)),
+    }
+    for name, rows in more.items():
+        if len(table := pd.DataFrame(rows)):
+            write_table(out / f"diagnosis_{name}.csv", table)
+            shown = fold_intervals(table, ".3g").rename(columns=lambda column: column.replace("_", " "))
+            text += f"\n{name.capitalize()}:\n\n{markdown(shown, '.3g')}"
     return text
 
 
@@ -136,25 +141,28 @@ def compute_landmarks(records):
     return groups.agg(**columns).reset_index()
 
 
-def compute_driven(result, data):
-    """Rows of how far a measure was driven, in its unit, and what that means for its class, one for each method."""
-    labels = result.labels
-    if labels.get("to") not in DIRECTIONS:
-        return
-    records = clean_and_last(result.attacked())
-    table = diagnose(records).query("measure == @labels['measure']")
-    apart, _ = doctors_apart(records, data)
-    usual = apart[labels["measure"]].mean()
-    for method, rows in table.groupby("method", sort=False):
-        before, after = (found.reset_index(drop=True) for _, found in rows.groupby("iteration"))  # of the same images
-        change = after["value"] - before["value"]
-        row = {**labels, "method": method, "patients": len(change), "unit": rows["unit"].iloc[0]}
-        row |= named("change", *interval(change.to_numpy(), np.median)) | {"doctors_apart": usual}
-        row |= named("beyond_doctors_%", *rate(after, change.abs() > usual, "measure"))
-        row |= named("class_changed_%", *rate(after, after["class"] != before["class"], "measure"))
-        for when, found in {"before": before, "after": after}.items():
-            row[f"class_wrong_{when}_%"] = 100 * (found["class"] != found["true_class"]).mean()
-        yield row
+def compute_driven(results, data):
+    """Rows of how far measures were driven, in their units, and what that means for their classes, one a method."""
+    runs = [(result.labels, clean_and_last(result.attacked())) for result in results]
+    apart, _ = doctors_apart(pd.concat([records for _, records in runs]), data) if runs else (None, None)
+    for labels, records in runs:
+        table = diagnose(records).query("measure == @labels['measure']")
+        for method, rows in table.groupby("method", sort=False):
+            before, after = (found.reset_index(drop=True) for _, found in rows.groupby("iteration"))  # same images
+            change, usual = after["value"] - before["value"], apart[labels["measure"]].reindex(after["image"])
+            row = {**labels, "method": method, "patients": len(change), "unit": rows["unit"].iloc[0]}
+            row |= named("change", *interval(change.to_numpy(), np.nanmedian))
+            row |= named("class_changed_%", *rate(after, after["class"] != before["class"], "measure"))
+            if usual.notna().all():
+                beyond = rate(after, change.abs() > usual.mean(), "measure")
+                row |= {"doctors_apart": usual.mean()} | named("beyond_doctors_%", *beyond)
+            if "true_class" in table:
+                wrong = {
+                    "before": before["class"] != before["true_class"],
+                    "after": after["class"] != after["true_class"],
+                }
+                row |= {f"class_wrong_{when}_%": 100 * found.mean() for when, found in wrong.items()}
+            yield row
 
 
 def compute_delivered(result):
@@ -164,17 +172,18 @@ def compute_delivered(result):
         return
     labels = {name: result.labels[name] for name in ("measure", "epsilon")}
     clean, stored = result.predictions().query("iteration == 0"), read_records([file])
-    for (method, detector, form), rows in stored.groupby(["method", "detector", "stored"], sort=False):
+    stored = stored[stored["detector"] == stored["detector"].iloc[0]]  # the attacked one, whose clean classes count
+    for (method, form), rows in stored.groupby(["method", "stored"], sort=False):
         records = pd.concat([clean[clean["method"] == method], rows])
         changed = changed_diagnoses(diagnose(records), labels["measure"], result.labels.get("to"))
         found = changed.query("iteration > 0").reset_index().assign(**labels)
-        row = {**labels, "method": method, "detector": detector, "stored": form, "patients": len(found)}
+        row = {**labels, "method": method, "stored": form, "patients": len(found)}
         yield row | named("intended_%", *rate(found, found["intended"], "measure"))
 
 
 def doctors_apart(records, data):
-    """How two doctors' measures of the attacked patients differ: tables (patients, measures) of the absolute difference
-    and of whether the classes do. Empty where not every patient was marked by two doctors.
+    """How two doctors' measures of the attacked patients differ: tables of the absolute difference and of whether the
+    classes do, with a row for each patient whom two doctors marked, and a column for each measure.
     """
     spacing = records.groupby("image")["mm_per_px0"].first()
     marks = read_marks(data, "test", spacing.index)

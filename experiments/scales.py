@@ -33,7 +33,6 @@ EVALUATION = (
     "211 207 280 300 218 241 299 252 274 272 228 205 230 273 234 226 215 286 253 216 221 258"
 )
 SMALL = {"batch_size": 4, "schedule": "cosine"}
-DELIVERED = {"grey": True, "save_adversarial": True}  # as an attacker must who only has a file
 
 
 class Checkpoint(NamedTuple):
@@ -132,15 +131,20 @@ def sweep_count(attack, counts):
     return [attack("count", f"{count}", {"|T|": count}, **NEAR, shift_count=count) for count in counts]
 
 
-def sweep_diagnosis(attack, epsilons, measures=MEASURE_NAMES, suffix="", **options):
+def sweep_diagnosis(attack, epsilons, measures=MEASURE_NAMES, suffix=""):
     """Attacks on the diagnosis by each clinical measure at several epsilons."""
-    options["targets"] = "diagnosis"
     runs = []
     for value in epsilons:
         for measure in measures:
             labels = {"measure": measure, "epsilon": value}
-            runs.append(attack("diagnosis", f"{measure}_{value:g}{suffix}", labels, **options, **labels))
+            runs.append(attack("diagnosis", f"{measure}_{value:g}{suffix}", labels, targets="diagnosis", **labels))
     return runs
+
+
+def deliver_diagnosis(attack, epsilon, measures):
+    """The same by an attacker who has a grey file: stored, with one perturbation for all channels, and read again."""
+    runs = sweep_diagnosis(partial(attack, grey=True, save_adversarial=True), (epsilon,), measures, "_stored")
+    return [run._replace(labels=run.labels | {"delivered": True}) for run in runs]
 
 
 def drive_diagnosis(attack, strengths, measures=MEASURE_NAMES):
@@ -246,7 +250,7 @@ def paper(splits, ids):
                 partial(attack, attack=("Vote-PGD", "noise"), steps=50, images=ids[:40], subpixel=True), EPSILONS
             ),
             *drive_diagnosis(partial(diagnose, steps=25), [(4, 8)]),
-            *sweep_diagnosis(partial(diagnose, steps=50), (4,), ("ANB",), "_stored", **DELIVERED),
+            *deliver_diagnosis(partial(diagnose, steps=50), 4, ("ANB",)),
         ],
         "defence": sweep_defence(victim, {"steps": 100, "images": ids[:40]}, robust, splits[0], (2, 4, 8, 16, 32), 300),
         "robustness": shift_and_random(partial(attack, attack=EQUAL, steps=100, images=ids[:30]), "robustness"),
@@ -308,7 +312,7 @@ def cpu(splits, ids):
             # steps of 0.05 epsilon take 20 iterations to the bound
             *sweep_diagnosis(partial(attack, images=ids[:30], attack=PAPER, steps=20), (4,), suffix="_paper"),
             *drive_diagnosis(partial(diagnose, images=ids[:20]), [(2, 8), (4, 8), (8, 8), (4, 2)]),
-            *sweep_diagnosis(partial(diagnose, images=ids[:50]), (4,), ("ANB", "SNB"), "_stored", **DELIVERED),
+            *deliver_diagnosis(partial(diagnose, images=ids[:50]), 4, ("ANB", "SNB")),
         ],
         "defence": sweep_defence(victim, few, robust, splits[0], (2, 4, 8, 16, 32), 100),
     }

@@ -149,7 +149,9 @@ def test_of_causes_the_same_targeted_landmarks_count(tmp_path):
     causes.publish(results, None, tmp_path)
     table = pd.read_csv(tmp_path / "causes.csv")
     assert table["targeted"].tolist() == [2, 2, 2] and (table["within_4mm_%"] == 100).all()
-    assert (table["stationary_within_4mm_%"] == 100).all()
+    assert (table["stationary_within_4mm_%"] == 100).all() and (table["clean_mre_mm"] == 0).all()
+    differences = pd.read_csv(tmp_path / "causes_differences.csv")
+    assert differences["answer"].tolist() == ["free", "along"] and (differences["minus"] == "held").all()
 
 
 def test_detection_beside_the_doctors(official, drawn, tmp_path):

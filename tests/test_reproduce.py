@@ -54,9 +54,11 @@ def tiny(splits, ids):
         "causes": [
             scales.train("normed", **SMALL, encoder_batch_norm=True),
             *scales.causes({"attack": PAPER, **NEAR, **few, "subpixel": True}, shift, table),
+            *scales.causes({**NEAR, **few}, None, {"neighbours": scales.neighbours(victim)}),
         ],
         "diagnosis": [
-            *scales.sweep_diagnosis(diagnose, (4, 16), ("MW",), **scales.DELIVERED),
+            *scales.sweep_diagnosis(diagnose, (4, 16), ("MW",)),
+            *scales.deliver_diagnosis(diagnose, 16, ("MW",)),
             *scales.drive_diagnosis(diagnose, [(4, 8)], ("MW",)),
         ],
         "defence": defend(("jpeg:75", "noise:4")),
@@ -294,7 +296,10 @@ def check_tables(results):
     together = pd.read_csv(results / "attack_random.csv").groupby("method")["iteration"].max()
     assert together.to_dict() == {"I-FGSM": 2, "ATI-FGSM": 2, "Vote-PGD": 3}  # of two runs
     assert pd.read_csv(results / "count.csv")["targeted"].tolist() == [3, 3 * K]
-    assert pd.read_csv(results / "causes.csv")["answer"].nunique() == 4
+    causes = pd.read_csv(results / "causes.csv")
+    assert causes["answer"].nunique() == 7
+    neighbours = causes[causes["question"] == "neighbours"]
+    assert (neighbours["targeted"] == 3).all() and neighbours["clean_mre_mm"].nunique() == 1
     spelt = pd.read_csv(results / "fancy_predictions.csv", dtype={"image": str})
     for image, letter in (("151", "M"), ("152", "I")):
         targets = pd.read_csv(scales.LETTERS / f"{letter}.csv").sort_values("landmark")
@@ -321,7 +326,9 @@ def check_numbers(work):
     delivered = pd.read_csv(work / "results" / "cpu" / "diagnosis_delivered.csv").set_index(
         ["epsilon", "method", "stored"]
     )
-    assert delivered.loc[(16, "ATI-FGSM", "in memory"), "intended_%"] == table.loc[(16, "ATI-FGSM", "MW"), "intended_%"]
+    changes = pd.read_csv(folder_of.parent / "MW_16_stored" / "diagnoses.csv").query("measure == 'intended'")
+    last = changes.query("method == 'ATI-FGSM' and iteration == 1")["changed_%"].item()
+    assert delivered.loc[(16, "ATI-FGSM", "in memory"), "intended_%"] == last
     assert {"8-bit original", "JPEG original"} < {*delivered.index.unique("stored")}
     driven = pd.read_csv(work / "results" / "cpu" / "diagnosis_driven.csv").query("method == 'ATI-FGSM'")
     for to, row in driven.set_index("to").iterrows():
@@ -376,6 +383,9 @@ def test_the_real_scales_fit_together(name):
             assert args.iteration is None or (args.iteration + 1) % trained[args.tag].checkpoint_every == 0
     assert len(set(folders)) == len(folders)  # none writes where another does
     assert f"{name}-{plan.scale.victim}" in trained
+    plain = [run for run in plan.scale.experiments.get("diagnosis", ()) if not {"to", "delivered"} & {*run.labels}]
+    methods = [(method, *run.labels.values()) for run in plain for method in np.atleast_1d(run.options["attack"])]
+    assert len({*methods}) == len(methods)  # each is one figure of the table
     results = {str(result.folder) for name in plan.chosen for result in plan.results(name)}
     assert results == set(folders)  # each is reported
 
