@@ -314,17 +314,14 @@ def read_architecture(folder):
         text = "its own test used the statistics of each image, as --batch-statistics does"
         warnings.warn(f"{folder}: a run of the 2020 code, {SIZE_2020[0]} x {SIZE_2020[1]} px; {text}", stacklevel=3)
         return SIZE_2020, False, "voting"
-    config = read_config(path)
-    size, encoder_batch_norm = config.get("size"), config.get("encoder_batch_norm", False)
-    output = config.get("output", "voting")  # older runs do not say it
-    if not (
+    config = {"encoder_batch_norm": False, "output": "voting"} | read_config(path)  # older runs do not say them
+    size, encoder_batch_norm, output = (config.get(name) for name in ("size", "encoder_batch_norm", "output"))
+    sized = (
         isinstance(size, list) and len(size) == 2 and all(type(n) is int and MIN_SIZE <= n <= MAX_SIZE for n in size)
-    ):
-        raise InputError(f'{path}: not the configuration of a run: "size" should be two numbers of px')
-    if not isinstance(encoder_batch_norm, bool):
-        raise InputError(f'{path}: not the configuration of a run: "encoder_batch_norm" should be true or false')
-    if output not in OUTPUTS:
-        raise InputError(f'{path}: not the configuration of a run: "output" should be one of {", ".join(OUTPUTS)}')
+    )
+    if not sized or not isinstance(encoder_batch_norm, bool) or output not in [*OUTPUTS]:
+        needed = f"size (two numbers of px), encoder_batch_norm (true or false), output ({', '.join(OUTPUTS)})"
+        raise InputError(f"{path}: not the configuration of a run, which needs {needed}")
     return tuple(size), encoder_batch_norm, output
 
 

@@ -27,11 +27,10 @@ import phantom
 import test
 import train
 from benchmark import time_steps
-from experiments import demo, fancy, report
+from experiments import demo, report
 from experiments.costs import OFFICIAL, Cost, attack_cost, total, training_cost
 from experiments.results import Result
 from experiments.scales import SCALES, Scale, arguments, to_attack
-from readers.images import read_image
 from readers.layouts import IDS, available_splits, index
 from support import command, distributed
 from support.checkpoints import checkpoint_epochs, checkpoint_path
@@ -222,8 +221,6 @@ def make_plan(args):
     plan = Plan(scale, chosen, args.name, args.data, args.encoder_weights, options)
     if not args.list:
         check_order(plan)
-        if "fancy" in chosen and args.scale != "demo":
-            check_sizes(plan)
     return plan
 
 
@@ -266,19 +263,6 @@ def is_trained(folder):
     """Whether a detector's training is finished."""
     config = folder / "config.json"
     return config.exists() and read_config(config).get("epochs", 0) - 1 in checkpoint_epochs(folder)
-
-
-def check_sizes(plan):
-    """Refuse images of another size than the letters are drawn for."""
-    used = {result.labels["image"] for result in plan.results("fancy")}
-    for entry in index(plan.data, "test"):
-        if entry.id in used:
-            _, size = read_image(entry.image, None)
-            if size != fancy.SIZE0:
-                raise InputError(
-                    f"{entry.image}: size {size} px (H, W), but the letters of the experiment fancy are drawn for "
-                    f"{fancy.SIZE0}; omit fancy by --only"
-                )
 
 
 if __name__ == "__main__":

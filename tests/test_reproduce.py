@@ -122,7 +122,6 @@ CPU = ["--scale", "cpu", "--data", "runs/demo-phantoms", "--encoder-weights", "n
     [
         (["cpu", "--only", "epsilon"], "--only epsilon: depends on detection"),
         (["cpu", "--only", "detection", "causes"], "--only causes: depends on attack"),
-        (["cpu", "--only", "detection", "attack", "fancy"], "omit fancy by --only"),  # the images have another size
         (["cpu", "--only", "everything"], "invalid choice: 'everything'"),
         (["cpu", "--data", "nowhere"], "nowhere: no such folder"),
         (["demo", "--only", "epsilon"], "--only epsilon: not part of --scale demo"),
@@ -169,7 +168,6 @@ def test_the_scale_of_the_paper_without_a_gpu_says_how_long_it_takes(reproduced,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce, "time_steps", lambda *_: Step((800, 640), 7.0, 4.5, 0, 0))
     monkeypatch.setattr(reproduce, "find_images", lambda _: (["test1"], ["151"]))
-    monkeypatch.setattr(reproduce, "check_sizes", lambda _: None)
     monkeypatch.setattr(train, "main", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     monkeypatch.setattr(reproduce.torch.cuda, "is_available", lambda: False)
     status, _, err = reproduced("--scale", "paper", "--encoder-weights", "none")
