@@ -13,8 +13,6 @@ Images and weights are random.
 Writes into --out: table.csv, config.json.
 """
 
-import support.early  # noqa: F401  for Ctrl-C while the rest is imported
-
 import argparse
 import copy
 import itertools

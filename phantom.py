@@ -10,8 +10,6 @@ patients.
 Annotations are x, y in px0 (0.1 mm), the atlas is in units of 0.25 mm.
 """
 
-import support.early  # noqa: F401  for Ctrl-C while the rest is imported
-
 import hashlib
 import json
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor

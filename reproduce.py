@@ -12,8 +12,6 @@ repeated: the same command resumes after a stop. Writes results/<name>/report.md
 detectors and their results are in runs/<name>-<detector>/.
 """
 
-import support.early  # noqa: F401  for Ctrl-C while the rest is imported
-
 import shlex
 import time
 import warnings

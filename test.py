@@ -16,8 +16,6 @@ and records/, from which the same command resumes after a stop; measures.csv and
 how often their classes are right or changed; for an attack also line charts and adversarial/.
 """
 
-import support.early  # noqa: F401  for Ctrl-C while the rest is imported
-
 import argparse
 from pathlib import Path
 

@@ -13,8 +13,6 @@ starts of attacks on them, follow from --seed. On SIGTERM it exits with status 1
 Writes into runs/<tag>/: config.json, model_epoch_<e>.pth (weights), resume.pth, train_log.csv, train_log.png.
 """
 
-import support.early  # noqa: F401  for Ctrl-C while the rest is imported
-
 import copy
 import math
 import time

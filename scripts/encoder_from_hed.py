@@ -22,8 +22,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project, when this file is run by its path
 
-import support.early  # noqa: F401  for Ctrl-C while the rest is imported
-
 import torch
 from torchvision.models.vgg import cfgs, make_layers
 

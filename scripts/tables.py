@@ -13,8 +13,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project, when this file is run by its path
 
-import support.early  # noqa: F401  for Ctrl-C while the rest is imported
-
 from experiments import attack, defence, diagnosis, robustness
 from experiments.results import Result
 from support import command

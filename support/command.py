@@ -129,8 +129,6 @@ def run(main):
     warnings.showwarning = lambda message, *_: is_main() and say(f"warning: {message}")
     # PyTorch then requests huge pages from Linux: a tenth of all time on CPUs is the first touch of large tensors
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in the background of a script
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # instead of support.early's
     before = signal.signal(signal.SIGTERM, stop)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not after nohup
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))  # a terminal is closed

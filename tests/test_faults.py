@@ -203,18 +203,6 @@ def test_a_closed_terminal_counts_as_sigterm_but_after_nohup(ignored, monkeypatc
     assert capfd.readouterr().err == ("" if ignored else "train.py: stopped by SIGTERM; finished work is kept\n")
 
 
-@pytest.mark.parametrize("program", ["train.py", "scripts/tables.py"])
-def test_ctrl_c_while_the_imports_are_loaded(program, tmp_path):
-    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    (tmp_path / "torch.py").write_text("import numpy\n")
-    line = [sys.executable, ROOT / program, "--help"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background processes ignore it
-    done = subprocess.run(line, env=environment, capture_output=True, text=True)
-    signal.signal(signal.SIGINT, before)
-    assert (done.returncode, done.stderr) == (130, f"{program.split('/')[-1]}: interrupted\n")
-
-
 def test_a_kill_between_the_state_and_its_checkpoint(trained, tmp_path, official, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     unbroken, folder = trained / "runs" / "small", tmp_path / "runs" / "renamed"  # of another name, too
