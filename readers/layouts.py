@@ -7,6 +7,8 @@ kaggle     cepha400/NNN.jpg with {train,test1,test2}_senior.csv (senior doctor o
 RawImage/RawImage/, AnnotationsByMD/AnnotationsByMD/ and cepha400/cepha400/ are found too, and one doctor is enough.
 """
 
+import filecmp
+import itertools
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -39,15 +41,13 @@ class Contents(NamedTuple):
     """What a folder holds of train, test1 and test2, the parts."""
 
     places: dict  # {part: name of its folder or table}
-    images: dict  # {part: {id: file}}
-    annotations: dict  # {part: {id: as in Entry}}
+    entries: dict  # {part: its entries, in order of id}
     unused: list  # (part, id) of official images that have an annotation only
 
 
 def available_splits(root):
     """The splits among train, test1 and test2 that the folder holds."""
-    images = contents(root).images
-    return [part for part in FOLDERS if images[part]]
+    return [part for part, entries in contents(root).entries.items() if entries]
 
 
 def index(root, split):
@@ -63,23 +63,19 @@ def index(root, split):
 def entries_of(root, found, split):
     """``index`` with the folder's Contents."""
     parts = parts_of(split)
-    if not any(found.images[part] for part in parts):
+    entries = [entry for part in parts for entry in found.entries[part]]
+    if not entries:
         raise InputError(f"{root}: no images in {' or '.join(found.places[part] for part in parts)}")
-    for part in parts:
-        for other in FOLDERS:
-            if (other in parts and other != part) or (part == "train") != (other == "train"):
-                check_disjoint_parts(root, found, part, other)
-    entries = []
-    for part in parts:
-        for id, image in found.images[part].items():
-            annotations = found.annotations[part][id]
-            for annotation in annotations:
-                if isinstance(annotation, Path) and not annotation.is_file():
-                    raise InputError(
-                        f"{image}: its annotation {annotation} is missing; add it or remove the image "
-                        "(test.py --image needs none)"
-                    )
-            entries.append(Entry(id, image, annotations))
+    for part, other in itertools.combinations(FOLDERS, 2):
+        if split == "test" or (part == "train" and split in (part, other)):
+            check_disjoint_parts(root, found, part, other)
+    for entry in entries:
+        for annotation in entry.annotations:
+            if isinstance(annotation, Path) and not annotation.is_file():
+                raise InputError(
+                    f"{entry.image}: its annotation {annotation} is missing; add it or remove the image "
+                    "(test.py --image needs none)"
+                )
     return entries
 
 
@@ -89,15 +85,13 @@ def parts_of(split):
 
 def check_disjoint_parts(root, found, part, other):
     """Raise InputError if both parts have an image: by its id, or, between train and test, a file of the same bytes."""
-    one, two = found.images[part], found.images[other]
+    one, two = ({entry.id.casefold(): entry.image for entry in found.entries[name]} for name in (part, other))
     places = f"{found.places[part]} and {found.places[other]}"
-    if common := sorted(set(map(str.casefold, one)).intersection(map(str.casefold, two))):  # A and a may be one name
+    if common := sorted(one.keys() & two.keys()):  # A and a may be one name
         raise InputError(f"{root}: the id {common[0]} is in {places}; remove one")
-    if "train" in (part, other):
-        for pair in find_copies(one.values(), two.values()):
-            if not is_official_repetition([file.stem for file in pair], [read_size(file) for file in pair]):
-                names = " and ".join(file.name for file in pair)
-                raise InputError(f"{root}: {names} in {places} are the same image; remove one")
+    for pair in find_copies(one.values(), two.values()) if part == "train" else ():
+        if not is_official_repetition([file.stem for file in pair], [read_size(file) for file in pair]):
+            raise InputError(f"{root}: {pair[0].name} and {pair[1].name} in {places} are the same image; remove one")
 
 
 def is_official_repetition(ids, sizes):
@@ -113,18 +107,9 @@ def is_official_repetition(ids, sizes):
 
 def find_copies(files, others):
     """All pairs of a file and another one with the same bytes; few are read whole."""
-    try:
-        candidates = {}
-        for other in others:
-            candidates.setdefault(fingerprint(other), []).append(other)
-        return [
-            (file, other)
-            for file in files
-            for other in candidates.get(fingerprint(file), [])
-            if file.read_bytes() == other.read_bytes()
-        ]
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    prints = {file: fingerprint(file) for file in (*files, *others)}
+    pairs = itertools.product(files, others)
+    return [(one, two) for one, two in pairs if prints[one] == prints[two] and filecmp.cmp(one, two, shallow=False)]
 
 
 def fingerprint(file):
@@ -166,41 +151,48 @@ def contents(root):
 def contents_of_folders(raw, doctors):
     """The Contents of the official and the 2020 layout."""
     marked = [list_files(doctor, (".txt",)) for doctor in doctors]
-    known = {id for files in marked for id in files}
-    images = {part: list_images(find(raw, folder), known) for part, folder in FOLDERS.items()}
-    ids = {id for part in images.values() for id in part}
-    unused = {}
-    for files in marked:
-        for id in files.keys() - ids:
-            part = official_part(id)
-            if part is None:
-                raise InputError(f"{files[id]}: its image is missing in {raw}; add it or remove the annotation")
-            unused[id] = part
+    annotated = {id: file for files in marked for id, file in files.items()}
 
-    def annotations_of(id):
+    def annotations(id):
         return tuple(files.get(id, folder / f"{id}.txt") for folder, files in zip(doctors, marked, strict=True))
 
-    annotations = {part: {id: annotations_of(id) for id in images[part]} for part in FOLDERS}
+    images = {part: list_images(find(raw, folder), annotated) for part, folder in FOLDERS.items()}
+    entries = {part: [Entry(id, file, annotations(id)) for id, file in images[part].items()] for part in images}
     places = {part: f"{raw.name}/{folder}" for part, folder in FOLDERS.items()}
-    return Contents(places, images, annotations, [(part, id) for id, part in sorted(unused.items()) if images[part]])
+    return Contents(places, entries, find_unused(annotated, entries, raw))
 
 
 def contents_of_tables(folder, tables):
     """The Contents of the Kaggle layout; every image needs a row, but official images of a table that is not there."""
     images = list_images(folder)
-    rows = {part: read_kaggle(table) for part, table in tables.items()}
-    absent = FOLDERS.keys() - tables.keys()
-    for id in sorted(images.keys() - set().union(*rows.values())):
-        if official_part(id) not in absent:
+    rows = {part: sorted(read_kaggle(table).items()) for part, table in tables.items()}
+    annotated = {id: tables[part] for part in rows for id, _ in rows[part]}
+    for id in sorted(images.keys() - annotated.keys()):
+        if official_part(id) not in FOLDERS.keys() - tables.keys():
             raise InputError(f"{images[id]}: no row in {', '.join(table.name for table in tables.values())}; add it")
-    unused = [(part, id) for part in rows for id in rows[part].keys() - images.keys()]
-    for part, id in sorted(unused):
-        if official_part(id) is None:
-            raise InputError(f"{tables[part]}: the image {id} of its list is missing in {folder}")
+    entries = {
+        part: [Entry(id, images[id], (row,)) for id, row in rows.get(part, ()) if id in images] for part in FOLDERS
+    }
     places = {part: f"{part}_senior.csv" for part in FOLDERS}
-    listed = {part: {id: images[id] for id in sorted(rows.get(part, ())) if id in images} for part in FOLDERS}
-    annotations = {part: {id: (row,) for id, row in rows[part].items()} for part in rows}
-    return Contents(places, listed, annotations, [(part, id) for part, id in sorted(unused) if listed[part]])
+    return Contents(places, entries, find_unused(annotated, entries, folder))
+
+
+def find_unused(annotated, entries, folder):
+    """(part, id) of the official images that have an annotation only, in parts of which there are images.
+
+    Args:
+        annotated: {id: file of its annotation}.
+        entries: {part: entries}.
+        folder: where the images are, for the message.
+
+    Raises:
+        InputError: an annotation without image that is not of an official one.
+    """
+    missing = sorted(annotated.keys() - {entry.id for part in entries.values() for entry in part})
+    for id in missing:
+        if official_part(id) is None:
+            raise InputError(f"{annotated[id]}: the image {id} is missing in {folder}; add it or remove its annotation")
+    return [(official_part(id), id) for id in missing if entries[official_part(id)]]
 
 
 def official_part(id):

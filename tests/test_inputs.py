@@ -697,7 +697,7 @@ REFUSED = {
     ),
     "own annotation without image": (
         lambda root: [shutil.copy(file, file.with_stem("own")) for file in annotations(root, ids=["001"])],
-        "400_senior/own.txt: its image is missing in",
+        "own.txt: the image own is missing in",
     ),
     "a doctor for some images": (
         lambda root: annotations(root, ["junior"])[2].unlink(),
@@ -858,11 +858,11 @@ BAD_KAGGLE = {
     ),
     "own image of its list missing": (
         rows(lambda table: joined([*table, ["own.png", *table[1][1:]]])),
-        "the image own of its list is missing in",
+        "_senior.csv: the image own is missing in",
     ),
     "an id with dots": (
         rows(lambda table: joined([*table, ["1.2.840", *table[1][1:]]])),
-        "the image 1.2.840 of its list is missing in",
+        "the image 1.2.840 is missing in",
     ),
     "two tables of a name": (
         lambda root: shutil.copy(root / "train_senior.csv", root / "Train_Senior.csv"),
