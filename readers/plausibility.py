@@ -9,7 +9,7 @@ extent       landmarks span less than 0.2 of the image in both axes (0.41 or mor
              left quarter (they reach 0.71 in x and 0.75 in y)
 mean shape   after the alignment of ``align``, residuals are relative to the landmarks' root-mean-square distance from
              their centre: a shape with a median below 0.35 (0.17; as a mirror image 0.65 or more) counts as a head; one
-             landmark of a head is off by more than 0.75 (0.30); the same positions in another order: ``is_permuted``
+             landmark of a head is off by more than 0.75 (0.30)
 population   the squared Mahalanobis distance of the shape (``strangeness``): above 200 (57), or above 80 in the mean
              over 5 images or more (17)
 order        the logarithm of how much likelier a doctor's landmarks are with two of them exchanged (``check_order``),
@@ -36,7 +36,6 @@ LEFT = 0.5  # of the variance: heads reach 0.90, points at random 0.39
 MARKS = 20  # px0 of the mean shape: standard deviation of marks that the population's modes do not explain
 STRANGE, STRANGE_SPLIT = 200, 80
 EXCHANGED, SUSPECTED = 16, 8
-SAME_PLACES, OTHER_ORDER = 0.25, 0.5
 NO_HEAD = "the landmarks are not those of a head, or not in the order of ISBI 2015"
 TURNS = {  # (mirrored, quarter turns from the mean shape, clockwise): what is wrong
     (False, 1): "the head is turned by 90 degrees clockwise",
@@ -102,13 +101,12 @@ def check_extent(points, sizes, refuse):
     """Refuse positions that are not in pixels of these images."""
     relative = points / sizes[:, None, ::-1]
     units = "are they pixels of this image (not mm, not 0 to 1, not of a smaller copy)?"
-    refuse((points <= 1).all((1, 2)), f"all landmarks lie within 0 to 1; {units}")
     refuse((np.ptp(relative, axis=1) < EXTENT).all(1), f"all landmarks lie in a small part of the image; {units}")
     refuse((relative < 0.5).all((1, 2)), f"all landmarks lie in the upper left quarter of the image; {units}")
 
 
 def check_shape(points, refuse):
-    """Refuse heads that are turned or have a landmark far off, and the landmarks of a head in another order."""
+    """Refuse what is no head, heads that are turned, and a landmark that is far off."""
     shape, _ = population()
     places = points @ np.array((1, 1j))
     residuals, turns = zip(*(align(places, mean) for mean in (shape, -shape.conj())), strict=True)
@@ -122,7 +120,6 @@ def check_shape(points, refuse):
         is_head & (residual.max(1) > OUTLIER),
         lambda i: f"landmark {named(worst[i])} is far from its position relative to the others",
     )
-    refuse(~is_head & is_permuted(places, shape), "the landmarks of a head, but not in the order of ISBI 2015")
     refuse(~is_head, NO_HEAD)
 
 
@@ -149,15 +146,6 @@ def align(places, mean, iterations=20):
     size = abs(places - places.mean(1, keepdims=True)) ** 2
     turns = np.round(np.angle(factor) / (np.pi / 2)).astype(int) % 4
     return distance / np.maximum(np.sqrt(size.mean(1, keepdims=True)), 1e-9), turns
-
-
-def is_permuted(places, mean):
-    """Whether each landmark lies near some of the mean shape and the reverse, but not near its own: (N,) bool."""
-    places, mean = (points - points.mean(-1, keepdims=True) for points in (places, mean))
-    places, mean = (points / np.sqrt((abs(points) ** 2).mean(-1, keepdims=True)) for points in (places, mean))
-    distance = abs(places[:, :, None] - mean)  # (N, K, K)
-    nearest = np.maximum(distance.min(1).mean(1), distance.min(2).mean(1))
-    return (nearest < SAME_PLACES) & (abs(places - mean).mean(1) > OTHER_ORDER)
 
 
 # --- the population of shapes ----------------------------------------------------------------------------------------

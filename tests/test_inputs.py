@@ -541,7 +541,6 @@ LIST = [1, 2, 3, 5, 6, 17, 18, 12, 11, 8, 12, 11, 10, 7, 9, 19, 19, 4, 10]
 NO_HEAD = (
     "the landmarks are not those of a head, or not in the order of ISBI 2015 (4 of 4 images); correct it, or add --un"
 )
-ORDER = "the landmarks of a head, but not in the order of ISBI 2015 (4 of 4 images)"
 REFUSED = {
     # other sets of landmarks
     "20 landmarks": (more_landmarks(20), "400_senior/001.txt: 20 landmarks, the 19 of ISBI 2015 are needed"),
@@ -575,7 +574,7 @@ REFUSED = {
     # units
     "mm": (each_line(lambda k, x, y: f"{x / 10},{y / 10}"), "lie in a small part of the image; are they pixels"),
     "mm of 0.3": (each_line(lambda k, x, y: f"{x * 0.3},{y * 0.3}"), "(4 of 4 images); correct it, or add --unusual"),
-    "0 to 1": (each_line(lambda k, x, y: f"{x / 194:.4f},{y / 240:.4f}"), "all landmarks lie within 0 to 1; are they"),
+    "0 to 1": (each_line(lambda k, x, y: f"{x / 194:.4f},{y / 240:.4f}"), "lie in a small part of the image; are they"),
     "percent": (each_line(lambda k, x, y: f"{x / 1.94:.1f},{y / 2.4:.1f}"), "lie in the upper left quarter"),
     "of a smaller copy": (each_line(lambda k, x, y: f"{x / 2},{y / 2}"), "lie in the upper left quarter"),
     "mm in one image": (
@@ -599,7 +598,7 @@ REFUSED = {
         each_line(lambda k, x, y: f"{193 - y * 0.8:.0f},{x}"),
         "the head is turned by 90 degrees clockwise",
     ),
-    "reverse order": (lines_in_order(range(K)[::-1]), "a head, but not in the order of ISBI 2015 (4 of 4 images)"),
+    "reverse order": (lines_in_order(range(K)[::-1]), NO_HEAD),
     "another order": (lines_in_order(np.random.default_rng(0).permutation(K)), "not in the order of ISBI 2015"),
     "two swapped": (
         lines_in_order([*range(7), 1, *range(8, K)]),
@@ -609,7 +608,7 @@ REFUSED = {
         lambda root: [one_line(8, "12,200", doctor)(root) for doctor in ("senior", "junior")],
         "002.txt: landmark 8 (menton) is far from its position relative to the others (1 of 4 images)",
     ),
-    "another list": (other_points(lambda points, rng: points[np.array(LIST) - 1] + rng.normal(0, 3, (K, 2))), ORDER),
+    "another list": (other_points(lambda points, rng: points[np.array(LIST) - 1] + rng.normal(0, 3, (K, 2))), NO_HEAD),
     "at random": (other_points(lambda points, rng: rng.uniform((5, 5), (188, 235), (K, 2))), NO_HEAD),
     "x of a smaller copy": (each_line(lambda k, x, y: f"{x / 5},{y}"), NO_HEAD),
     "on a circle": (
