@@ -20,7 +20,6 @@ from support.distributed import is_main, launched, rank, world_size
 from support.errors import CONTROL, UNFIT, InputError, Stopped
 
 STOPPED = 128 + signal.SIGTERM  # exit status; SIGHUP counts as SIGTERM
-WINDOWS = re.compile(r'(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*[<>:"|?*].*|.*[. ]', re.I)  # no names of folders there
 TRY_AGAIN = 75  # exit status EX_TEMPFAIL of sysexits.h
 
 
@@ -200,13 +199,9 @@ positive_float = bounded(float, lambda value: 0 < value < math.inf, "a number ab
 
 
 def half_grey_levels(text):
-    """A value of --epsilon, such as 8; 4/255 is refused with the number that it would be."""
-    if fraction := re.fullmatch(r"([\d.]+)/255", text):
-        levels = 2 * float(fraction[1])
-        raise argparse.ArgumentTypeError(
-            f"{text}: epsilon counts half grey levels; {text} of an image in [0, 1] is --epsilon {levels:g}"
-        )
-    value = bounded(float, lambda value: 0 <= value < math.inf, "a number of half grey levels")(text)
+    """A value of --epsilon, such as 8."""
+    words = "a number of half grey levels; 4/255 of an image in [0, 1] is --epsilon 8"
+    value = bounded(float, lambda value: 0 <= value < math.inf, words)(text)
     if 0 < value * 127.5 / 256 < 0.5:
         warnings.warn(
             f"--epsilon {value:g} is less than half a grey level, of which 8-bit images keep nothing; it counts half "
@@ -218,8 +213,7 @@ def half_grey_levels(text):
 
 def tag(text):
     """A run's name: one folder below runs/."""
-    reserved = sys.platform == "win32" and WINDOWS.fullmatch(text)
-    if text in ("", ".", "..") or {*"/\\"} & {*text} or UNFIT.match(text) or reserved:
+    if text in ("", ".", "..") or {*"/\\"} & {*text} or UNFIT.match(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a plain name")
     return text
 

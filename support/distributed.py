@@ -8,7 +8,6 @@ here does anything. All processes must see the same files.
 
 import contextlib
 import os
-import socket
 from datetime import timedelta
 
 import torch
@@ -18,22 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from support.errors import InputError
 
-WITHOUT = "unset TORCHELASTIC_RUN_ID to run without torchrun"
 DAY = timedelta(days=1)  # a process may wait for the others for hours; if one dies, torchrun ends the rest
 
 
 def launched(name, default):
-    """A whole number that torchrun gives its processes in the environment, at least ``default``; this without torchrun.
-
-    Raises:
-        InputError: it is no such number, so that the variables are not torchrun's, or of another start.
-    """
-    if not dist.is_torchelastic_launched():
-        return default
-    text = os.environ.get(name, "")
-    if not text.isdecimal() or int(text) < default:
-        raise InputError(f"{name}={text} in the environment is not as torchrun sets it; {WITHOUT}")
-    return int(text)
+    """A whole number that torchrun gives its processes in the environment; ``default`` without torchrun."""
+    return int(os.environ[name]) if dist.is_torchelastic_launched() else default
 
 
 def rank():
@@ -52,22 +41,9 @@ def is_main():
 
 
 def start():
-    """Initialise the process group, once.
-
-    Raises:
-        InputError: the environment is not that of torchrun, or the other processes do not appear.
-    """
-    if world_size() == 1 or dist.is_initialized():
-        return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    try:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun itself listens: is it there?
-            socket.create_connection((os.environ["MASTER_ADDR"], launched("MASTER_PORT", 1)), 60).close()
-        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise InputError(f"process {rank()} of {world_size()} finds no other ({error!s:.200}); {WITHOUT}") from None
-    store.set_timeout(DAY)
-    dist.init_process_group(backend, timeout=DAY, store=store, rank=rank(), world_size=world_size())
+    """Initialise the process group, once."""
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=DAY)
 
 
 @contextlib.contextmanager

@@ -233,7 +233,7 @@ def test_adversarial_training_resumes_exactly(official, tmp_path, monkeypatch, r
     [
         (["--epsilon", 4], "--epsilon: needs --adversarial"),
         (["--attack-steps", 2], "--attack-steps: needs --adversarial"),
-        (["--adversarial", "--epsilon", "8/255"], "is --epsilon 16"),
+        (["--adversarial", "--epsilon", "8/255"], "4/255 of an image in [0, 1] is --epsilon 8"),
         (["--adversarial", "backwards"], "unrecognized arguments: backwards"),
     ],
 )

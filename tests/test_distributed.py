@@ -8,7 +8,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, assert_refused
+from conftest import ROOT
 
 from readers.images import cores
 from support import distributed
@@ -165,30 +165,6 @@ def test_what_several_processes_cannot_do(monkeypatch, official, tmp_path, run):
 
 
 LAUNCHED = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"RANK": None}, "RANK= in the environment is not as torchrun sets it; unset TORCHELASTIC_RUN_ID"),
-        ({"RANK": "-1"}, "RANK=-1 in"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in"),
-        ({"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0 in"),
-        (
-            {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"},
-            "Connection refused",
-        ),
-        ({}, "process 0 of 2 finds no other (Error initializing torch.distributed using env:// rendezvous"),
-    ],
-)
-def test_variables_of_a_torchrun_that_is_gone(changes, message, trained, official, monkeypatch, run):
-    monkeypatch.chdir(trained)
-    for name, value in {**LAUNCHED, **changes}.items():
-        monkeypatch.delenv(name, raising=False)
-        if value is not None:
-            monkeypatch.setenv(name, value)
-    result = run("test.py", "--tag", "of_1", "--data", official, "--rand", "stale")
-    assert_refused(result, message, trained / "stale")
 
 
 @pytest.mark.parametrize("value", ["0", "many"])
