@@ -1,7 +1,5 @@
 """One perturbation for all images, made on the training images, see ``attack.universal_perturbation``."""
 
-import json
-
 import numpy as np
 import torch
 
@@ -11,41 +9,35 @@ from support import distributed
 from support.checkpoints import checked, load_tensors, write_tensors
 from support.command import progress
 from support.errors import InputError
-from support.files import read_config
-
-# of config.json: what a perturbation depends on
-MADE_FROM = ("checkpoint_sha256", "training_data_sha256", "shift_count", "shift_mm", "epsilon", "steps", "seed")
 
 
 def find_perturbation(out, attack, detector, data, targets, batch_size, device, epsilon, steps, seed, grey):
     """The perturbation (1, C, H, W) of a universal attack, kept in a file; it is not made again.
 
     Args:
-        out: folder of the file, and of config.json.
+        out: folder of the file.
         attack: a universal row of ``attack.ATTACKS``.
         data, targets: the training images and their common targets, see ``targets.choose_targets``.
         batch_size: images of each step.
         grey: see ``eval.attack_batch``, as are the others.
 
     Raises:
-        InputError: the file is damaged, of another configuration, or exceeds epsilon.
+        InputError: the file is damaged, or exceeds epsilon.
     """
     file, channels = out / "universal_perturbation.pth", 1 if grey else 3
 
     def make():
-        config = read_config(out / "config.json")
-        made_from = torch.tensor([*json.dumps({name: config.get(name) for name in MADE_FROM}).encode()])  # as a tensor
         if not file.exists():
             attacked = grey_detector(detector) if grey else detector
             batches = training_batches(attacked, data, targets, device, channels, batch_size, seed)
             iterates = universal_perturbation(attack, attacked.network, batches, epsilon, steps)
             _, delta = last(progress(iterates, desc="universal perturbation", total=steps + 1, unit="step"))
-            write_tensors(file, {"delta": delta.cpu(), "made_from": made_from})
+            write_tensors(file, {"delta": delta.cpu()})
         content = load_tensors(file)
-        kept = content.pop("made_from", made_from)  # older ones do not say it
+        content.pop("made_from", None)  # of older versions
         delta = checked(file, content, {"delta": torch.zeros(1, channels, *data.images.shape[-2:])})["delta"]
-        if not torch.equal(kept, made_from) or delta.abs().max() > 1.0001 * epsilon / 256:
-            raise InputError(f"{file}: of another configuration, or above --epsilon; remove it and repeat the command")
+        if delta.abs().max() > 1.0001 * epsilon / 256:
+            raise InputError(f"{file}: exceeds --epsilon; remove it and repeat the command")
         return delta
 
     return distributed.on_main(make).to(device)

@@ -4,15 +4,11 @@ import hashlib
 import os
 import re
 import warnings
-import zipfile
 
 import torch
 
-from support.errors import InputError
+from support.errors import InputError, describe
 from support.files import atomic
-
-LARGEST = 2**30  # bytes of a file of weights; torchvision's VGG19 has 575 MB
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def checkpoint_path(folder, epoch):
@@ -60,19 +56,13 @@ def load_file(path):
     """``torch.load`` on the CPU with ``weights_only``.
 
     Raises:
-        InputError: no file, damaged, with more than tensors and numbers, larger than LARGEST, or a zip that holds more
-            than its own size: compressed, or of parts that overlap.
+        InputError: no file, damaged, or with more than tensors and numbers.
     """
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file, or no regular one")  # a pipe would wait
     try:
-        if not os.path.isfile(path):
-            raise InputError(f"{path}: no such file, or no regular one")  # a pipe would wait
-        size, parts = os.path.getsize(path), zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
-        if max(size, sum(part.file_size for part in parts)) > min(size, LARGEST):
-            raise InputError(f"{path}: too large; weights are not compressed, and at most {LARGEST} bytes")
         with warnings.catch_warnings(action="ignore"):  # about old pickle protocols, which are refused anyway
             return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
     except Exception as error:  # of a dozen types
         raise InputError(f"{path}: not a readable file of weights, or of more ({type(error).__name__})") from None
 
@@ -89,12 +79,7 @@ def load_tensors(path):
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str)
-        and isinstance(value, torch.Tensor)
-        and (value.layout, value.device.type, value.is_nested) == (torch.strided, "cpu", False)
-        for key, value in state.items()
-    ):
+    if not isinstance(state, dict) or not all(isinstance(key, str) and torch.is_tensor(state[key]) for key in state):
         raise InputError(f"{path}: not a state dict, which maps names to tensors")
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
 
@@ -108,21 +93,17 @@ def checked(path, state, expected):
         expected: {name: tensor}, the network's.
 
     Raises:
-        InputError: other names, shapes or kinds of numbers; nan, inf, or a number too large for the type; or variances
+        InputError: other names, shapes or kinds of numbers; nan, inf, a number too large for the type, or a variance
             below 0.
     """
     if names := expected.keys() ^ state.keys():
         raise InputError(f"{path}: weights of another network: {len(names)} names differ, {min(names)} is one")
     found = {}
     for name, wanted in expected.items():
-        value, types = state[name], FLOATS if wanted.is_floating_point() else (wanted.dtype,)
-        if value.shape != wanted.shape:
-            raise InputError(f"{path}: weights of another network: {name} is of shape {tuple(value.shape)}")
-        if value.dtype not in types:
-            raise InputError(f"{path}: {name} is of type {value.dtype}; {wanted.dtype} is needed")
+        value = state[name]
+        if value.shape != wanted.shape or value.is_floating_point() != wanted.is_floating_point():
+            raise InputError(f"{path}: weights of another network: {name} is {describe(value)}, not {describe(wanted)}")
         found[name] = value.to(wanted.dtype)
-        if not found[name].isfinite().all():
-            raise InputError(f"{path}: weights that are nan or inf: {name}")
-        if name.endswith("running_var") and (found[name] < 0).any():
-            raise InputError(f"{path}: variances below 0: {name}")
+        if not found[name].isfinite().all() or (name.endswith("running_var") and (found[name] < 0).any()):
+            raise InputError(f"{path}: weights that are nan or inf, or variances below 0: {name}")
     return found

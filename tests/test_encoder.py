@@ -56,7 +56,7 @@ def test_a_wrong_file_is_refused(kind, tmp_path, run):
             h5py.File(file, "w").close()
         elif kind == "of other sizes":
             write_weights(h5py, file, lambda channels, block: 8 * block)
-            message = "features.0.weight is of shape (8, 3, 3, 3)"
+            message = "features.0.weight is torch.float64 (8, 3, 3, 3)"
     result = run("scripts/encoder_from_hed.py", file, tmp_path / "out.pth")
     assert_refused(result, message, tmp_path / "out.pth")
 

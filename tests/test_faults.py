@@ -400,7 +400,11 @@ def test_weights_that_are_no_numbers(official, tmp_path, monkeypatch, run):
     (folder / "config.json").write_text('{"size": [64, 48]}')
     torch.save(UNet(K).state_dict() | {"head.bias": torch.full((3 * K,), torch.nan)}, folder / "model_epoch_0.pth")
     result = run("test.py", "--tag", "small", "--data", official)
-    assert_refused(result, "model_epoch_0.pth: weights that are nan or inf: head.bias", folder / "test_test_0")
+    assert_refused(
+        result,
+        "model_epoch_0.pth: weights that are nan or inf, or variances below 0: head.bias",
+        folder / "test_test_0",
+    )
 
 
 # --- damaged files: generated
