@@ -396,7 +396,7 @@ def test(args, detector, data, device, out):
             if i < args.pictures:
                 mre = rows["radial_error_mm"].mean()
                 title = f"{id}, MRE {mre:.2f} mm" if mre >= 0 else id
-                figures.draw_or_warn(picture_file(out, id), title, data.select([id]), rows)
+                figures.draw(picture_file(out, id), title, data.select([id]), rows)
     distributed.on_main(report_test, args, data, out)
     file = out / "defences_summary.csv"
     if args.defence and not distributed.on_main(defences.is_complete, file, args.defence):
@@ -466,7 +466,7 @@ def write_attacked(args, data, i, tables, adversarial, out):
         write_table(record_file(out, id, method, name), records)
     if i < args.pictures:
         title = f"{id}, {method}, epsilon {args.epsilon:g}, iteration {tables[None]['iteration'].max()}"
-        figures.draw_or_warn(picture_file(out, id, method), title, data, tables[None], adversarial)
+        figures.draw(picture_file(out, id, method), title, data, tables[None], adversarial)
 
 
 def report_attack(args, data, out):

@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
-from support.errors import InputError
 from support.files import atomic
 
 TRUTH, PREDICTED, TARGET = (
@@ -158,16 +157,6 @@ def show(panel, image, size0, title, **look):
     panel.imshow(image, cmap="gray", vmin=0, vmax=255, extent=(-0.5, size0[1] - 0.5, size0[0] - 0.5, -0.5))
     panel.set_title(title, **look)
     panel.set_axis_off()
-
-
-def draw_or_warn(path, *arguments):
-    """``draw`` after the record is written: if it fails, a warning, and the next call tries again."""
-    try:
-        draw(path, *arguments)
-    except InputError:  # a full disk, say
-        raise
-    except Exception as error:
-        warnings.warn(f"{path}: not drawn ({' '.join(str(error).split())}); the record is kept", stacklevel=2)
 
 
 def draw(path, title, data, records, adversarial=None):

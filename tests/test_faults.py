@@ -586,27 +586,6 @@ def test_a_damaged_record_is_refused_before_the_work(kind, trained, official, mo
 # --- names, pictures, output
 
 
-@pytest.mark.parametrize("kind", ["test", "attack"])
-def test_a_picture_that_fails_costs_no_record(kind, trained, official, monkeypatch, run):
-    def draw(path, *_):
-        if "152" in path.name:
-            raise RuntimeError("no\nfont")
-        return original(path, *_)
-
-    monkeypatch.chdir(trained)
-    out, original = trained / f"not_drawn_{kind}", figures.draw
-    arguments = ["test.py", "--tag", "small", "--data", official, "--split", "test1", "--rand", out, "--batch-size", 1]
-    arguments += ["--attack", 1, "--steps", 2] if kind == "attack" else []
-    with monkeypatch.context() as context:
-        context.setattr(figures, "draw", draw)
-        status, _, err = run(*arguments)
-    assert status == 0 and ".png: not drawn (no font); the record is kept" in err and "Traceback" not in err
-    assert len(list((out / "records").iterdir())) == 3 and len(list((out / "pictures").iterdir())) == 2
-    predictions = (out / "predictions.csv").read_bytes()
-    assert run(*arguments)[0] == 0
-    assert len(list((out / "pictures").iterdir())) == 3 and (out / "predictions.csv").read_bytes() == predictions
-
-
 NAMES = ("x$1_$", "a$b$c", "$\\frac$", "患者", "^_{", '"', "NA", "a,b", "a;b", "#1", "'", " a ", "_")
 
 
@@ -617,7 +596,7 @@ def test_names_as_they_are(trained, official, monkeypatch, tmp_path, run):
     arguments = ["test.py", "--tag", "small", "--image", *images, "--mm-per-px", 0.1, "--attack", 2, "--rand", out]
     for _ in range(2):  # the records are read again
         status, _, err = run(*arguments, "--targets", "shift")
-        assert status == 0 and "Glyph" not in err and "not drawn" not in err, err
+        assert status == 0 and "Glyph" not in err, err
     assert {*read_records([out / "predictions.csv"])["image"]} == {*NAMES}
     assert {file.name for file in (out / "pictures").iterdir()} == {f"{name}_FGSM.png" for name in NAMES}
 
