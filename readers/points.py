@@ -155,7 +155,7 @@ def read_targets(path, ids, names=LANDMARKS):
             raise InputError(
                 f"{where}: image {id!r} is not among the {len(ids)} to be attacked ({ids[0]} .. {ids[-1]})"
             )
-        k = find_landmark(row["landmark"], numbers)
+        k = numbers.get(row["landmark"].lower())
         if k is None:
             raise InputError(f"{where}: there is no landmark {row['landmark']!r}, only 1 to {num_landmarks} and names")
         if not np.isnan(targets[id][k]).all():
@@ -181,19 +181,8 @@ def finder(ids):
 
 
 def landmark_numbers(names):
-    """{text: index} of the names of landmarks: full, without the part in parentheses, or that part alone."""
+    """{text: index} of landmarks: their numbers from 1; their names, also without what is in parentheses, or that."""
     numbers = {}
-    for k, name in enumerate(names):
-        short, _, letter = plain(name).partition("(")
-        numbers |= dict.fromkeys([plain(name), short.strip(), letter.rstrip(")")], k)
-    return {name: k for name, k in numbers.items() if name} | {float(k + 1): k for k in range(len(names))}
-
-
-def find_landmark(text, numbers):
-    """Index of the landmark that ``text`` names, or None."""
-    value = number(text)
-    return numbers.get(plain(text) if value is None else value)
-
-
-def plain(name):
-    return " ".join(name.lower().replace("_", " ").replace("-", " ").split())
+    for k, name in enumerate(map(str.lower, names)):
+        numbers |= dict.fromkeys([str(k + 1), name, *name.rstrip(")").split(" (")], k)
+    return numbers
