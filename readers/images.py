@@ -16,7 +16,6 @@ from support.errors import UNFIT, InputError
 SUFFIXES = (".bmp", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
 FORMATS = ("BMP", "PNG", "JPEG", "TIFF")  # Pillow's names: no other content is read, whatever the suffix
 MAX_PIXELS = 40_000_000  # of an image: a film of 24 x 30 cm at 600 dpi
-MAX_SIDE = 65_500  # px, of a JPEG
 MAX_NAME = 200  # bytes of an id, for the names of files of results
 UNSUPPORTED = (
     *(".dcm", ".dicom", ".ima", ".nii", ".nrrd", ".mha", ".mhd", ".raw", ".npy", ".pdf", ".svg", ".psd"),
@@ -103,9 +102,9 @@ def opened(path, max_pixels=None):
     try:
         # by a file object: of uncompressed TIFFs opened by name, Pillow 11 to 13 scrambles those that are rotated
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > (max_pixels or MAX_PIXELS) or max(image.size) > MAX_SIDE:
-                read = f"{max_pixels or MAX_PIXELS} pixels are read (see --max-pixels), and {MAX_SIDE} in a row"
-                raise InputError(f"{path}: an image of {image.width} x {image.height} px; up to {read}")
+            if image.width * image.height > (limit := max_pixels or MAX_PIXELS):
+                read = f"up to {limit} pixels are read (see --max-pixels)"
+                raise InputError(f"{path}: an image of {image.width} x {image.height} px; {read}")
             yield image
     except (OSError, SyntaxError, ValueError, struct.error) as error:  # all that Pillow raises for damaged files
         raise InputError(f"{path}: not a readable image ({', '.join(FORMATS)}), or truncated ({error})") from None

@@ -983,7 +983,6 @@ OWN = {
     "WebP": (["webp.png"], r"webp.png: not a readable image \(BMP, PNG, JPEG, TIFF\)"),
     "huge, of few bytes": (["bomb.png"], r"of 13300 x 13300 px; up to 40000000 pixels are read \(see --max"),
     "of 900 million pixels": (["larger.png"], "larger.png: an image of 30000 x 30000 px"),
-    "wider than a JPEG": (["wide.png"], "wide.png: an image of 65501 x 1 px; .* and 65500 in a row"),
     "a name of 201 bytes": ([f"{'x' * 201}.png"], "rename it: .* > 200 bytes"),
     "a formula as a name": (["=1+1.png"], r"=1\+1.png: rename it: .* or = . - @ at"),
     "a name of 202 bytes in 101 letters": ([f"{'é' * 101}.png"], "rename it: .* > 200 bytes"),
@@ -1010,7 +1009,7 @@ def test_bad_own_images(case, tmp_path):
     (tmp_path / "device.png").symlink_to("/dev/zero")
     for format in ("eps", "gif", "webp"):
         Image.new("RGB", SIZE).save(tmp_path / f"{format}.png", format)
-    for name, size in (("bomb", (13300, 13300)), ("larger", (30000, 30000)), ("wide", (65501, 1))):
+    for name, size in (("bomb", (13300, 13300)), ("larger", (30000, 30000))):
         write_black_png(tmp_path / f"{name}.png", size)
     with pytest.raises(InputError, match=message):
         Cephalograms.from_files([tmp_path / name for name in names], SIZE)
@@ -1038,12 +1037,12 @@ TARGETS = {
     "spaces": ("landmark x  y\n  8   130 190 \n", same((8, 130, 190))),
     "semicolons": ("landmark;x;y\n8;130;190\n", same((8, 130, 190))),
     "tabs": ("landmark\tx\ty\n8\t130\t190\n", same((8, 130, 190))),
-    "floats": ("landmark,x,y\n8.0,130.0,1.9e2\n", same((8, 130, 190))),
+    "floats": ("landmark,x,y\n8,130.0,1.9e2\n", same((8, 130, 190))),
     "names": ("landmark,x,y\nmenton,130,190\nSella,1,2\n", same((8, 130, 190), (1, 1, 2))),
     "name with a letter": ("landmark,x,y\nsubspinale (A),3,4\n", same((5, 3, 4))),
     "name without": ("landmark,x,y\nSupramentale,3,4\n", same((6, 3, 4))),
     "the letter": ("landmark,x,y\nA,3,4\nb,5,6\n", same((5, 3, 4), (6, 5, 6))),
-    "name of several words": ("landmark,x,y\nsoft_tissue_pogonion,3,4\n", same((16, 3, 4))),
+    "name of several words": ("landmark,x,y\nsoft tissue pogonion,3,4\n", same((16, 3, 4))),
     "name among spaces": ('landmark x y\n"upper lip" 3 4\n', same((13, 3, 4))),
     "other order": ("y,landmark,x\n190,8,130\n", same((8, 130, 190))),
     "capitals": ("Landmark,X,Y\n8,130,190\n", same((8, 130, 190))),
