@@ -23,7 +23,6 @@ IDS = {"train": range(1, 151), "test1": range(151, 301), "test2": range(301, 401
 SPLITS = ("train", "test1", "test2", "test")
 SIZE0 = (2400, 1935)  # (H0, W0) of those
 DOCTORS = ("400_senior", "400_junior")
-NO_IMAGE = (".txt", ".csv", ".json", ".xml", ".md")  # suffixes of other files in a folder of images
 
 
 class Entry(NamedTuple):
@@ -156,7 +155,7 @@ def contents_of_folders(raw, doctors):
     def annotations(id):
         return tuple(files.get(id, folder / f"{id}.txt") for folder, files in zip(doctors, marked, strict=True))
 
-    images = {part: list_images(find(raw, folder), annotated) for part, folder in FOLDERS.items()}
+    images = {part: list_images(find(raw, folder)) for part, folder in FOLDERS.items()}
     entries = {part: [Entry(id, file, annotations(id)) for id, file in images[part].items()] for part in images}
     places = {part: f"{raw.name}/{folder}" for part, folder in FOLDERS.items()}
     return Contents(places, entries, find_unused(annotated, entries, raw))
@@ -233,20 +232,18 @@ def image_files(path):
     path = Path(path)
     images = list_images(path).values() if path.is_dir() else [path]
     if not images:
-        raise InputError(f"--image {path}: no images in this folder")
+        raise InputError(f"{path}: no images in this folder")
     return images
 
 
-def list_images(folder, annotated=()):
+def list_images(folder):
     """The image files of a folder by id.
 
     Raises:
         InputError: an image that is not supported, and not there in another format, too.
     """
     images = list_files(folder, SUFFIXES)
-    for file in sorted(folder.iterdir()) if folder.is_dir() else []:
-        suffix = file.suffix.lower()
-        image = suffix in UNSUPPORTED or (file.stem in annotated and suffix not in NO_IMAGE)
-        if image and file.stem not in images and not file.name.startswith("."):
+    for id, file in list_files(folder, UNSUPPORTED).items():
+        if id not in images:
             check_suffix(file)
     return images

@@ -37,14 +37,7 @@ MARKS = 20  # px0 of the mean shape: standard deviation of marks that the popula
 STRANGE, STRANGE_SPLIT = 200, 80
 EXCHANGED, SUSPECTED = 16, 8
 NO_HEAD = "the landmarks are not those of a head, or not in the order of ISBI 2015"
-TURNS = {  # (mirrored, quarter turns from the mean shape, clockwise): what is wrong
-    (False, 1): "the head is turned by 90 degrees clockwise",
-    (False, 2): "the head is upside down",
-    (False, 3): "the head is turned by 90 degrees counterclockwise",
-    (True, 1): "the head is mirrored and turned by 90 degrees",
-    (True, 2): "y seems to count upwards; it counts downwards from the top",
-    (True, 3): "x and y seem to be swapped; a line is x,y",
-}
+TURNED = "the head is turned or mirrored: are x and y swapped, or does y count upwards? a line is x,y, y from the top"
 
 
 def check(entries, doctors, sizes):
@@ -113,7 +106,7 @@ def check_shape(points, refuse):
     medians = np.median(residuals, axis=2)  # (2, N): facing right as the mean shape, mirrored
     mirrored, image = medians.argmin(0), np.arange(len(points))
     is_head, turn = medians.min(0) < HEAD, np.array(turns)[mirrored, image]
-    refuse(is_head & (turn != 0), lambda i: TURNS[bool(mirrored[i]), int(turn[i])])
+    refuse(is_head & (turn != 0), TURNED)
     residual = np.array(residuals)[mirrored, image]
     worst = residual.argmax(1)
     refuse(

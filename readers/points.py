@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 
-from readers.tables import image_id, number, read_table, read_text
+from readers.tables import image_id, number, read_by_image, read_table, read_text
 from support.errors import InputError
 
 LANDMARKS = (
@@ -68,9 +68,8 @@ def read_doctors(entry, size0, names=LANDMARKS):
 def check_count(path, found, names, unit="landmarks"):
     """Refuse another number of landmarks than that of the names."""
     if found != len(names):
-        whose = "of ISBI 2015 are needed" if names == LANDMARKS else "of the detector are needed"
-        order = ": one line x,y each, in their order (docs/data.md)"
-        raise InputError(f"{path}: {found} {unit}, the {len(names)} {whose}{order}")
+        needed = f"the {len(names)} of {'ISBI 2015' if names == LANDMARKS else 'the detector'} are needed"
+        raise InputError(f"{path}: {found} {unit}, {needed}: one line x,y each, in their order (docs/data.md)")
 
 
 def read_pairs(path, names):
@@ -114,14 +113,8 @@ def read_kaggle(path):
     header = read_text(path).lower().lstrip().partition("\n")[0]
     count = max(map(int, re.findall(r"\b(\d{1,3})_[xy]\b", header)), default=len(LANDMARKS))
     columns = [f"{k}_{axis}" for k in range(1, count + 1) for axis in "xy"]
-    rows = read_table(path, ["image_path", *columns], f"image_path,1_x,1_y,...,{count}_y")
-    table = {}
-    for line, row in rows:
-        id = image_id(row["image_path"])
-        if id in table:
-            raise InputError(f"{path}: line {line}: a second row of image {id}; remove one")
-        table[id] = path, line, [row[column] for column in columns]
-    return table
+    rows = read_by_image(path, "image_path", columns, f"image_path,1_x,1_y,...,{count}_y")
+    return {id: (path, line, [row[column] for column in columns]) for id, (line, row) in rows.items()}
 
 
 # --- targets ---------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from readers.tables import find, image_id, number, read_table, read_text
+from readers.tables import number, read_by_image, read_text
 from support.errors import InputError
 
 MM_PER_PX0 = 0.1  # of the ISBI 2015 images
@@ -26,33 +26,21 @@ def read_spacing(root, ids, mm_per_px=None):
     """
     if mm_per_px is not None:
         return np.full(len(ids), check(str(mm_per_px), "--mm-per-px")), "--mm-per-px"
-    assumed = np.full(len(ids), MM_PER_PX0), None
-    if root is None:
-        return assumed
-    text, table = (find(root, name) for name in ("spacing.txt", "spacing.csv"))
-    if text.exists() and table.exists():
-        raise InputError(f"{text}: {table.name} is in the same folder; remove one")
-    if text.exists():
-        return np.full(len(ids), check(read_text(text), text)), text
-    if table.exists():
-        values = read_rows(table, ids)
-        if missing := [id for id in ids if id not in values]:
-            raise InputError(f"{table}: no row for image {missing[0]}; add it")
-        return np.array([values[id] for id in ids]), table
-    if similar := [path for path in root.iterdir() if path.name.lower().startswith("spacing") and path.is_file()]:
-        raise InputError(f"{similar[0]}: is it the spacing? name it spacing.txt or spacing.csv, or give --mm-per-px")
-    return assumed
-
-
-def read_rows(path, ids):
-    """{id: mm per px0} of a spacing.csv, which names images by their ids or files."""
-    values = {}
-    for line, row in read_table(path, ["image", "mm_per_px"], "image,mm_per_px", []):
-        id = row["image"] if row["image"] in ids else image_id(row["image"])
-        if id in values:
-            raise InputError(f"{path}: line {line}: a second row of image {id}; remove one")
-        values[id] = check(row["mm_per_px"], f"{path}: line {line}")
-    return values
+    names = root.iterdir() if root else ()
+    files = [path for path in names if path.name.lower().startswith("spacing") and path.is_file()]
+    if not files:
+        return np.full(len(ids), MM_PER_PX0), None
+    file, kind = files[0], files[0].name.lower()
+    if len(files) > 1 or kind not in ("spacing.txt", "spacing.csv"):
+        found = ", ".join(sorted(path.name for path in files))
+        raise InputError(f"{root}: {found}: one file is read, spacing.txt or spacing.csv; rename it, remove others")
+    if kind == "spacing.txt":
+        return np.full(len(ids), check(read_text(file), file)), file
+    rows = read_by_image(file, "image", ["mm_per_px"], "image,mm_per_px", [])
+    if missing := [id for id in ids if id not in rows]:
+        raise InputError(f"{file}: no row for image {missing[0]}; add it")
+    values = {id: check(row["mm_per_px"], f"{file}: line {line}") for id, (line, row) in rows.items()}
+    return np.array([values[id] for id in ids]), file
 
 
 def check(text, where):

@@ -49,6 +49,21 @@ def read_text(path):
         raise InputError(f"{path}: not a readable text file ({error})") from None
 
 
+def read_by_image(path, column, columns, header, optional=None):
+    """The rows of a table with one for each image as {id: (line number, {column: text})}; ``column`` names the image.
+
+    Raises:
+        InputError: two rows of an image, and see ``read_table``, as for the other arguments.
+    """
+    table = {}
+    for line, row in read_table(path, [column, *columns], header, optional):
+        id = image_id(row[column])
+        if id in table:
+            raise InputError(f"{path}: line {line}: a second row of image {id}; remove one")
+        table[id] = line, row
+    return table
+
+
 def read_table(path, columns, header, optional=None):
     """The rows of a table with a header, each as (line number, {column: text}).
 
