@@ -101,12 +101,6 @@ class Parser(argparse.ArgumentParser):
             self.may_change.add(action.dest)
         return action
 
-    def parse_args(self, *arguments):
-        try:
-            return super().parse_args(*arguments)
-        except InputError as error:  # of a type
-            self.error(str(error))
-
     def error(self, message):
         line = f"{self.prog}: error: {one_line(message)} (--help lists all arguments)\n"
         self.exit(2, line if is_main() else None)
@@ -122,36 +116,32 @@ def run(main):
     2: wrong input, or another condition that the user must resolve (a full disk); 75: another process was lost; 130:
     Ctrl-C; 143: SIGTERM or SIGHUP. An error that all processes have is reported by the main process only.
     """
-    with contextlib.suppress(AttributeError):  # no console
-        sys.stdout.reconfigure(errors="replace")  # names that it cannot show; standard error escapes them itself
+    sys.stdout.reconfigure(errors="replace")  # names that it cannot show; standard error escapes them itself
     warnings.filterwarnings("ignore", module="PIL")  # about damaged images, which are refused by name
     warnings.showwarning = lambda message, *_: is_main() and say(f"warning: {message}")
     # PyTorch then requests huge pages from Linux: a tenth of all time on CPUs is the first touch of large tensors
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    before = signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, stop)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not after nohup
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))  # a terminal is closed
+    status, message = 0, None
     try:
-        status, message = 0, None
-        try:
-            main()
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is written
-        except BaseException as error:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from torchrun, if other processes ended for the same reason
-            status, message = explain(error)
-        gc.collect()  # closes the progress bars that the error holds, each of which ends its line
-        if message:
-            say(message)
-        if dist.is_initialized():
-            if status == 0:
-                with contextlib.suppress(RuntimeError):  # another process may be gone
-                    dist.destroy_process_group()
-            sys.stdout.flush()
-            os._exit(status)  # the communication threads may hang or abort in a normal exit
-        if status:
-            sys.exit(status)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        main()
+    except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from torchrun, if other processes ended for the same reason
+        status, message = explain(error)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is written
+    gc.collect()  # closes the progress bars that the error holds, each of which ends its line
+    if message:
+        say(message)
+    if dist.is_initialized():
+        if status == 0:
+            with contextlib.suppress(RuntimeError):  # another process may be gone
+                dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(status)  # the communication threads may hang or abort in a normal exit
+    if status:
+        sys.exit(status)
 
 
 def explain(error):
@@ -168,9 +158,7 @@ def explain(error):
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in reason):
         return TRY_AGAIN, f"process {rank()}: lost another process of this run, run it again ({reason})"
     out_of_memory = "out of memory", "can't allocate memory", "ALLOC_FAILED"  # CUDA, PyTorch, cuBLAS and cuDNN
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in out_of_memory)
-    ):
+    if isinstance(error, MemoryError) or any(phrase in str(error) for phrase in out_of_memory):
         return 2, f"error: out of memory; use a smaller --batch-size ({reason})"
     raise error
 
@@ -182,13 +170,10 @@ def bounded(kind, is_valid, words):
     """A type of arguments: numbers of a kind, int or float, for which ``is_valid`` holds."""
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not is_valid(value):
-            raise argparse.ArgumentTypeError(f"{text} is not {words}")
-        return value
+        with contextlib.suppress(ValueError):
+            if is_valid(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text} is not {words}")
 
     return parse
 

@@ -1,5 +1,6 @@
 """The exceptions that a command reports in one line, see ``command.run``; and what functions refuse in Python."""
 
+import argparse
 import re
 
 import torch
@@ -10,7 +11,7 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff
 UNFIT = re.compile(f"[=+@-]|.*{CONTROL.pattern}", re.DOTALL)  # as names in tables: spreadsheets run =1+1
 
 
-class InputError(Exception):
+class InputError(argparse.ArgumentTypeError):  # so that functions that raise it can be types of arguments
     """Wrong input. The message is one line: what is wrong, where, and what to do."""
 
 
