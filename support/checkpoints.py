@@ -1,6 +1,7 @@
 """Files of weights: where a run keeps them, and how they are read without running code that they may hold."""
 
 import hashlib
+import io
 import os
 import re
 import warnings
@@ -45,11 +46,10 @@ def sha256(path):
 
 def write_tensors(path, content):
     """``torch.save`` by ``files.atomic``."""
-    with atomic(path) as temporary, open(temporary, "wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # it hides its cause, a full disk say
-            raise OSError(str(error.__context__ or error)) from None
+    buffer = io.BytesIO()  # torch.save itself hides an OSError, of a full disk say
+    torch.save(content, buffer)
+    with atomic(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load_file(path):

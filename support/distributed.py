@@ -58,8 +58,6 @@ def guard():
     try:
         yield
     except (InputError, OSError) as error:
-        if world_size() == 1:
-            raise
         message = str(error)
     end_all([text for text in gather(message) if text is not None])
 

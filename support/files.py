@@ -41,7 +41,6 @@ def atomic(path):
     temporary = path.with_name(f".{secrets.token_hex(6)}.part{path.suffix}")  # its suffix tells writers the format
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)  # not through a link
         yield temporary
         with open(temporary, "r+b") as file:  # for update: Windows flushes no handle that was opened for reading
             os.fsync(file.fileno())  # the content is on the disk before the name is
@@ -188,8 +187,8 @@ def check_same_config(path, config, defaults, ignore, remedy, kept=None):
         remedy: name of the argument that chooses another folder, for the message.
     """
     kept = kept or (read_config(path) if path.exists() else config)
-    kept, config = defaults | kept, defaults | config
-    kept, config = (json.loads(json.dumps(content)) for content in (kept, config))  # tuples become lists, as on disk
+    # tuples become lists, as on disk
+    kept, config = (json.loads(json.dumps(defaults | content)) for content in (kept, config))
     names = sorted((config.keys() | kept.keys()) - {*ignore, "versions"}, key=lambda name: name.endswith("_sha256"))
     differences = [
         f"the content of the {name.removesuffix('_sha256')} has changed"
