@@ -11,7 +11,6 @@ import functools
 import io
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,12 +19,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from eval import SUCCESS_MM, errors_on, metrics, summarize
+from readers.plausibility import SHAPE
 from readers.tables import number
 from support.errors import InputError
 from support.files import load_table, write_table
 
 DRAWS = 4  # of a random defence, in each pass of an attack on it
-SHAPE = Path(__file__).parent.parent / "assets" / "shape_model.json"
 MODEL_MM_PER_PX0 = 0.1  # of the shape model
 
 

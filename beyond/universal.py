@@ -8,7 +8,6 @@ from dataset import in_batches, rescale, to_input
 from support import distributed
 from support.checkpoints import checked, load_tensors, write_tensors
 from support.command import progress
-from support.errors import InputError
 
 
 def find_perturbation(out, attack, detector, data, targets, batch_size, device, epsilon, steps, seed, grey):
@@ -22,7 +21,7 @@ def find_perturbation(out, attack, detector, data, targets, batch_size, device, 
         grey: see ``eval.attack_batch``, as are the others.
 
     Raises:
-        InputError: the file is damaged, or exceeds epsilon.
+        InputError: the file is damaged.
     """
     file, channels = out / "universal_perturbation.pth", 1 if grey else 3
 
@@ -35,10 +34,7 @@ def find_perturbation(out, attack, detector, data, targets, batch_size, device, 
             write_tensors(file, {"delta": delta.cpu()})
         content = load_tensors(file)
         content.pop("made_from", None)  # of older versions
-        delta = checked(file, content, {"delta": torch.zeros(1, channels, *data.images.shape[-2:])})["delta"]
-        if delta.abs().max() > 1.0001 * epsilon / 256:
-            raise InputError(f"{file}: exceeds --epsilon; remove it and repeat the command")
-        return delta
+        return checked(file, content, {"delta": torch.zeros(1, channels, *data.images.shape[-2:])})["delta"]
 
     return distributed.on_main(make).to(device)
 
