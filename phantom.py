@@ -23,7 +23,6 @@ from readers.images import cores
 from readers.layouts import DOCTORS, FOLDERS, IDS
 from support import command
 from support.command import bounded, natural_int, progress
-from support.errors import InputError
 from support.files import atomic, check_same_config, own_folder, write_json, write_text
 
 WIDTH, HEIGHT = 1935, 2400  # px0
@@ -428,8 +427,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     root = Path(args.out)
     config = {name: value for name, value in vars(args).items() if name != "out"}
-    if not any(config[split] for split in IDS):
-        raise InputError("--train, --test1, --test2: nothing to draw; at least one of them must be positive")
     sources = Path(__file__), SHAPE, ATLAS  # decide how a phantom looks
     config["program_sha256"] = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
     with own_folder(root, "phantom.py", "--out", "phantom.json"):
@@ -445,8 +442,8 @@ def draw(root, config, seed, defaults):
     """
     check_same_config(root / "phantom.json", config, defaults, [], "--out")
     write_json(root / "phantom.json", config)
-    folders = {split: root / "RawImage" / FOLDERS[split] for split in IDS}
-    files = [folders[split] / f"{id:03d}.bmp" for split in IDS for id in IDS[split][: config[split]]]
+    ids = {split: IDS[split][: config[split]] for split in IDS}
+    files = [root / "RawImage" / FOLDERS[split] / f"{id:03d}.bmp" for split in IDS for id in ids[split]]
     files = [file for file in files if not file.exists()]  # a repeated command continues
     with ProcessPoolExecutor(min(cores(), len(files) or 1)) as pool:
         drawn = pool.map(partial(draw_patient, seed), files)

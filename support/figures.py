@@ -10,11 +10,9 @@ from matplotlib.ticker import MaxNLocator
 
 from support.files import atomic
 
-TRUTH, PREDICTED, TARGET = (
-    {"marker": "+", "c": "lime", "s": 30, "linewidths": 0.8, "label": "ground truth"},
-    {"marker": "o", "c": "none", "edgecolors": "red", "s": 44, "linewidths": 0.9, "label": "prediction"},
-    {"marker": "x", "c": "cyan", "s": 20, "linewidths": 1.3, "label": "target"},  # fits into a prediction's circle
-)
+TRUTH = {"marker": "+", "c": "lime", "s": 30, "linewidths": 0.8, "label": "ground truth"}
+PREDICTED = {"marker": "o", "c": "none", "edgecolors": "red", "s": 44, "linewidths": 0.9, "label": "prediction"}
+TARGET = {"marker": "x", "c": "cyan", "s": 20, "linewidths": 1.3, "label": "target"}  # fits into a prediction's circle
 METHODS = {  # in this order and colour in every chart
     "random-search": "tab:pink",
     "noise": "tab:gray",

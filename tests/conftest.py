@@ -5,6 +5,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,14 @@ torch.set_num_threads(1)  # tests run in two workers; and so the commands that t
 os.environ["OMP_NUM_THREADS"] = "1"
 ENVIRONMENT = dict(os.environ)  # of processes that may see GPUs
 GPUS = torch.cuda.device_count()
+
+
+@pytest.fixture(autouse=True)
+def sigterm():
+    """Commands that run in this process leave SIGTERM ignored, as they then end."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session", autouse=True)

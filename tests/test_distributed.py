@@ -1,7 +1,6 @@
 """Two processes under torchrun against one."""
 
 import os
-import signal
 import subprocess
 import sys
 
@@ -13,7 +12,7 @@ from conftest import ROOT
 from readers.images import cores
 from support import distributed
 from support.checkpoints import sha256
-from support.distributed import guard, rank, world_size
+from support.distributed import rank, world_size
 
 pytestmark = pytest.mark.slow
 TRAIN = ["train.py", "--size", 64, 48, "--encoder-weights", "none", "--lr", 1e-3, "--epochs", 3]
@@ -186,23 +185,14 @@ def test_another_state_on_another_machine(trained, official, monkeypatch, run):
     assert run(*arguments)[0] == 0 and seen[1]["state"] == sha256(state)
 
 
-def test_alone_an_error_passes_as_it_is():
-    error = OSError("as it is")
-    with pytest.raises(OSError) as raised, guard():
-        raise error
-    assert raised.value is error
-
-
 def test_a_lost_process_is_told_in_a_line_and_a_status_of_its_own(monkeypatch, official, tmp_path, run):
     def lose(*_):
         raise RuntimeError("[pair.cc:534] [gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:1234")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.optim.Adam, "step", lose)
-    handler = signal.getsignal(signal.SIGTERM)
     status, _, err = run(*TRAIN, "--tag", "lost", "--data", official)
     last = err.splitlines()[-1]
     assert (
         status == 75 and last.startswith("train.py: process 0: lost another process of this run") and "pair.cc" in last
     )
-    assert signal.getsignal(signal.SIGTERM) == handler

@@ -133,7 +133,6 @@ def test_same_seed_same_bytes_in_the_official_layout(tmp_path, run):
         (["--out", "taken"], "taken: holds files, but no phantom.json of phantom.py"),
         (["--out", "file"], "file: cannot be used as output folder"),
         (["--out", "file/new"], "cannot be used as output folder"),
-        (["--out", "new", "--train", 0, "--test1", 0, "--test2", 0], "nothing to draw"),
         (["--out", "new", "--train", 151], "--train: 151 is not a whole number from 0 to 150"),
         (["--out", "new", "--train", -1], "--train"),
         ([], "--out"),

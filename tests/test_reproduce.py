@@ -182,7 +182,11 @@ def test_a_failing_command_ends_it_with_its_status(reproduced, monkeypatch, tmp_
     monkeypatch.setitem(
         SCALES, "demo", lambda _: Scale("40x32", {"detection": [too_many, scales.train("40x32", **SMALL)]})
     )
-    assert_refused(reproduced("--scale", "demo"), "--train: 1000 is not a whole number from 0 to 150", tmp_path / "runs" / "demo-40x32")
+    assert_refused(
+        reproduced("--scale", "demo"),
+        "--train: 1000 is not a whole number from 0 to 150",
+        tmp_path / "runs" / "demo-40x32",
+    )
 
 
 def test_folders_of_somebody_else_are_not_touched(reproduced, monkeypatch, tmp_path):
