@@ -173,8 +173,7 @@ def least_movement(points_px0, mm_per_px0, measure, to=None, margin_mm=MARGIN_MM
     steepness = gradients.flatten(-2).norm(dim=-1) / mm_per_px0[:, None]  # per mm
     defined = (steepness > 0).all(-1) & steepness.isfinite().all(-1)  # not where landmarks coincide
     clean = classes(measures(start, mm_per_px0))
-    kind = MEASURES[measure]
-    for c in (1, kind.below, kind.above):
+    for c in reachable_classes(MEASURE_NAMES[measure]):
         (patients,) = torch.where(defined & (clean[:, measure] != c) & (to in (None, c)))
         if len(patients):
             wanted = clean[patients].clone()

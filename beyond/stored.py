@@ -173,8 +173,6 @@ def largest_change(clean, file, max_pixels=None):
     clean = clean if isinstance(clean, np.ndarray) else read_image(clean, None, max_pixels=max_pixels)[0]
     attacked, _ = read_image(file, None, "RGB", max_pixels)
     if attacked.shape[:2] != clean.shape:
-        raise InputError(
-            f"{file}: size {attacked.shape[:2]} (H, W), but the clean image has {clean.shape}; use a detector of the "
-            "same --size and the same data"
-        )
+        other = f"size {attacked.shape[:2]} (H, W), but the clean image has {clean.shape}"
+        raise InputError(f"{file}: {other}; use a detector of the same --size and the same data")
     return np.abs(attacked.astype(np.int16) - clean[..., None]).max()

@@ -126,9 +126,6 @@ def check_suffix(path):
     """Raise InputError unless the file's suffix is one of those that are read, and its name can be an id."""
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise InputError(
-            f"{path}: {path.suffix or 'an image without suffix'} is not supported; convert it to one of "
-            f"{', '.join(supported[1:] for supported in SUFFIXES)}"
-        )
+        raise InputError(f"{path}: {path.suffix or 'an image without suffix'} is not supported; convert it to .png")
     if UNFIT.match(path.stem) or len(os.fsencode(path.stem)) > MAX_NAME:
         raise InputError(f"{path}: rename it: not UTF-8, control characters, > {MAX_NAME} bytes, or = + - @ at first")

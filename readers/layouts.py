@@ -71,10 +71,7 @@ def entries_of(root, found, split):
     for entry in entries:
         for annotation in entry.annotations:
             if isinstance(annotation, Path) and not annotation.is_file():
-                raise InputError(
-                    f"{entry.image}: its annotation {annotation} is missing; add it or remove the image "
-                    "(test.py --image needs none)"
-                )
+                raise InputError(f"{annotation} is missing; add it or remove {entry.image} (--image needs none)")
     return entries
 
 

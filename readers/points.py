@@ -98,10 +98,8 @@ def parse_point(names, name, fields, place, size0):
     if marked and (x is None or y is None):
         raise InputError(f"{place}: {text!r} is not x,y")
     if not marked or x == y <= 0:  # 0,0 as in COCO, or -1,-1
-        raise InputError(
-            f"{place}: {text!r}: {name} is not marked, but all {len(names)} landmarks are needed; mark it "
-            "or remove the image"
-        )
+        needed = f"all {len(names)} landmarks are needed; mark it or remove the image"
+        raise InputError(f"{place}: {text!r}: {name} is not marked, but {needed}")
     if not (0 <= x <= size0[1] - 1 and 0 <= y <= size0[0] - 1):
         hint = "; a line is x,y" if x <= size0[0] - 1 and y <= size0[1] - 1 else ""  # the other way round, it is inside
         raise InputError(f"{place}: ({x:g}, {y:g}) lies outside the image of {size0[1]} x {size0[0]} px{hint}")
@@ -145,9 +143,8 @@ def read_targets(path, ids, names=LANDMARKS):
     for line, row in rows:
         id, where = find(row["image"]) if each else None, f"{path}: line {line}"
         if id not in targets:
-            raise InputError(
-                f"{where}: image {id!r} is not among the {len(ids)} to be attacked ({ids[0]} .. {ids[-1]})"
-            )
+            attacked = f"{len(ids)} to be attacked ({ids[0]} .. {ids[-1]})"
+            raise InputError(f"{where}: image {id!r} is not among the {attacked}")
         k = numbers.get(row["landmark"].lower())
         if k is None:
             raise InputError(f"{where}: there is no landmark {row['landmark']!r}, only 1 to {num_landmarks} and names")

@@ -87,10 +87,9 @@ def read_table(path, columns, header, optional=None):
         raise InputError(f"{path}: not a readable CSV file ({error})") from None
     names = [name.lower() for name in rows[0][1]] if rows else []
     wanted = [name for name in names if name in columns or name in (optional or ())]
-    if not set(columns) <= set(wanted) or (optional is not None and len(wanted) < len(names)):
-        raise InputError(f"{path}: the header should be {header}")
-    if len(set(wanted)) < len(wanted):
-        raise InputError(f"{path}: a column of its header occurs twice; the header should be {header}")
+    odd = len(set(wanted)) < len(wanted) or (optional is not None and len(wanted) < len(names))
+    if odd or not set(columns) <= set(wanted):
+        raise InputError(f"{path}: the header should be {header}, each column once")
     for line, row in rows[1:]:
         if len(row) != len(names):
             raise InputError(f"{path}: line {line}: {len(row)} fields, {len(names)} needed")

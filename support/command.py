@@ -188,11 +188,8 @@ def half_grey_levels(text):
     words = "a number of half grey levels; 4/255 of an image in [0, 1] is --epsilon 8"
     value = bounded(float, lambda value: 0 <= value < math.inf, words)(text)
     if 0 < value * 127.5 / 256 < 0.5:
-        warnings.warn(
-            f"--epsilon {value:g} is less than half a grey level, of which 8-bit images keep nothing; it counts half "
-            "grey levels: 8/255 of an image in [0, 1] is --epsilon 16",
-            stacklevel=2,
-        )
+        lost = "less than half a grey level, of which 8-bit images keep nothing"
+        warnings.warn(f"--epsilon {value:g} is {lost}; 8/255 of an image in [0, 1] is --epsilon 16", stacklevel=2)
     return value
 
 
@@ -257,10 +254,8 @@ def find_device(name):
             raise InputError(f"--device {name}: several processes cannot use one GPU; use --device cuda")
         index = launched("LOCAL_RANK", 0)
         name = f"cuda:{index}"
-    if index >= torch.cuda.device_count():
-        raise InputError(
-            f"--device {name}: CUDA finds {torch.cuda.device_count()} devices; use --device cpu or fewer processes"
-        )
+    if index >= (count := torch.cuda.device_count()):
+        raise InputError(f"--device {name}: CUDA finds {count} devices; use --device cpu or fewer processes")
     torch.cuda.set_device(index)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")  # TF32, as in convolutions

@@ -198,10 +198,8 @@ def check_same_config(path, config, defaults, ignore, remedy, kept=None):
         if config.get(name) != kept.get(name)
     ]
     if differences:
-        raise InputError(
-            f"{path.parent}: holds results of another configuration: {'; '.join(differences)}; repeat the old one, or "
-            f"choose another {remedy}"
-        )
+        other = f"holds results of another configuration: {'; '.join(differences)}"
+        raise InputError(f"{path.parent}: {other}; repeat the old one, or choose another {remedy}")
 
 
 def run_folder(tag):
