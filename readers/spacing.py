@@ -37,9 +37,9 @@ def read_spacing(root, ids, mm_per_px=None):
     if kind == "spacing.txt":
         return np.full(len(ids), check(read_text(file), file)), file
     rows = read_by_image(file, "image", ["mm_per_px"], "image,mm_per_px", [])
-    if missing := [id for id in ids if id not in rows]:
-        raise InputError(f"{file}: no row for image {missing[0]}; add it")
     values = {id: check(row["mm_per_px"], f"{file}: line {line}") for id, (line, row) in rows.items()}
+    if missing := [id for id in ids if id not in values]:
+        raise InputError(f"{file}: no row for image {missing[0]}; add it")
     return np.array([values[id] for id in ids]), file
 
 
