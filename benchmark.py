@@ -188,16 +188,15 @@ def time_steps(size, device, precision, batch_size):
         experiments.costs.Step.
     """
     images = torch.zeros(batch_size, *size, dtype=torch.uint8)
-    seconds, memory = {}, {}
-    for name in ("training", "attack"):
-        network = prepared(UNet(), images, device, precision, False, name)
-        if name == "training":  # before its weights are cast
-            fixed = 4 * sum(weight.nbytes for weight in network.parameters())
+    model, seconds = UNet(), {}
+    for name in ("attack", "training"):
+        network = prepared(model, images, device, precision, False, name)
         bare = GROUPS[name](network, images, to_input(images, device))[0].call
         bare()
         peak_memory(device)
-        seconds[name], memory[name] = clock(bare, device) / batch_size, peak_memory(device) * 2**20
-    image_bytes = max(memory["training"] - fixed, 0) / batch_size
+        seconds[name] = clock(bare, device) / batch_size
+    fixed = 4 * sum(weight.nbytes for weight in model.parameters())
+    image_bytes = max(peak_memory(device) * 2**20 - fixed, 0) / batch_size  # of the training
     return Step(tuple(size), seconds["training"], seconds["attack"], fixed, image_bytes)
 
 

@@ -69,7 +69,7 @@ def class_or_direction(text):
 
 
 def make_parser():
-    parser = command.Parser("Test a trained detector, or attack it.", retired={"restarts": 1})
+    parser = command.Parser("Test a trained detector, or attack it.")
     add = parser.add_argument
     add("--tag", type=command.tag, may_change=True, help="the run: runs/TAG/, as trained by train.py")
     own = "instead, an own detector, which the function NAME returns; results below runs/NAME/ (docs/detectors.md)"

@@ -44,7 +44,7 @@ WARMUP = 0.05  # fraction of a cosine schedule in which the learning rate rises
 
 
 def make_parser():
-    parser = command.Parser("Train the landmark detector.", retired={"clean_share": 0.0})
+    parser = command.Parser("Train the landmark detector.")
     add = parser.add_argument
     add("--tag", type=command.tag, may_change=True, help="name of the run, in runs/TAG/ (default: the time)")
     command.add_data_arguments(parser)

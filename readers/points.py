@@ -145,7 +145,7 @@ def read_targets(path, ids, names=LANDMARKS):
         if id not in targets:
             attacked = f"{len(ids)} to be attacked ({ids[0]} .. {ids[-1]})"
             raise InputError(f"{where}: image {id!r} is not among the {attacked}")
-        k = numbers.get(row["landmark"].lower())
+        k = numbers.get(row["landmark"].lower().removesuffix(".0"))  # as spreadsheets write numbers
         if k is None:
             raise InputError(f"{where}: there is no landmark {row['landmark']!r}, only 1 to {num_landmarks} and names")
         if not np.isnan(targets[id][k]).all():

@@ -86,11 +86,10 @@ class Parser(argparse.ArgumentParser):
 
     Attributes:
         may_change: names of arguments that may change when a command is repeated on its earlier results.
-        retired: {name: default} of arguments of older versions; results that have them at their default stay usable.
     """
 
-    def __init__(self, description, retired=None):
-        self.may_change, self.retired = set(), retired or {}
+    def __init__(self, description):
+        self.may_change = set()
         super().__init__(description=description, allow_abbrev=False)
 
     def add_argument(self, *names, may_change=False, **options):
@@ -106,8 +105,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, line if is_main() else None)
 
     def defaults(self):
-        """{name: default} of all arguments, retired ones included."""
-        return {action.dest: action.default for action in self._actions if action.dest != "help"} | self.retired
+        """{name: default} of all arguments."""
+        return {action.dest: action.default for action in self._actions if action.dest != "help"}
 
 
 def run(main):

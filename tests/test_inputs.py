@@ -1032,7 +1032,7 @@ TARGETS = {
     "spaces": ("landmark x  y\n  8   130 190 \n", same((8, 130, 190))),
     "semicolons": ("landmark;x;y\n8;130;190\n", same((8, 130, 190))),
     "tabs": ("landmark\tx\ty\n8\t130\t190\n", same((8, 130, 190))),
-    "floats": ("landmark,x,y\n8,130.0,1.9e2\n", same((8, 130, 190))),
+    "floats": ("landmark,x,y\n8.0,130.0,1.9e2\n", same((8, 130, 190))),
     "names": ("landmark,x,y\nmenton,130,190\nSella,1,2\n", same((8, 130, 190), (1, 1, 2))),
     "name with a letter": ("landmark,x,y\nsubspinale (A),3,4\n", same((5, 3, 4))),
     "name without": ("landmark,x,y\nSupramentale,3,4\n", same((6, 3, 4))),
