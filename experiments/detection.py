@@ -9,8 +9,8 @@ paper's goal maps.
 import numpy as np
 import pandas as pd
 
-from eval import SDR_MM, interval, metrics
-from experiments.markdown import markdown, with_interval
+from eval import SDR_MM, metrics
+from experiments.markdown import markdown
 from experiments.results import read_marks
 from experiments.statistics import by_image
 from readers.points import LANDMARKS
@@ -32,11 +32,11 @@ def publish(results, data, out):
     """Write tables and the chart to ``out``; return the section of the report."""
     records = collect(results, data)
     errors = {key: by_image(rows, rows["radial_error_mm"]) for key, rows in records.items()}
-    overall, landmarks, gains = compute(records, errors), compute_landmarks(errors), compute_gain(errors)
+    overall, landmarks = compute(records, errors), compute_landmarks(errors)
     write_table(out / "detection.csv", overall)
     write_table(out / "detection_landmarks.csv", landmarks)
     plot(landmarks, out / "detection.png")
-    return render(overall, landmarks, gains)
+    return render(overall, landmarks)
 
 
 def collect(results, data):
@@ -88,12 +88,6 @@ def compute_landmarks(errors):
     return pd.concat(tables, names=["images", "landmarks by", "landmark", "name"]).reset_index()
 
 
-def compute_gain(errors):
-    """{images: (value, low, high)}: MRE in mm that subpixel decoding saves, with its interval."""
-    both = [images for images, source in errors if source == "voting" and (images, "subpixel") in errors]
-    return {name: interval(errors[name, "voting"] - errors[name, "subpixel"], np.mean) for name in both}
-
-
 def plot(landmarks, path):
     """MRE of each landmark on the largest set of images."""
     images = landmarks["images"].iloc[-1]
@@ -110,14 +104,13 @@ def plot(landmarks, path):
     save(figure, path)
 
 
-def render(overall, landmarks, gains):
+def render(overall, landmarks):
     """The section of the report; each landmark on the largest set of images, by the last decoding."""
     images = landmarks["images"].iloc[-1]
     here = landmarks[landmarks["images"] == images]
     decoding = here.loc[here["landmarks by"] != INTER_OBSERVER, "landmarks by"].iloc[-1]
     each = here[here["landmarks by"] == decoding].drop(columns=["images", "landmarks by"])
-    text = markdown(overall.rename(columns=HEADINGS))
-    for name, gain in gains.items():
-        text += f"\nSubpixel decoding lowers the MRE on {name} by {with_interval(*gain, '.2f')} mm.\n"
-    text += f"\n![MRE of each landmark](detection.png)\n\nEach landmark on {images}, {decoding}:\n\n"
-    return text + markdown(each.rename(columns=HEADINGS))
+    return (
+        f"{markdown(overall.rename(columns=HEADINGS))}\n![MRE of each landmark](detection.png)\n\n"
+        f"Each landmark on {images}, {decoding}:\n\n{markdown(each.rename(columns=HEADINGS))}"
+    )
