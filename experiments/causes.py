@@ -33,39 +33,36 @@ def publish(results, data, out):
 
 
 def collect(results):
-    """{question: {answer: records}}, cut down to the images, methods and iterations that all answers have.
+    """Records with question and answer, of the images, methods and iterations that all answers to a question have.
 
     Landmarks that have another role in another answer have the role "other".
     """
-    records = {}
-    for result in results:
-        records.setdefault(result.labels["question"], {})[result.labels["answer"]] = result.attacked()
-    for answers in records.values():
-        for column in ("image", "method", "iteration"):
-            shared = set.intersection(*(set(rows[column]) for rows in answers.values()))
-            for answer, rows in answers.items():
-                answers[answer] = rows[rows[column].isin(shared)]
-        keys = ["image", "landmark", "role"]
-        roles = {answer: pd.MultiIndex.from_frame(rows[keys]) for answer, rows in answers.items()}
-        shared = set.intersection(*map(set, roles.values()))
-        for answer, rows in answers.items():
-            answers[answer] = rows.assign(role=rows["role"].where(roles[answer].isin(shared), "other"))
-    return records
+    records = pd.concat([result.attacked().assign(**result.labels) for result in results], ignore_index=True)
+    for column in ("image", "method", "iteration"):
+        records = records[in_all_answers(records, column)]
+    same = in_all_answers(records, "image", "landmark", "role")
+    return records.assign(role=records["role"].where(same, "other"))
+
+
+def in_all_answers(records, *columns):
+    """Of each record, whether all answers to its question have what it has in the columns."""
+    answers = records.groupby("question")["answer"].transform("nunique")
+    return records.groupby(["question", *columns])["answer"].transform("nunique") == answers
 
 
 def compute(records):
     """The outcome of each answer."""
     return pd.concat(
         outcome(rows, {"question": question, "answer": answer, "iteration": rows["iteration"].max()})
-        for question, answers in records.items()
-        for answer, rows in answers.items()
+        for (question, answer), rows in records.groupby(["question", "answer"], sort=False)
     )
 
 
 def compute_differences(records):
     """Targeted landmarks: each answer minus the first, a row for each question and method, paired by image."""
-    for question, answers in records.items():
-        (first, rows), *others = ((answer, of_role(last(rows), "targeted")) for answer, rows in answers.items())
+    targeted = of_role(records, "targeted")
+    for question, rows in targeted.groupby("question", sort=False):
+        (first, rows), *others = ((answer, last(found)) for answer, found in rows.groupby("answer", sort=False))
         for (answer, other), method in product(others, rows["method"].unique()):
             labels = {"question": question, "answer": answer, "minus": first, "method": method}
             yield labels | paired_difference(other[other["method"] == method], rows[rows["method"] == method])
