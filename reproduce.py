@@ -26,7 +26,7 @@ import test
 import train
 from benchmark import time_steps
 from experiments import demo, report
-from experiments.costs import OFFICIAL, Cost, attack_cost, total, training_cost
+from experiments.costs import COLUMNS, OFFICIAL, attack_cost, training_cost
 from experiments.results import Result
 from experiments.scales import SCALES, Scale, arguments, to_attack
 from readers.layouts import IDS, available_splits, index
@@ -103,44 +103,42 @@ def show_costs(plan, args):
     """Print what the plan takes on this machine, with --list after its commands, else as a warning."""
     device = command.find_device(args.device)
     costs = estimate(plan, device)
-    every = total(costs.values())
     here = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     if not args.list:
-        text = f"about {every.seconds / 3600:,.0f} hours, {every.disk / 2**30:.0f} GiB of disk; --list shows the parts"
+        hours, disk = costs["hours"].sum(), costs["disk (GiB)"].sum()
+        text = f"about {hours:,.0f} hours, {disk:.0f} GiB of disk; --list shows the parts"
         warnings.warn(f"--scale {args.scale} without a GPU, on {here}: {text}", stacklevel=2)
         return
     for name in plan.chosen:
         print(f"\n{name}", *(f"python {shlex.join(line)}" for line in plan.commands(name)), sep="\n")
-    rows = [
-        [name, len(plan.commands(name)), *cost[:2], cost.seconds / 3600, cost.memory / 2**30, cost.disk / 2**30]
-        for name, cost in costs.items()
-    ]
-    names = ["experiment", "commands", "images trained", "image-iterations", "hours", "memory (GiB)", "disk (GiB)"]
-    table = pd.DataFrame(rows, columns=names)
-    table.loc[len(rows)] = ["all", *table.sum().iloc[1:5], table["memory (GiB)"].max(), table["disk (GiB)"].sum()]
+    groups = pd.concat([costs, costs.assign(experiment="all")]).groupby("experiment", sort=False, as_index=False)
+    table = groups.agg(dict.fromkeys(COLUMNS[1:], "sum") | {"memory (GiB)": "max"})
     print(f"\nFrom one timed step on {here}; nothing was run. Disk: of weights.\n")
     print(table.to_string(index=False, float_format="%.1f"))
 
 
 def estimate(plan, device):
-    """{experiment: costs.Cost}, from a step of the attacked detector; of each default, images are the official ones."""
-    parsers = {name: program.make_parser() for name, program in PROGRAMS.items()}
-    lines = {name: plan.commands(name) for name in plan.scale.experiments}
-    parsed = {name: [(program, parsers[program].parse_args(argv)) for program, *argv in lines[name]] for name in lines}
-    every = [command for commands in parsed.values() for command in commands]
-    sizes = {args.tag: args.size for program, args in every if program == "train.py"}
-    drawn = [vars(args) for program, args in every if program == "phantom.py"]
-    counts = {split: drawn[0][split] if drawn else count for split, count in OFFICIAL.items()}
-    size = sizes[plan.folder(plan.scale.victim).name]
+    """``COLUMNS`` of each command, from a step of the attacked detector; by default, images are the official ones."""
+    parsed = [
+        (name, program, PROGRAMS[program].make_parser().parse_args(argv))
+        for name in plan.scale.experiments
+        for program, *argv in plan.commands(name)
+    ]
+    sizes = {args.tag: args.size for _, program, args in parsed if program == "train.py"}
+    size, counts = sizes[plan.folder(plan.scale.victim).name], OFFICIAL
     command.say(f"timing a step of training and one of an attack at {size[0]} x {size[1]} px ...")
-    step = time_steps(size, device, plan.options["precision"], 8 if device.type == "cuda" else 1)
-
-    def cost(program, args):
-        if program == "train.py":
-            return training_cost(args, step, counts["train"])
-        return attack_cost(args, sizes[args.tag], step, counts) if program == "test.py" else Cost()
-
-    return {name: total(cost(*command) for command in parsed[name]) for name in plan.chosen}
+    step, rows = time_steps(size, device, plan.options["precision"], 8 if device.type == "cuda" else 1), []
+    for name, program, args in parsed:
+        row = {"experiment": name, "commands": 1}
+        if program == "phantom.py":
+            counts = vars(args)
+        elif program == "train.py":
+            row |= training_cost(args, step, counts["train"])
+        else:
+            row |= attack_cost(args, sizes[args.tag], step, counts)
+        rows.append(row)
+    table = pd.DataFrame(rows, columns=COLUMNS).fillna(0).astype(dict.fromkeys(COLUMNS[1:4], int))
+    return table[table["experiment"].isin(plan.chosen)]
 
 
 def say(text):
