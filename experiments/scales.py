@@ -5,6 +5,7 @@ A scale is a function of the splits to test on and of the ids of the images to a
 
 import os
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,6 @@ INPUT_DEFENCES = "jpeg:75", "blur:1", "bits:4", "median:3", "resize:0.5", "noise
 LETTERS = Path(__file__).parent / "letters"  # <letter>.csv: targets
 PAPER = "I-FGSM", "ATI-FGSM"
 BEST = *PAPER, "Vote-PGD"
-ALL = *BEST, "noise"
 ADAPTIVE = "ATI-FGSM", "Vote-PGD"
 TARGETS = {"random": {"targets": "random"}}
 TARGETS |= {f"{mm} mm": {"targets": "shift", "shift_mm": mm} for mm in (2, 4, 8, 16)}
@@ -70,11 +70,6 @@ def arguments(options):
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def draw(**options):
-    """Phantoms, which are then the data of the scale."""
-    return Run("phantom.py", options=options)
-
-
 def to_attack(ids):
     """Of the test images those to attack, in order: the ``EVALUATION`` ones, if all are there."""
     chosen = EVALUATION.split()
@@ -83,12 +78,6 @@ def to_attack(ids):
 
 def train(detector, **options):
     return Run("train.py", detector, options)
-
-
-def refine(detector, size, init, epochs, **options):
-    """Coarse to fine: a short training, from the weights of a smaller input if any, with a checkpoint at its end."""
-    options = {**({"init": init} if init else {}), **SMALL, **options}
-    return train(detector, size=size, **options, epochs=epochs, checkpoint_every=epochs)
 
 
 def test(detector, experiment, name, labels, **options):
@@ -131,14 +120,17 @@ def sweep_count(attack, counts):
     return [attack("count", f"{count}", {"|T|": count}, **NEAR, shift_count=count) for count in counts]
 
 
+def diagnosis(attack, aims, suffix=""):
+    """Attacks on the diagnosis; ``aims``: options of each, which are labels too."""
+    return [
+        attack("diagnosis", "_".join(map(str, aim.values())) + suffix, aim, targets="diagnosis", **aim) for aim in aims
+    ]
+
+
 def sweep_diagnosis(attack, epsilons, measures=MEASURE_NAMES, suffix=""):
     """Attacks on the diagnosis by each clinical measure at several epsilons."""
-    runs = []
-    for value in epsilons:
-        for measure in measures:
-            labels = {"measure": measure, "epsilon": value}
-            runs.append(attack("diagnosis", f"{measure}_{value:g}{suffix}", labels, targets="diagnosis", **labels))
-    return runs
+    aims = [{"measure": measure, "epsilon": value} for value, measure in product(epsilons, measures)]
+    return diagnosis(attack, aims, suffix)
 
 
 def deliver_diagnosis(attack, epsilon, measures):
@@ -149,14 +141,11 @@ def deliver_diagnosis(attack, epsilon, measures):
 
 def drive_diagnosis(attack, strengths, measures=MEASURE_NAMES):
     """Attacks that raise and lower each clinical measure; ``strengths``: list of (epsilon, movement in mm)."""
-    runs = []
-    for epsilon, mm in strengths:
-        for measure in measures:
-            for to in DIRECTIONS:
-                labels = {"measure": measure, "to": to, "epsilon": epsilon, "shift_mm": mm}
-                name = f"{measure}_{to}_{epsilon:g}_{mm:g}_mm"
-                runs.append(attack("diagnosis", name, labels, targets="diagnosis", **labels))
-    return runs
+    aims = [
+        {"measure": measure, "to": to, "epsilon": epsilon, "shift_mm": mm}
+        for (epsilon, mm), measure, to in product(strengths, measures, DIRECTIONS)
+    ]
+    return diagnosis(attack, aims, "_mm")
 
 
 def sweep_defence(plain, few, training, split, epsilons, more_steps, inputs=INPUT_DEFENCES):
@@ -355,7 +344,7 @@ def quick(splits, ids):
             *causes(vary, shift, QUICK_CAUSES),
         ],
         "diagnosis": [
-            *sweep_diagnosis(partial(attack, attack=ALL, steps=10), (4, 16), ("ANB", "MW")),
+            *sweep_diagnosis(partial(attack, attack=(*BEST, "noise"), steps=10), (4, 16), ("ANB", "MW")),
             *drive_diagnosis(partial(attack, attack="Vote-PGD", steps=10), [(8, 8)], ("MW",)),
         ],
         "defence": sweep_defence(victim, {"steps": 10, "images": few}, robust, splits[0], (8, 32), 30),
@@ -378,14 +367,15 @@ def demo(encoder_weights="none"):
     """
     victim = "400x320"
     norm = {"encoder_batch_norm": True} if encoder_weights == "none" else {}
+    learn = partial(train, checkpoint_every=16, **SMALL, **norm)  # coarse to fine
     near = {"attack": BEST, **NEAR, "epsilon": 8, "steps": 20, "limit": 3, "pictures": 3}
     spell_one = partial(test, victim, attack="Vote-PGD", epsilon=8, steps=50)
     experiments = {
         "detection": [
-            draw(train=80, test1=20, test2=0),
-            refine("100x80", (100, 80), None, epochs=16, lr=1e-3, **norm),
-            refine("200x160", (200, 160), Checkpoint("100x80", 15), epochs=8, lr=5e-4, **norm),
-            refine(victim, (400, 320), Checkpoint("200x160", 7), epochs=3, lr=3e-4, batch_size=2, **norm),
+            Run("phantom.py", options={"train": 80, "test1": 20, "test2": 0}),  # the data of the scale
+            learn("100x80", size=(100, 80), epochs=16, lr=1e-3),
+            learn("200x160", size=(200, 160), init=Checkpoint("100x80", 15), epochs=8, lr=5e-4),
+            learn(victim, size=(400, 320), init=Checkpoint("200x160", 7), epochs=3, lr=3e-4, batch_size=2),
             detection(victim, ["test1"])[0],
         ],
         "attack": [compare(partial(test, victim), "shift", "Displacements of 8 mm, epsilon 8", **near)],

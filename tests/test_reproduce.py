@@ -73,7 +73,7 @@ def tiny_demo(encoder_weights):
     spell = partial(scales.test, "40x32", attack="Vote-PGD", epsilon=8, steps=1)
     experiments = {
         "detection": [
-            scales.draw(**TEST_PHANTOMS),
+            scales.Run("phantom.py", options=TEST_PHANTOMS),
             scales.train("40x32", **SMALL),
             scales.detection("40x32", ["test1"])[0],
         ],
@@ -178,7 +178,7 @@ def test_the_scale_of_the_paper_without_a_gpu_says_how_long_it_takes(reproduced,
 
 def test_a_failing_command_ends_it_with_its_status(reproduced, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    too_many = scales.draw(train=1000)
+    too_many = scales.Run("phantom.py", options={"train": 1000})
     monkeypatch.setitem(
         SCALES, "demo", lambda _: Scale("40x32", {"detection": [too_many, scales.train("40x32", **SMALL)]})
     )
