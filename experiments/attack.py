@@ -69,19 +69,18 @@ def check(results):
     Raises:
         InputError: one is not the result of an attack, or has other targets for the same images.
     """
-    methods, targets = [], None
+    tables = []
     for result in results:
-        table = result.predictions()
-        if "method" not in table:
+        tables.append(result.predictions().assign(run=str(result.folder)))
+        if "method" not in tables[-1]:
             raise InputError(f"{result.folder}: not the results of an attack; give output folders of test.py --attack")
-        methods += table["method"].unique().tolist()
-        found = table[table["role"] != "untargeted"].drop_duplicates(["image", "landmark"])
-        found = found.set_index(["image", "landmark"])[["role", "target_x_px0", "target_y_px0"]]
-        targets = found if targets is None else targets
-        if not found.loc[common := found.index.intersection(targets.index)].equals(targets.loc[common]):
-            same = "give runs of one --targets, --neighbours, --seed"
-            raise InputError(f"{result.folder}: other targets than in {results[0].folder}; {same}")
-    several = len(methods) > len({*methods})
+    records, landmark = pd.concat(tables), ["image", "landmark"]
+    targets = records[records["role"] != "untargeted"]
+    targets = targets.drop_duplicates([*landmark, "role", "target_x_px0", "target_y_px0"])
+    if len(other := targets[targets.duplicated(landmark)]):
+        same = "give runs of one --targets, --neighbours, --seed"
+        raise InputError(f"{other['run'].iloc[0]}: other targets than in {results[0].folder}; {same}")
+    several = (records.groupby("method")["run"].nunique() > 1).any()
     prefixes = [f"{result.labels['run']} " if several else "" for result in results]
     labels = [{"description": "Finished runs", "prefix": prefix} for prefix in prefixes]
     return [result._replace(labels=label) for result, label in zip(results, labels, strict=True)]
