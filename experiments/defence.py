@@ -16,19 +16,13 @@ from attack import ATTACKS
 from beyond.defences import shape_distance
 from eval import SUCCESS_MM, interval, named, read_records
 from experiments.markdown import fold_intervals, markdown
-from experiments.results import clean_and_last, join_clean, of_role, outcome, rate
+from experiments.results import HEADINGS, clean_and_last, join_clean, of_role, outcome, rate
 from support.errors import InputError
 from support.figures import bars, panels, save
 from support.files import load_table, read_config, write_table
 
 ACCURACY = ["mre_mm", "median_mm", "sdr_2mm_%", "sdr_4mm_%"]
 SCORES = {"votes": "share of votes", "peak": "heatmap peak", "shape": "shape", "sum": "sum of the three"}
-HEADINGS = {
-    "clean_mre_mm": "clean MRE (mm)",
-    "within_4mm_%": f"targeted within {SUCCESS_MM} mm (%)",
-    "stationary_within_4mm_%": f"stationary within {SUCCESS_MM} mm (%)",
-}
-HEADINGS |= {f"{score}_auc_%": label for score, label in SCORES.items()}
 RUN = ["detector", "epsilon", "steps"]  # labels of a run
 CONDITION = ["defence", "attacker"]
 ATTACK = [*RUN, "method"]
@@ -111,10 +105,7 @@ def conditions(labels, result):
 
 def compute_attack(labels, result):
     """The outcome of each method under each condition."""
-    table = pd.concat(outcome(rows, condition) for condition, rows in conditions(labels, result))
-    shown = ["images", "clean_mre_mm", "targeted", "start_mm", "targeted_mre_mm"]
-    shown += [f"{name}{end}" for name in ("within_4mm_%", "stationary_within_4mm_%") for end in ("", "_low", "_high")]
-    return table[[*RUN, *CONDITION, "method", *shown]]
+    return pd.concat(outcome(rows, condition) for condition, rows in conditions(labels, result))
 
 
 def compute_transfer(labels, result):
@@ -248,29 +239,13 @@ def plot_roc(scores, path):
     save(figure, path)
 
 
-def two_columns(table):
-    """Success with a column for each attacker, who is adaptive where there is no defence."""
-    others = [HEADINGS[name] for name in ("stationary_within_4mm_%", "clean_mre_mm")]
-    value, table = HEADINGS["within_4mm_%"], rename(table)
-    keys = [*ATTACK, "defence", "images"]
-    wide = table.pivot(index=keys, columns="attacker", values=value)
-    wide = wide.reindex(pd.MultiIndex.from_frame(table[keys].drop_duplicates()))
-    wide.columns = [f"{value}, {attacker}" for attacker in wide]
-    adaptive = table[table["attacker"] == "adaptive"].set_index(keys)[others]
-    return wide.join(adaptive).fillna("").reset_index()
-
-
 def render(tables):
-    text = ""
-    for name, introduction in INTRODUCTIONS.items():
-        if name in tables:
-            shown = two_columns if name == "attacks" else rename
-            text += f"\n{introduction}\n\n{markdown(shown(tables[name]))}"
-    return text
-
-
-def rename(table):
-    return fold_intervals(table).rename(columns=HEADINGS)
+    headings = HEADINGS | {f"{score}_auc_%": label for score, label in SCORES.items()}
+    return "".join(
+        f"\n{introduction}\n\n{markdown(fold_intervals(tables[name]).rename(columns=headings))}"
+        for name, introduction in INTRODUCTIONS.items()
+        if name in tables
+    )
 
 
 # --- finished runs ---------------------------------------------------------------------------------------------------
