@@ -232,7 +232,7 @@ def paper(splits, ids):
             train("200x160", size=(200, 160)),
             train("random-encoder", size=(800, 640), encoder_weights="none"),
             train("batch-norm", size=(800, 640), encoder_weights="none", encoder_batch_norm=True),
-            *causes({"attack": BEST, **NEAR, "epsilon": 8, **few}, shift, PAPER_CAUSES),
+            *causes({"attack": BEST, **NEAR, "epsilon": 8, **few}, shift, questions(victim) | PAPER_CAUSES),
         ],
         "diagnosis": [
             *sweep_diagnosis(
@@ -253,14 +253,23 @@ def neighbours(detector):
     return {"held": (detector, held), **{do: (detector, {**held, "neighbours": do}) for do in ("along", "free")}}
 
 
+def questions(victim):
+    """Questions of every scale with their answers, see ``causes``."""
+    return {
+        "encoder's initial weights": {"random": ("random-encoder", {}), "as given": None},
+        "statistics of batch norm": {"of the training": None, "of the image": (victim, {"batch_statistics": True})},
+        "channels of the perturbation": {"one": (victim, {"grey": True}), "three": None},
+        "neighbours of a displaced landmark": neighbours(victim),
+    }
+
+
+BATCH_NORM = {
+    "batch norm in the encoder, from random weights": {"no": ("random-encoder", {}), "yes": ("batch-norm", {})},
+}
 PAPER_CAUSES = {
-    "encoder's initial weights": {"random": ("random-encoder", {}), "as given": None},
     "epochs of training": {"10": ("800x640", {"iteration": 9}), "60": ("800x640", {"iteration": 59}), "230": None},
     "input size (px)": {"200 x 160": ("200x160", {}), "400 x 320": ("400x320", {}), "800 x 640": None},
-    "statistics of batch norm": {"of the training": None, "of the image": ("800x640", {"batch_statistics": True})},
-    "batch norm in the encoder, from random weights": {"no": ("random-encoder", {}), "yes": ("batch-norm", {})},
-    "channels of the perturbation": {"one": ("800x640", {"grey": True}), "three": None},
-    "neighbours of a displaced landmark": neighbours("800x640"),
+    **BATCH_NORM,
 }
 
 
@@ -270,6 +279,8 @@ def cpu(splits, ids):
     learn = partial(train, size=(200, 160), epochs=50, schedule="cosine", checkpoint_every=50)
     attack = partial(test, victim, subpixel=True)
     diagnose = partial(attack, attack="Vote-PGD", steps=10)
+    # as many steps as ``shift``: an attack with falling steps has not ended before
+    longer = {**few, "steps": 100, "subpixel": True}
     equal = {"steps": 100, "images": ids[:50], "epsilon": 8}
     shift, random = shift_and_random(partial(attack, attack=EQUAL, **equal), "robustness")
     equal["attack"] = LOSSES_AND_SCHEDULES
@@ -292,9 +303,8 @@ def cpu(splits, ids):
             learn("random-encoder", encoder_weights="none"),
             learn("heatmap", output="heatmap"),
             learn("coordinates", output="coordinates"),
-            # as many steps as ``shift``: an attack with falling steps has not ended before
-            *causes({"attack": BEST, **NEAR, "epsilon": 8, **few, "steps": 100, "subpixel": True}, shift, CPU_CAUSES),
-            *causes({"attack": "Vote-PGD", **few, "steps": 100, "subpixel": True}, None, OUTPUTS),
+            *causes({"attack": BEST, **NEAR, "epsilon": 8, **longer}, shift, questions(victim)),
+            *causes({"attack": "Vote-PGD", **longer}, None, OUTPUTS),
         ],
         "diagnosis": [
             *sweep_diagnosis(partial(attack, images=ids[:30], attack=("Vote-PGD", "noise"), steps=10), EPSILONS),
@@ -308,12 +318,6 @@ def cpu(splits, ids):
     return Scale(victim, experiments)
 
 
-CPU_CAUSES = {
-    "encoder's initial weights": {"random": ("random-encoder", {}), "as given": None},
-    "statistics of batch norm": {"of the training": None, "of the image": ("200x160", {"batch_statistics": True})},
-    "channels of the perturbation": {"one": ("200x160", {"grey": True}), "three": None},
-    "neighbours of a displaced landmark": neighbours("200x160"),
-}
 OUTPUTS = {
     f"output of the network, {name}, epsilon {epsilon}": {
         output: (detector, {**TARGETS[name], "epsilon": epsilon})
@@ -341,7 +345,7 @@ def quick(splits, ids):
         "causes": [
             learn("random-encoder", encoder_weights="none"),
             learn("batch-norm", encoder_weights="none", encoder_batch_norm=True),
-            *causes(vary, shift, QUICK_CAUSES),
+            *causes(vary, shift, questions(victim) | BATCH_NORM),
         ],
         "diagnosis": [
             *sweep_diagnosis(partial(attack, attack=(*BEST, "noise"), steps=10), (4, 16), ("ANB", "MW")),
@@ -351,13 +355,6 @@ def quick(splits, ids):
         "robustness": shift_and_random(partial(attack, attack=EQUAL, steps=10), "robustness"),
     }
     return Scale(victim, experiments)
-
-
-QUICK_CAUSES = {
-    "encoder's initial weights": {"random": ("random-encoder", {}), "as given": None},
-    "batch norm in the encoder, from random weights": {"no": ("random-encoder", {}), "yes": ("batch-norm", {})},
-    "neighbours of a displaced landmark": neighbours("100x80"),
-}
 
 
 def demo(encoder_weights="none"):
