@@ -179,7 +179,7 @@ class Plan(NamedTuple):
     def command(self, run):
         options = dict(run.options)
         if "init" in options:
-            options["init"] = self.weights(options["init"])
+            options["init"] = checkpoint_path(self.folder(options["init"].detector), options["init"].epoch)
         if "transfer" in options:
             options["transfer"] = self.folder(options["transfer"]).name
         common = {"tag": self.folder(run.detector).name, "data": self.data, **self.options}
@@ -191,10 +191,6 @@ class Plan(NamedTuple):
         else:
             options = {**common, **options, "rand": self.result(run)}
         return run.program, *arguments(options)
-
-    def weights(self, checkpoint):
-        """The file of a Checkpoint."""
-        return checkpoint_path(self.folder(checkpoint.detector), checkpoint.epoch)
 
     def results(self, experiment):
         """What an experiment reports on, as results.Result."""

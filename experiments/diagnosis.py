@@ -157,11 +157,8 @@ def compute_driven(results, data):
                 beyond = rate(after, change.abs() > usual.mean(), "measure")
                 row |= {"doctors_apart": usual.mean()} | named("beyond_doctors_%", *beyond)
             if "true_class" in table:
-                wrong = {
-                    "before": before["class"] != before["true_class"],
-                    "after": after["class"] != after["true_class"],
-                }
-                row |= {f"class_wrong_{when}_%": 100 * found.mean() for when, found in wrong.items()}
+                for when, found in (("before", before), ("after", after)):
+                    row[f"class_wrong_{when}_%"] = 100 * (found["class"] != found["true_class"]).mean()
             yield row
 
 
@@ -280,9 +277,7 @@ def plot_patient(before, after, measure, title, texts, data, path):
 
 def render(table, doctors, movements, patient):
     *_, title, (before, after) = patient
-    places = {name: place for place, name in enumerate((POOLED, *MEASURE_NAMES))}  # others are the last
-    shown = table.sort_values("epsilon", kind="stable")
-    shown = shown.sort_values("measure", key=lambda names: names.map(places), kind="stable")
+    shown = table.sort_values(["measure", "epsilon"], kind="stable")
     text = f"\n{markdown(with_headings(shown))}\n![changed diagnoses against grey levels](diagnosis.png)\n"
     if len(doctors):
         text += f"\nTwo doctors disagree about these patients (%):\n\n{markdown(doctors, '.1f')}"

@@ -39,8 +39,7 @@ def publish(name, results, data, commands, out):
         commands: list of command lines that made the results, for the reader.
     """
     text = EXPERIMENTS[name].publish(results, data, out)
-    if commands:
-        text += "\nCommands:\n\n```\n" + "\n".join(commands) + "\n```\n"
+    text += "\nCommands:\n\n```\n" + "\n".join(commands) + "\n```\n"
     write_text(out / f"{name}.md", text)
 
 

@@ -41,14 +41,10 @@ def join_clean(table):
     return table.rename(columns={"radial_error_mm_clean": "start_mm"})
 
 
-def distance_mm(records, a, b):
-    """Distances in mm between two places, named by their columns of x and y in px0."""
-    return np.linalg.norm(records[[*a]].to_numpy() - records[[*b]].to_numpy(), axis=1) * records["mm_per_px0"]
-
-
 def error_from_truth(records):
     """Distances of predictions from the ground truth in mm, whatever a landmark's role."""
-    return distance_mm(records, ("x_px0", "y_px0"), ("true_x_px0", "true_y_px0"))
+    x, y = records["x_px0"] - records["true_x_px0"], records["y_px0"] - records["true_y_px0"]
+    return np.hypot(x, y) * records["mm_per_px0"]
 
 
 def read_marks(data, split, ids):
