@@ -93,19 +93,16 @@ def compute_accuracy(labels, result):
     return table[["detector", "images", "defence", *ACCURACY]]
 
 
-def conditions(labels, result):
-    """(``RUN`` and ``CONDITION`` as a dict, records joined with the clean ones), those without a defence first."""
+def compute_attack(labels, result):
+    """The outcome of each method under each ``CONDITION``, those without a defence first."""
     file = result.folder / "defences.csv"
     records = (
         read_records([file]) if file.exists() else result.predictions().assign(defence="none", attacker="adaptive")
     )
-    for condition, rows in records.groupby(CONDITION, sort=False):
-        yield labels | dict(zip(CONDITION, condition, strict=True)), join_clean(rows)
-
-
-def compute_attack(labels, result):
-    """The outcome of each method under each condition."""
-    return pd.concat(outcome(rows, condition) for condition, rows in conditions(labels, result))
+    return pd.concat(
+        outcome(join_clean(rows), labels | dict(zip(CONDITION, condition, strict=True)))
+        for condition, rows in records.groupby(CONDITION, sort=False)
+    )
 
 
 def compute_transfer(labels, result):
