@@ -144,9 +144,6 @@ def run(attack, detector, image, targets, targeted, epsilon=8, steps=300, seed=0
     aim = aim_at(detector, image, targets, targeted, not attack.targeted, free)
     if attack.votes and not isinstance(aim.goal, VotingGoal):
         raise ValueError(f"{attack.name} is an attack on detectors by voting")
-    if attack.universal:
-        deltas = universal_perturbation(attack, network, itertools.repeat((image, aim)), epsilon, steps)
-        return ((i, *perturbed(network, image, delta)) for i, delta in deltas)
     loss = attack.loss and partial(attack.loss, aim=aim)
     options = attack.options | ({"seed": seed} if "seed" in attack.options else {})
     iterates = (attack.loop or pgd)(network, image, loss, epsilon, steps, **options)
@@ -199,7 +196,12 @@ def pgd(network, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentu
         adversarial, outputs = tracked(network, image, delta)
         yield iteration, adversarial.detach(), outputs.detach()
         _, gradient = descent(loss, outputs, adversarial)
-        delta, velocity = descend(delta, velocity, gradient, bound, iteration / steps, step_size, momentum)
+        if momentum:
+            magnitude = gradient.abs().mean((1, 2, 3), keepdim=True)
+            velocity = momentum * velocity + gradient / magnitude.clamp(min=torch.finfo(magnitude.dtype).tiny)
+        direction = (velocity if momentum else gradient).sign()
+        size = step_size(iteration / steps) if callable(step_size) else step_size
+        delta = (delta - size * bound * direction).clamp(-bound, bound)
     adversarial = (image + delta).clamp(-1, 1)
     with torch.no_grad():
         outputs = network(adversarial) if last_outputs else None
@@ -228,15 +230,6 @@ def descent(loss, outputs, image):
             "the loss has no gradient in the image: the network or the loss runs under no_grad, or detaches"
         )
     return losses.detach(), gradient
-
-
-def descend(delta, velocity, gradient, bound, progress, step_size=STEP_SIZE, momentum=0.0):
-    """A step of ``pgd``: the next perturbation, and the direction that led to it."""
-    if momentum:
-        magnitude = gradient.abs().mean((1, 2, 3), keepdim=True)
-        gradient = momentum * velocity + gradient / magnitude.clamp(min=torch.finfo(magnitude.dtype).tiny)
-    size = step_size(progress) if callable(step_size) else step_size
-    return (delta - size * bound * gradient.sign()).clamp(-bound, bound), gradient
 
 
 def falling(progress):
@@ -331,30 +324,14 @@ def square_search(network, image, loss, epsilon=8, steps=300, seed=0, first=0.8)
         yield iteration, adversarial, outputs
 
 
-def universal_perturbation(attack, network, batches, epsilon=8, steps=300):
-    """One perturbation for all images, each step with the gradient of another batch.
+def common_pgd(network, image, loss, epsilon=8, steps=300, **options):
+    """``pgd`` of one perturbation for all images of the batch."""
 
-    Source of the idea: Moosavi-Dezfooli et al., "Universal adversarial perturbations" (arXiv 1610.08401).
+    def shown(delta):
+        return network((image + delta).clamp(-1, 1))
 
-    Args:
-        attack: its loss and options, see ``Attack``.
-        network, epsilon, steps: see ``pgd``.
-        batches: iterator of (image (B, C, H, W), Aim), of which ``steps`` are taken.
-
-    Yields:
-        (iteration, perturbation (1, C, H, W)) for iteration 0, no perturbation, .. steps.
-    """
-    bound, first = epsilon / 256, next(batches)
-    check_images(first[0], epsilon, steps)
-    delta, velocity = torch.zeros_like(first[0][:1]), torch.zeros_like(first[0][:1])
-    for iteration, (image, aim) in zip(range(steps), itertools.chain([first], batches), strict=False):
-        yield iteration, delta
-        common = delta.detach().requires_grad_()
-        with torch.enable_grad():
-            outputs = network((image + common).clamp(-1, 1))
-        _, gradient = descent(partial(attack.loss, aim=aim), outputs, common)
-        delta, velocity = descend(delta, velocity, gradient, bound, iteration / steps, **attack.options)
-    yield steps, delta
+    for iteration, delta, outputs in pgd(shown, torch.zeros_like(image[:1]), loss, epsilon, steps, **options):
+        yield iteration, (image + delta).clamp(-1, 1), outputs
 
 
 @torch.no_grad()
@@ -364,7 +341,6 @@ def random_perturbations(network, image, loss=None, epsilon=8, steps=300, seed=0
     Results thus do not depend on how images are batched. The generator differs from a random defence's of the same seed
     in the 32 bits that torch uses.
     """
-    check_images(image, epsilon, steps)
     generator = torch.Generator().manual_seed(seed ^ (1 << 31))
     yield 0, image, network(image)
     for iteration in range(1, steps + 1):
@@ -396,14 +372,11 @@ def keep_best(iterates, score):
     best = None
     for iteration, *found in iterates:
         found = [score(found[1]), *found]
-        if best is None:
-            best = [new.clone() for new in found]  # the network may overwrite its outputs, as with CUDA graphs
-        else:
-            better = found[0] >= best[0]
-            best = [
-                torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old)
-                for new, old in zip(found, best, strict=True)
-            ]
+        best = best or found
+        better = found[0] >= best[0]
+        best = [  # copies: the network may overwrite its outputs, as with CUDA graphs
+            torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old) for new, old in zip(found, best, strict=True)
+        ]
         yield iteration, *best[1:]
 
 
@@ -523,7 +496,7 @@ ROWS = (  # the first five have the numbers 0 to 4 on the command line
     Attack("APGD", paper_loss, score=negative(paper_loss), loop=apgd),
     Attack("CosPGD", cosine_loss, votes=True),
     Attack("Square", distance_loss, None, {"seed": 0}, negative(distance_loss), loop=square_search),
-    Attack("universal-Vote-PGD", vote_loss, None, VOTE_PGD, universal=True),
+    Attack("universal-Vote-PGD", vote_loss, None, VOTE_PGD, universal=True, loop=common_pgd),
     Attack("noise", None, 1, {"seed": 0}, loop=random_perturbations),
     Attack("evasive-Vote-PGD", evasive_loss, None, VOTE_PGD, landmarks_in_place, votes=True),
     Attack("random-search", None, None, {"seed": 0}, landmarks_in_place, loop=random_perturbations),

@@ -1,9 +1,12 @@
-"""One perturbation for all images, made on the training images, see ``attack.universal_perturbation``."""
+"""One perturbation for all images, made on the training images, each step with the gradient of another batch.
+
+Source of the idea: Moosavi-Dezfooli et al., "Universal adversarial perturbations" (arXiv 1610.08401).
+"""
 
 import numpy as np
 import torch
 
-from attack import aim_at, grey_detector, last, universal_perturbation
+from attack import aim_at, grey_detector, last, pgd
 from dataset import in_batches, rescale, to_input
 from support import distributed
 from support.checkpoints import checked, load_tensors, write_tensors
@@ -23,20 +26,33 @@ def find_perturbation(out, attack, detector, data, targets, batch_size, device, 
     Raises:
         InputError: the file is damaged.
     """
-    file, channels = out / "universal_perturbation.pth", 1 if grey else 3
+    file, blank = out / "universal_perturbation.pth", torch.zeros(1, 1 if grey else 3, *data.images.shape[-2:])
 
     def make():
         if not file.exists():
             attacked = grey_detector(detector) if grey else detector
-            batches = training_batches(attacked, data, targets, device, channels, batch_size, seed)
-            iterates = universal_perturbation(attack, attacked.network, batches, epsilon, steps)
-            _, delta = last(progress(iterates, desc="universal perturbation", total=steps + 1, unit="step"))
+            batches = training_batches(attacked, data, targets, device, len(blank[0]), batch_size, seed)
+            iterates = on_batches(attack, attacked.network, batches, blank.to(device), epsilon, steps)
+            _, delta, _ = last(progress(iterates, desc="universal perturbation", total=steps + 1, unit="step"))
             write_tensors(file, {"delta": delta.cpu()})
-        content = load_tensors(file)
-        content.pop("made_from", None)  # of older versions
-        return checked(file, content, {"delta": torch.zeros(1, channels, *data.images.shape[-2:])})["delta"]
+        return checked(file, load_tensors(file), {"delta": blank})["delta"]
 
     return distributed.on_main(make).to(device)
+
+
+def on_batches(attack, network, batches, blank, epsilon, steps):
+    """``attack.pgd`` of a perturbation, from none at all, ``blank`` (1, C, H, W); each pass is on the next batch."""
+    aim = None
+
+    def shown(delta):
+        nonlocal aim
+        image, aim = next(batches)
+        return network((image + delta).clamp(-1, 1))
+
+    def loss(outputs):
+        return attack.loss(outputs, aim)
+
+    return pgd(shown, blank, loss, epsilon, steps, last_outputs=False, **attack.options)
 
 
 def training_batches(detector, data, targets, device, channels, batch_size, seed):
