@@ -175,9 +175,7 @@ def voting(network, subpixel=False, **options):
         voting_goal,
         lambda maps, goal: landmark_loss(maps, goal.maps),
         pull=lambda maps, goal, widths: -log_vote_share(maps, goal, widths),
-        confidence=lambda maps, points: dict(
-            zip(("heatmap_peak", "vote_share"), confidence(maps, points), strict=True)
-        ),
+        confidence=confidence,
         **options,
     )
 

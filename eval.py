@@ -15,7 +15,6 @@ from attack import ATTACKS, adaptive_loss, grey_detector, last, paper_loss, repl
 from dataset import in_batches, rescale, to_input
 from readers import plausibility
 from readers.points import LANDMARKS
-from readers.spacing import MM_PER_PX0
 from support import distributed
 from support.command import progress
 from support.errors import InputError
@@ -79,14 +78,10 @@ def predict_px0(detector, data, batch_size, device):
     return to_px0(predict(detector, data.images, batch_size, device), data)
 
 
-def radial_errors(points, data):
-    """Radial errors (N, K) float64 in mm of points (N, K, 2) px, against the ground truth in the original images."""
-    return (to_px0(points, data) - data.landmarks_px0).norm(dim=-1) * data.mm_per_px0[:, None]
-
-
 def errors_on(detector, data, batch_size, device):
-    """Radial errors (N, K) in mm of a detector's predictions on images, as an array, in every process."""
-    return radial_errors(predict(detector, data.images, batch_size, device), data).numpy()
+    """Radial errors (N, K) in mm of a detector's predictions, against the truth, as an array, in every process."""
+    distance_px0 = (predict_px0(detector, data, batch_size, device) - data.landmarks_px0).norm(dim=-1)
+    return (distance_px0 * data.mm_per_px0[:, None]).numpy()
 
 
 def metrics(errors):
@@ -184,33 +179,30 @@ SEEN = {  # what a detector sees in an image, other than a head: as in records, 
 }
 
 
-def can_see(detector, columns):
-    """Whether ``what_is_seen`` is defined: by votes, of the landmarks of a head."""
-    return detector.names == LANDMARKS and "vote_share" in columns
-
-
 @torch.inference_mode()
-def what_is_seen(detector, image, points_px0, share):
-    """What a detector sees in clean images: "head", or a key of SEEN.
+def what_is_seen(detector, image, points_px0, vote_share=None, **_):
+    """The column of records that says what a detector sees in clean images: "head", or a key of SEEN.
 
     Args:
         image: (B, C, H, W), input of the network.
         points_px0: array (B, K, 2), what was found there, x, y in px0.
-        share: array (B, K), see ``model.confidence``.
+        vote_share: array (B, K), see ``model.confidence``; None: of a detector without.
 
     Returns:
-        (B, 1) object.
+        {"seen": (B, 1) object}; {} without votes, or where the landmarks are others than those of a head.
     """
+    if detector.names != LANDMARKS or vote_share is None:
+        return {}
     strange = ~(plausibility.strangeness(points_px0) <= plausibility.STRANGE)
     seen = np.where(strange, "odd shape", "head").astype(object)
-    few = np.median(share, axis=1) < VOTES
+    few = np.median(vote_share, axis=1) < VOTES
     if few.any():
         outputs = detector.network(image.flip(-1))
         points = detector.landmarks(outputs)
         mirrored = detector.confidence(outputs, points)["vote_share"].median(1).values.cpu().numpy()
         side = np.where(plausibility.faces_left(points.cpu().numpy()), "faces right", "faces left")
         seen[few] = np.where(mirrored < VOTES, "no head", side)[few]
-    return seen[:, None]
+    return {"seen": seen[:, None]}
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
@@ -241,9 +233,8 @@ def record_clean(detector, data, points, outputs):
     """``record`` of a test: the network's outputs on clean images, and the points (B, K, 2) px found in them."""
     sure = {name: values.cpu().numpy() for name, values in detector.confidence(outputs, points).items()}
     places = to_px0(points, data).numpy()
-    if can_see(detector, sure):
-        sure["seen"] = what_is_seen(detector, to_input(data.images, points.device), places, sure["vote_share"])
-    return record(data, places, **sure)
+    seen = what_is_seen(detector, to_input(data.images, points.device), places, **sure)
+    return record(data, places, **sure, **seen)
 
 
 def record_attack(data, points_px0, targets, **columns):
@@ -282,7 +273,6 @@ def read_records(files, names=LANDMARKS):
     for file in files:
         try:
             table = pd.read_csv(file, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values=missing)
-            table = table if "mm_per_px0" in table else table.assign(mm_per_px0=MM_PER_PX0)
             check_record(table, files[file] if isinstance(files, dict) else None, names)
         except FileNotFoundError:
             raise InputError(f"{file}: no such file; finish the run of test.py that writes it") from None
@@ -305,7 +295,8 @@ def check_record(table, content=None, names=LANDMARKS):
         ValueError: it says what is wrong.
     """
     attack, count = "method" in table, len(names)
-    needed = {*COLUMNS[:3], *COLUMNS[6:11], *(content or ())} | ({*COLUMNS[3:6], *COLUMNS[11:14]} if attack else set())
+    needed = {*COLUMNS[:3], *COLUMNS[6:11], "mm_per_px0", *(content or ())}
+    needed |= {*COLUMNS[3:6], *COLUMNS[11:14]} if attack else set()
     numbers = table[[name for name in COLUMNS if name in table]].select_dtypes("number")
     if absent := (needed | ({*COLUMNS} & {*table})) - {*numbers} - ({*TEXT} & {*table}):
         raise ValueError(f"no column {min(absent)}, or other than numbers in it")
@@ -377,28 +368,15 @@ def attack_batch(attack, detector, data, targets, defended=(), device="cpu", eps
         iterates = run(attack, detector, image, places, targeted, epsilon, steps, seed, free)
         return progress(iterates, desc=attack.name, total=steps + 1, unit="iteration", leave=False)
 
-    tables = {}
-    tables[None], adversarial = observe(craft(wrap(detector)), attack, detector, data, targets, image, steps)
-    tables[None] = with_seen(tables[None], wrap(detector), image)
+    tables, detector = {}, wrap(detector)
+    tables[None], adversarial = observe(craft(detector), attack, detector, data, targets, image, steps)
     for name, judge, attacked in defended:
         images = {"oblivious": adversarial} | ({} if attack.blind else {"adaptive": last(craft(wrap(attacked)))[1]})
         for attacker, seen in images.items():
             iterates = replay(wrap(judge).network, image, seen, steps)
-            found, _ = observe(iterates, attack, detector, data, targets, image, steps)
+            found, _ = observe(iterates, attack, wrap(judge), data, targets, image, steps)
             tables[name] = pd.concat([tables.get(name), found.assign(defence=name, attacker=attacker)])
     return tables, adversarial
-
-
-def with_seen(table, detector, image):
-    """The records of an attack with the column seen, which is empty but for the clean images (B, C, H, W)."""
-    if not can_see(detector, table):
-        return table
-    clean = table["iteration"] == 0
-    x, y, share = (
-        table.loc[clean, name].to_numpy().reshape(len(image), -1) for name in ("x_px0", "y_px0", "vote_share")
-    )
-    seen = what_is_seen(detector, image, np.stack([x, y], axis=-1), share)
-    return table.assign(seen=np.where(clean, np.resize(seen.repeat(x.shape[1]), len(table)), ""))
 
 
 def observe(iterates, attack, detector, data, targets, image, steps):
@@ -406,17 +384,18 @@ def observe(iterates, attack, detector, data, targets, image, steps):
 
     While the attack runs nothing leaves the device, so that it waits for no copy.
     """
-    seen = []
+    found = []
     for iteration, adversarial, outputs in iterates:
         if iteration in recorded(steps):
             points = detector.landmarks(outputs)
             change = 127.5 * (adversarial - image).abs().amax((1, 2, 3))[:, None]
-            seen.append((iteration, points, {"largest_change": change} | detector.confidence(outputs, points)))
+            found.append((iteration, points, {"largest_change": change} | detector.confidence(outputs, points)))
     tables, aims = [], targets if attack.targeted else None
-    for iteration, points, columns in seen:
-        columns = {name: values.cpu() for name, values in columns.items()}
-        table = record_attack(data, to_px0(points, data), aims, method=attack.name, iteration=iteration, **columns)
-        tables.append(table)
+    for iteration, points, columns in found:
+        places, columns = to_px0(points, data).numpy(), {name: values.cpu().numpy() for name, values in columns.items()}
+        if iteration == 0:
+            columns |= what_is_seen(detector, image, places, **columns)
+        tables.append(record_attack(data, places, aims, method=attack.name, iteration=iteration, **columns))
     return pd.concat(tables), adversarial
 
 

@@ -316,9 +316,8 @@ def read_architecture(folder):
         return SIZE_2020, False, "voting"
     config = {"encoder_batch_norm": False, "output": "voting"} | read_config(path)  # older runs do not say them
     size, encoder_batch_norm, output = (config.get(name) for name in ("size", "encoder_batch_norm", "output"))
-    sized = (
-        isinstance(size, list) and len(size) == 2 and all(type(n) is int and MIN_SIZE <= n <= MAX_SIZE for n in size)
-    )
+    whole = isinstance(size, list) and [type(n) for n in size] == [int, int]
+    sized = whole and all(MIN_SIZE <= n <= MAX_SIZE for n in size)
     if not sized or not isinstance(encoder_batch_norm, bool) or output not in [*OUTPUTS]:
         needed = f"size (two numbers of px), encoder_batch_norm (true or false), output ({', '.join(OUTPUTS)})"
         raise InputError(f"{path}: not the configuration of a run, which needs {needed}")
@@ -451,11 +450,12 @@ def confidence(maps, points):
         points: (B, K, 2) px, their ``decode``.
 
     Returns:
-        peak: (B, K), the heatmap's maximum, in [0, 1].
-        share: (B, K), the fraction of the voters whose votes lie within 0.1 R, at least a pixel, of the point.
+        {"heatmap_peak": (B, K), the heatmap's maximum, in [0, 1],
+        "vote_share": (B, K), the fraction of the voters whose votes lie within 0.1 R, at least a pixel, of the point}.
     """
     highest, votes = cast_votes(maps)
-    return highest.amax(-1).sigmoid(), near_votes(votes, points, maps.shape[-2:]).float().mean(-1)
+    share = near_votes(votes, points, maps.shape[-2:]).float().mean(-1)
+    return {"heatmap_peak": highest.amax(-1).sigmoid(), "vote_share": share}
 
 
 def log_distribution(maps):

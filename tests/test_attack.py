@@ -408,7 +408,7 @@ def test_the_evasive_attack_leaves_more_confident_maps(small, image):
     for loss in (vote_loss, evasive_loss):
         attack = ATTACKS["Vote-PGD"]._replace(loss=loss, score=None)  # the last iterate
         _, _, maps = last(attacked(attack, small, image, epsilon=16, steps=20))
-        peak, _ = confidence(maps, decode(maps))
+        peak = confidence(maps, decode(maps))["heatmap_peak"]
         scores.append([peak.log().mean(), log_vote_share(maps, goal, nearest).mean()])
     assert (torch.tensor(scores[1]) > torch.tensor(scores[0])).all()
 

@@ -19,7 +19,6 @@ import torch
 from conftest import ROOT, TRAIN, Code, K, assert_refused
 from PIL import Image
 
-import eval
 from eval import metrics, read_records, summarize
 from model import UNet, load_weights
 from support.command import find_device, progress
@@ -260,9 +259,9 @@ def test_what_is_seen_is_recorded_and_said(here, run):
 
 
 def test_training_images_that_stand_apart_are_named(here, official, monkeypatch, run):
-    errors = torch.ones(4, K)
+    errors = np.ones((4, K))
     errors[2] = 60
-    monkeypatch.setattr(eval, "radial_errors", lambda points, data: errors[: len(data)])
+    monkeypatch.setattr("train.errors_on", lambda detector, data, *_: errors[: len(data)])
     status, _, err = run(*TRAIN, "--data", official, "--epochs", 3, "--checkpoint-every", 2, "--resume")
     assert status == 0 and err.count("003 (MRE 60.0 mm): image and annotation may not belong together") == 1, err
 

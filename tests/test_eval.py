@@ -102,5 +102,5 @@ def test_what_is_seen():
     detector = voting(network)
     points = detector.predict(image)
     share = np.array([[0.9], [0.05], [0.05], [0.9]]).repeat(K, 1)
-    seen = what_is_seen(detector, image, points.numpy().astype(float), share)
-    assert seen.tolist() == [["head"], ["faces left"], ["no head"], ["odd shape"]]
+    columns = what_is_seen(detector, image, points.numpy().astype(float), share)
+    assert columns["seen"].tolist() == [["head"], ["faces left"], ["no head"], ["odd shape"]]
