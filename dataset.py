@@ -212,7 +212,5 @@ def rescale(points, size, new_size):
         points: (..., 2) float x, y.
         size, new_size: (H, W), or tensors (..., 2) of them.
     """
-    scale = torch.as_tensor(new_size, dtype=torch.float64, device=points.device).flip(-1) / torch.as_tensor(
-        size, dtype=torch.float64, device=points.device
-    ).flip(-1)
-    return (points + 0.5) * scale - 0.5
+    old, new = (torch.as_tensor(s, dtype=torch.float64, device=points.device).flip(-1) for s in (size, new_size))
+    return (points + 0.5) * (new / old) - 0.5

@@ -69,24 +69,23 @@ def choose_targets(source, data, seed, count, shift_mm, neighbours=None):
     landmarks, sizes = data.reference_px0.numpy(), data.sizes.tolist()
     if source in ("shift", "common") and count > len(data.names):
         raise InputError(f"--shift-count {count}: there are {len(data.names)} landmarks")
-    if source in ("random", "shift"):
-        rows = [
-            random_targets(rng, len(points), size0)
-            if source == "random"
-            else shift_targets(rng, points, size0, count, shift_mm / mm_per_px0)
-            for rng, points, size0, mm_per_px0 in zip(
-                (image_rng(seed, id) for id in data.ids), landmarks, sizes, data.mm_per_px0.tolist(), strict=True
-            )
-        ]
-        targets = Targets(*(torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True)))
-        return with_neighbours(targets, data, neighbours) if neighbours else targets
-    if source == "common":
-        displacement, chosen = common_displacement(image_rng(seed, source), landmarks.shape[1], count, shift_mm)
-        places = landmarks + displacement / data.mm_per_px0.numpy()[:, None, None]
-        targeted = np.tile(chosen, (len(places), 1))
+    rngs, spacing = (image_rng(seed, id) for id in data.ids), data.mm_per_px0.numpy()
+    if source == "random":
+        drawn = [random_targets(rng, len(data.names), size0) for rng, size0 in zip(rngs, sizes, strict=True)]
+        places, targeted = map(np.stack, zip(*drawn, strict=True))
+    elif source == "shift":
+        each = zip(rngs, landmarks, sizes, shift_mm / spacing, strict=True)
+        drawn = [shift_targets(rng, points, size0, count, px0) for rng, points, size0, px0 in each]
+        places, targeted = map(np.stack, zip(*drawn, strict=True))
+    elif source == "common":
+        rng = image_rng(seed, source)
+        chosen = rng.choice(len(data.names), count, replace=False)
+        displacement, chosen = place(len(data.names), chosen, shift_mm * directions(rng, count))
+        places, targeted = landmarks + displacement / spacing[:, None, None], np.tile(chosen, (len(data), 1))
     else:
         places, targeted = read_targets(source, data.ids, data.names)
     targets = Targets(torch.from_numpy(places), torch.from_numpy(targeted))
+    targets = with_neighbours(targets, data, neighbours) if neighbours else targets
     check_inside(targets, data, source)
     return targets
 
@@ -165,15 +164,7 @@ def with_neighbours(targets, data, neighbours):
         return targets._replace(free=which)
     displacement = (targets.places - points).take_along_dim(near.int().argmax(1)[..., None], 1)
     places = torch.where(which[..., None], points + displacement, targets.places)
-    targets = Targets(places, targets.targeted | which)
-    check_inside(targets, data, "shift")
-    return targets
-
-
-def common_displacement(rng, num_landmarks, count, distance):
-    """One displacement for each of ``count`` landmarks, in a random direction: (K, 2) in the unit of ``distance``."""
-    chosen = rng.choice(num_landmarks, count, replace=False)
-    return place(num_landmarks, chosen, distance * directions(rng, count))
+    return Targets(places, targets.targeted | which)
 
 
 def directions(rng, shape):
