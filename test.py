@@ -103,10 +103,7 @@ def add_attack_arguments(parser):
     attack = f"attack, by one method or several: {names}; see docs/attacks.md"
     add("--attack", type=attack_name, nargs="+", metavar="METHOD", help=attack)
     targets = "random (the paper's protocol), shift (displacements, drawn for each image), common (displacements, one "
-    targets += (
-        "for all images), diagnosis (of the class by --measure, see --to), or a CSV file [image,]landmark,x,y in px "
-    )
-    targets += "of the original"
+    targets += "for all images), diagnosis (see --measure), or a CSV file [image,]landmark,x,y in px of the original"
     add("--targets", default="random", metavar="SOURCE", help=targets)
     add("--measure", choices=diagnosis.MEASURE_NAMES, help="whose class is to change, see docs/diagnoses.md")
     to = "the class that it should become (default: any other); or up, down: how far a movement by --shift-mm drives it"
@@ -255,11 +252,10 @@ def load(checkpoint, args, device):
 def load_data(args, size, names, split=None):
     """The images to test or attack, or those of another split, at an input size (H, W)."""
     options = {"mm_per_px": args.mm_per_px, "max_pixels": args.max_pixels, "progress": command.loading_bar}
-    options["names"] = names
     if args.image:
-        return Cephalograms.from_files(args.image, size, **options)
+        return Cephalograms.from_files(args.image, size, names, **options)
     chosen = {} if split else {"limit": args.limit, "ids": args.images}
-    return Cephalograms(args.data, split or args.split, size, unusual=args.unusual, **chosen, **options)
+    return Cephalograms(args.data, split or args.split, size, names=names, unusual=args.unusual, **chosen, **options)
 
 
 def load_training(args, detector):
@@ -280,8 +276,6 @@ def find_references(args, detector, data, device):
     Args:
         data: list of dataset.Cephalograms of the same images at several sizes, the first that of ``detector``.
     """
-    if args.attack and args.targets not in (*DRAWN, "diagnosis"):
-        chosen_targets(args, data[0])  # a wrong file ends here
     found = predict_px0(detector, data[0], args.batch_size, device)
     for images in data:
         images.reference_px0 = found
@@ -450,9 +444,7 @@ def attack_all(args, detector, data, targets, training, device, out):
 
 def progress_figure(records):
     """{name: MRE} of the landmarks that were attacked, at the last iteration."""
-    rows = records[
-        (records["iteration"] == records["iteration"].max()) & records["role"].isin(["targeted", "untargeted"])
-    ]
+    rows = records[is_last(records) & records["role"].isin(["targeted", "untargeted"])]
     return {f"{rows['role'].iloc[0]} MRE": f"{rows['radial_error_mm'].mean():.1f} mm"}
 
 

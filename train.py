@@ -57,9 +57,7 @@ def make_parser():
     weights = "imagenet, none, or a file with the state dict of torchvision's vgg19"
     add("--encoder-weights", default="imagenet", metavar="SOURCE", help=weights)
     add("--encoder-batch-norm", action="store_true", help="VGG19-BN as encoder; the paper's is VGG19")
-    add(
-        "--output", choices=OUTPUTS, default="voting", help="of the network, see docs/detectors.md; the paper's: voting"
-    )
+    add("--output", choices=OUTPUTS, default="voting", help="of the network, see docs/detectors.md")
     add("--init", metavar="FILE", help="start from this checkpoint, of any --size, instead")
     text = "train on images that an attack moves away from the truth"
     add("--adversarial", action="store_const", const="untargeted", help=text)
@@ -112,8 +110,7 @@ def main(argv=None):
     distributed.start()
     if args.tag is None:
         args.tag = distributed.broadcast(datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-        if is_main():
-            print(f"--tag {args.tag}")
+        distributed.on_main(print, f"--tag {args.tag}")
     folder = RUNS / args.tag
     with distributed.guard():
         check_folder(folder)
@@ -396,9 +393,9 @@ def load_state(state, path):
             for name in ("exp_avg", "exp_avg_sq"):
                 moments[name] = torch.empty_like(weight, requires_grad=False).copy_(moments[name])
         for name in SAVED:
-            if type(content.get(name, {})) is not type(getattr(state, name)):
+            if type(content[name]) is not type(getattr(state, name)):
                 raise TypeError(name)
-            setattr(state, name, content.get(name, {}))  # older ones have no config
+            setattr(state, name, content[name])
     except Exception as error:  # of many types
         raise InputError(f"{path}: not the state of a training ({error!r:.200}); use another --tag") from None
 

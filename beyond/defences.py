@@ -7,7 +7,6 @@ sense of security", arXiv 1802.00420), so every transformation has a gradient: i
 identity ("straight through"); an attack on a random one takes the mean of several draws.
 """
 
-import functools
 import io
 import json
 import math
@@ -187,17 +186,6 @@ def report_attacks(records, undefended, out):
 # --- a score ---------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def shape_model():
-    """Mean (38,), modes (10, 38), their standard deviations (10,), that of the other dimensions, float64 in px0."""
-    content = json.loads(SHAPE.read_text(encoding="utf-8"))
-    mean, modes, std = (torch.tensor(content[name], dtype=torch.float64) for name in ("mean", "modes", "mode_std"))
-    mean, modes = mean.flatten(), modes.flatten(1)
-    # the file has the residual's standard deviation in each coordinate, but it lies in fewer dimensions
-    residual_std = content["residual_std"] * math.sqrt(len(mean) / (len(mean) - len(modes)))
-    return mean, modes, std, residual_std
-
-
 def shape_distance(points, mm_per_px0):
     """How unlike the population's an arrangement of the 19 landmarks is.
 
@@ -211,8 +199,12 @@ def shape_distance(points, mm_per_px0):
     Returns:
         (N,) float64; 38 on the average of the population.
     """
-    mean, modes, std, residual_std = shape_model()
-    deviation = (points * (mm_per_px0 / MODEL_MM_PER_PX0)[:, None, None]).flatten(1) - mean
+    content = json.loads(SHAPE.read_text(encoding="utf-8"))
+    mean, modes, std = (torch.tensor(content[name], dtype=torch.float64) for name in ("mean", "modes", "mode_std"))
+    deviation = (points * (mm_per_px0 / MODEL_MM_PER_PX0)[:, None, None] - mean).flatten(1)
+    modes = modes.flatten(1)
+    # the file has the residual's standard deviation in each coordinate, but it lies in fewer dimensions
+    residual_std = content["residual_std"] * math.sqrt(mean.numel() / (mean.numel() - len(modes)))
     weights = deviation @ modes.T
     rest = deviation - weights @ modes
     return (weights / std).square().sum(-1) + (rest / residual_std).square().sum(-1)

@@ -126,8 +126,7 @@ def predict_stored(detectors, folder, batch_size, device):
         attacks = read_in_memory(folder, detectors[0][2])
     tables = []
     for method, rows, ids, targets in attacks:
-        attacked = rows.get("detector", detectors[0][0])  # files of older versions do not name it
-        tables.append(rows.assign(detector=attacked, stored="in memory"))
+        tables.append(rows.assign(stored="in memory"))
         for size, suffix in stored_forms(folder, method, ids):
             for name, detector, data in detectors:
                 files = [stored_file(folder, method, size, id, suffix) for id in ids]
