@@ -61,10 +61,8 @@ class Attack(NamedTuple):
         return self.loss is not None and self.targeted and not self.universal and "seed" not in self.options
 
     def counting(self, iterate):
-        """The attack, if it ``descends``, of which the "last" or the "best" iterate counts, with most landmarks in
-        place.
-        """
-        return self._replace(score=landmarks_in_place if iterate == "best" else None)
+        """The attack, of which the "last" or the "best" iterate counts, with most landmarks in place; None: its own."""
+        return self._replace(score={"best": landmarks_in_place, "last": None, None: self.score}[iterate])
 
 
 class Aim(NamedTuple):
@@ -226,9 +224,7 @@ def descent(loss, outputs, image):
         total = losses.sum()
     gradient = torch.autograd.grad(total, image, allow_unused=True)[0] if total.requires_grad else None
     if gradient is None:
-        raise ValueError(
-            "the loss has no gradient in the image: the network or the loss runs under no_grad, or detaches"
-        )
+        raise ValueError("the loss has no gradient in the image: network or loss runs under no_grad, or detaches")
     return losses.detach(), gradient
 
 

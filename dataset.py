@@ -76,11 +76,8 @@ class Cephalograms:
 
         self._load(split, root, [entry.image for entry in entries], size, names, read, **options)
         if unused := [id for part, id in found.unused if part in parts_of(split)]:
-            warnings.warn(
-                f"{root}, {split}: {len(unused)} annotations are not used, since their images are missing ({unused[0]} "
-                "is the first)",
-                stacklevel=2,
-            )
+            text = f"annotations are not used, since their images are missing ({unused[0]} is the first)"
+            warnings.warn(f"{root}, {split}: {len(unused)} {text}", stacklevel=2)
 
     @classmethod
     def from_files(cls, files, size, names=LANDMARKS, **options):
@@ -123,12 +120,10 @@ class Cephalograms:
         others = [i for i, size0 in enumerate(sizes) if size0 != SIZE0]
         if others and source is None:
             height, width = sizes[others[0]]
-            warnings.warn(
-                f"{where}: {MM_PER_PX0} mm per pixel is assumed, though {len(others)} of {len(files)} images are not "
-                f"of {SIZE0[1]} x {SIZE0[0]} px ({self.ids[others[0]]}: {width} x {height}); give --mm-per-px or a "
-                "spacing file (docs/data.md)",
-                stacklevel=3,
-            )
+            odd = f"{len(others)} of {len(files)} images are not of {SIZE0[1]} x {SIZE0[0]} px"
+            assumed = f"{MM_PER_PX0} mm per pixel is assumed, though {odd} ({self.ids[others[0]]}: {width} x {height})"
+            remedy = "give --mm-per-px or a spacing file (docs/data.md)"
+            warnings.warn(f"{where}: {assumed}; {remedy}", stacklevel=3)
 
     def __len__(self):
         return len(self.ids)

@@ -302,11 +302,10 @@ def check_record(table, content=None, names=LANDMARKS):
         raise ValueError(f"no column {min(absent)}, or other than numbers in it")
     empty = ~np.isfinite(numbers)
     aims = empty.filter(like="target_").eq(table.get("role") == "targeted", axis=0)  # where others should be empty
-    may_be_empty = [*aims, *([] if content else ["heatmap_peak", "vote_share", "largest_change"])]  # came later
     truth = ["true_x_px0", "true_y_px0", *([] if attack else ["radial_error_mm"])]
-    may_be_empty += truth if empty[truth].all(axis=None) else []  # of images without annotation
+    may_be_empty = [*aims, *(truth if empty[truth].all(axis=None) else [])]  # of images without annotation
     odd = attack and not table["role"].isin(ROLES).all()
-    if odd or aims.any(axis=None) or empty.drop(columns=may_be_empty, errors="ignore").any(axis=None):
+    if odd or aims.any(axis=None) or empty.drop(columns=may_be_empty).any(axis=None):
         raise ValueError("values are missing")
     keys = ["image", *(name for name in CONDITION if name in table)]
     blocks = table[keys][::count]

@@ -239,9 +239,7 @@ def compile_network(model, image):
     try:
         with torch.enable_grad():
             torch.autograd.grad(compiled(image).sum(), weights or image)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception as error:  # no compiler, no triton, an unsupported operation: a dozen types
+    except Exception as error:  # no compiler, no triton, no memory, an unsupported operation: a dozen types
         reason = str(error).strip().partition("\n")[0][:200]
         warnings.warn(f"--compile: continuing without ({type(error).__name__}: {reason})", stacklevel=2)
         return model

@@ -97,10 +97,8 @@ def check_inside(targets, data, source):
     if outside.any():
         i, k = outside.nonzero()[0].tolist()
         (x, y), (height, width) = targets.places[i, k].tolist(), data.sizes[i].tolist()
-        raise InputError(
-            f"--targets {source}: the target ({x:g}, {y:g}) of landmark {k + 1} lies outside image {data.ids[i]} of "
-            f"{width} x {height} px"
-        )
+        image = f"image {data.ids[i]} of {width} x {height} px"
+        raise InputError(f"--targets {source}: the target ({x:g}, {y:g}) of landmark {k + 1} lies outside {image}")
 
 
 def random_targets(rng, num_landmarks, size0):

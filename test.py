@@ -108,16 +108,14 @@ def add_attack_arguments(parser):
     add("--measure", choices=diagnosis.MEASURE_NAMES, help="whose class is to change, see docs/diagnoses.md")
     to = "the class that it should become (default: any other); or up, down: how far a movement by --shift-mm drives it"
     add("--to", type=class_or_direction, metavar="CLASS", help=to)
-    count = "landmarks that shift and common move"
-    add("--shift-count", type=command.positive_int, default=5, metavar="N", help=count)
+    add("--shift-count", type=command.positive_int, default=5, metavar="N", help="landmarks that shift and common move")
     add("--shift-mm", type=command.positive_float, default=8.0, metavar="MM", help="their displacement")
     neighbours = "the two nearest landmarks of each that shift moves go along with it, or are free to go anywhere "
     neighbours += "(default: they are stationary)"
     add("--neighbours", choices=["along", "free"], help=neighbours)
     epsilon = "L-infinity bound in half grey levels: 8 is 4 of 255 grey levels, 4/255 of an image in [0, 1]"
     add("--epsilon", type=command.half_grey_levels, default=8.0, help=epsilon)
-    steps = "iterations, draws of random-search, queries of Square"
-    add("--steps", type=command.positive_int, default=300, help=steps)
+    add("--steps", type=command.positive_int, default=300, help="iterations, draws of random-search, queries of Square")
     iterate = "which counts: the last, or the best one, with most landmarks in place (default: the attack's)"
     add("--iterate", choices=["last", "best"], help=iterate)
     add("--grey", action="store_true", help="the same perturbation in all three channels")
@@ -219,9 +217,9 @@ def begin(args, parser, device, epoch, checkpoint, out):
     if args.compile:
         compiled = compile_network(detector.network, to_input(data.images[: args.batch_size], device))
         detector = detector._replace(network=compiled)
-    defended = [(f"{args.tag}, {name}", defences.defend(detector, name, args.seed), data) for name in args.defence]
 
     def read_back(folder):
+        defended = [(f"{args.tag}, {name}", defences.defend(detector, name, args.seed), data) for name in args.defence]
         detectors = [(args.tag, detector, data), *defended, *others]
         return stored.predict_stored(detectors, folder, args.batch_size, device)
 
@@ -392,10 +390,9 @@ def test(args, detector, data, device, out):
                 title = f"{id}, MRE {mre:.2f} mm" if mre >= 0 else id
                 figures.draw(picture_file(out, id), title, data.select([id]), rows)
     distributed.on_main(report_test, args, data, out)
-    file = out / "defences_summary.csv"
-    if args.defence and not distributed.on_main(defences.is_complete, file, args.defence):
-        found = defences.errors_behind(detector, args.defence, args.seed, data, args.batch_size, device)
-        distributed.on_main(defences.report_accuracy, file, out / "summary.csv", found)
+    if args.defence:
+        errors = defences.errors_behind(detector, args.defence, args.seed, data, args.batch_size, device)
+        distributed.on_main(defences.report_accuracy, errors, out)
 
 
 def report_test(args, data, out):
@@ -418,9 +415,7 @@ def report_test(args, data, out):
 
 def attack_all(args, detector, data, targets, training, device, out):
     """Attack every image by every method, all with the same targets; ``training``: see ``load_training``."""
-    attacks = {name: ATTACKS[name] for name in args.attack}
-    if args.iterate:
-        attacks = {name: attack.counting(args.iterate) for name, attack in attacks.items()}
+    attacks = {name: ATTACKS[name].counting(args.iterate) for name in args.attack}
     options = {name: getattr(args, name) for name in ("epsilon", "steps", "seed", "grey")} | {"device": device}
     for name in (name for name, attack in attacks.items() if attack.universal):
         delta = universal.find_perturbation(out, attacks[name], detector, *training, args.batch_size, **options)

@@ -52,8 +52,7 @@ def make_parser():
     add("--epochs", type=positive_int, default=230, may_change=True, help="passes over the training images")
     add("--batch-size", type=positive_int, default=8, help="images per step, of all processes together")
     add("--lr", type=positive_float, default=1e-3, help="learning rate of Adam")
-    step = "step: lr x 0.1 every 150 epochs, as the paper"
-    add("--schedule", choices=["step", "cosine"], default="step", help=step)
+    add("--schedule", choices=["step", "cosine"], default="step", help="step: lr x 0.1 every 150 epochs, as the paper")
     weights = "imagenet, none, or a file with the state dict of torchvision's vgg19"
     add("--encoder-weights", default="imagenet", metavar="SOURCE", help=weights)
     add("--encoder-batch-norm", action="store_true", help="VGG19-BN as encoder; the paper's is VGG19")
@@ -356,10 +355,8 @@ def check_config(folder, kept, config, parser):
 def save(state, folder, args):
     """Write the checkpoint, resume.pth and the log, unless the training has diverged."""
     if not all(weight.isfinite().all() for weight in state.model.parameters()):
-        raise InputError(
-            f"{folder}: weights are nan or inf, the training has diverged; what was saved before is kept; use another "
-            "--tag and a smaller --lr"
-        )
+        diverged = "weights are nan or inf, the training has diverged; what was saved before is kept"
+        raise InputError(f"{folder}: {diverged}; use another --tag and a smaller --lr")
     if not is_main():
         return
     content = {name: getattr(state, name) for name in SAVED} | {"terms": state.terms.cpu()}

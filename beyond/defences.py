@@ -21,7 +21,7 @@ from eval import SUCCESS_MM, errors_on, metrics, summarize
 from readers.plausibility import SHAPE
 from readers.tables import number
 from support.errors import InputError
-from support.files import load_table, write_table
+from support.files import write_table
 
 DRAWS = 4  # of a random defence, in each pass of an attack on it
 MODEL_MM_PER_PX0 = 0.1  # of the shape model
@@ -153,21 +153,16 @@ def errors_behind(detector, names, seed, data, batch_size, device):
 # --- reports ---------------------------------------------------------------------------------------------------------
 
 
-def is_complete(file, names):
-    """Whether defences_summary.csv of a test has these defences."""
-    return file.exists() and {"none", *names} == {*load_table(file, ["defence"])["defence"]}
-
-
-def report_accuracy(file, plain, errors):
-    """defences_summary.csv of a test: the accuracy behind each defence, and without, from the file ``plain``.
+def report_accuracy(errors, out):
+    """defences_summary.csv of a test: the accuracy behind each defence, and without, from its summary.csv.
 
     Args:
         errors: {defence: array (N, K), radial errors in mm}.
     """
     rows = {name: metrics(found).loc["all"] for name, found in errors.items()}
-    without = pd.read_csv(plain, index_col="landmark").loc["all"].drop("name").astype(float)
+    without = pd.read_csv(out / "summary.csv", index_col="landmark").loc["all"].drop("name").astype(float)
     summary = pd.DataFrame({"none": without, **rows}).T.rename_axis("defence").reset_index()
-    write_table(file, summary)
+    write_table(out / "defences_summary.csv", summary)
     print(f"\n{summary.to_string(index=False, float_format='%.2f')}")
 
 
