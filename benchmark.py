@@ -13,6 +13,7 @@ Images and weights are random.
 Writes into --out: table.csv, config.json.
 """
 
+import argparse
 import copy
 import itertools
 import time
@@ -49,6 +50,7 @@ def make_parser():
     command.add_device_arguments(parser)
     parser.add_argument("--only", choices=GROUPS, nargs="+", default=list(GROUPS), help="what to time")
     parser.add_argument("--repeats", type=positive_int, default=15, help="timed calls")
+    parser.add_argument("--images", type=positive_int, help=argparse.SUPPRESS)  # of older versions, without effect
     parser.add_argument("--out", default="runs/benchmark", metavar="DIR", help="folder of the results")
     return parser
 
