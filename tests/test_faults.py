@@ -507,9 +507,6 @@ READ_AS_THE_SAME = {
     "as it is": lambda text: text,
     "Windows line ends": lambda text: text.replace("\n", "\r\n"),
     "byte order mark": lambda text: "\ufeff" + text,
-    "without what came later": lambda text: "".join(
-        line.rpartition(",")[0] + "\n" for line in text.splitlines() if line.rpartition(",")[2] in ("0.1", "mm_per_px0")
-    ),
 }
 
 

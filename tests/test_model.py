@@ -444,7 +444,7 @@ def test_a_resumed_optimizer_has_the_layout_of_its_weights(tmp_path):
 
     first, other = new_state(torch.channels_last), new_state(torch.contiguous_format)
     step(first)
-    content = {name: getattr(first, name) for name in ("epoch", "step", "terms", "seconds", "rows")}
+    content = {name: getattr(first, name) for name in train.SAVED}
     content |= {"model": first.model.state_dict(), "optimizer": first.optimizer.state_dict()}
     write_tensors(tmp_path / "resume.pth", content)
     train.load_state(other, tmp_path / "resume.pth")
