@@ -274,6 +274,8 @@ def find_references(args, detector, data, device):
     Args:
         data: list of dataset.Cephalograms of the same images at several sizes, the first that of ``detector``.
     """
+    if args.attack and args.targets not in (*DRAWN, "diagnosis"):
+        chosen_targets(args, data[0])  # a wrong file ends here
     found = predict_px0(detector, data[0], args.batch_size, device)
     for images in data:
         images.reference_px0 = found

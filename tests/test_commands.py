@@ -261,7 +261,7 @@ def test_what_is_seen_is_recorded_and_said(here, run):
 def test_training_images_that_stand_apart_are_named(here, official, monkeypatch, run):
     errors = np.ones((4, K))
     errors[2] = 60
-    monkeypatch.setattr("train.errors_on", lambda detector, data, *_: errors[: len(data)])
+    monkeypatch.setattr("eval.errors_on", lambda detector, data, *_: errors[: len(data)])
     status, _, err = run(*TRAIN, "--data", official, "--epochs", 3, "--checkpoint-every", 2, "--resume")
     assert status == 0 and err.count("003 (MRE 60.0 mm): image and annotation may not belong together") == 1, err
 

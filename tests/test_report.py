@@ -53,14 +53,12 @@ def test_outcomes_by_hand(folder):
     assert i["stationary_within_4mm_%"] == 100 and ati["stationary_within_4mm_%"] == pytest.approx(100 * 16 / 17)
 
 
-@pytest.mark.parametrize("spacing", [0.1, 0.2, None])
+@pytest.mark.parametrize("spacing", [0.1, 0.2])
 def test_millimetres_follow_the_spacing_of_each_image(folder, spacing):
-    """The spacing that records have; 0.1 mm in those of older versions, which have none."""
-    records = pd.read_csv(folder / "predictions.csv")
-    records = records.drop(columns="mm_per_px0") if spacing is None else records.assign(mm_per_px0=spacing)
+    records = pd.read_csv(folder / "predictions.csv").assign(mm_per_px0=spacing)
     records.to_csv(folder / "predictions.csv", index=False)
     found = last(Result({}, folder).attacked()).query("method == 'ATI-FGSM' and landmark == 1")
-    assert error_from_truth(found).tolist() == pytest.approx([70 * (spacing or 0.1)] * 3)
+    assert error_from_truth(found).tolist() == pytest.approx([70 * spacing] * 3)
 
 
 def test_an_attack_without_stationary_landmarks(tmp_path):

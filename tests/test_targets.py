@@ -70,9 +70,9 @@ def test_neighbours_go_along_or_are_free(official):
     along = with_neighbours(start, data, "along")
     assert along.targeted.nonzero()[:, 1].tolist() == [0, 1, 2, 3] and along.free is None
     assert (along.places - points)[0, :4].tolist() == [[0, 5], [0, 5], [0, 5], [4, 9]]
-    start.places[0, 0, 0] = 400  # inside for no neighbour
-    with pytest.raises(InputError, match="lies outside image 151"):
-        with_neighbours(start, data, "along")
+    with pytest.raises(InputError, match="lies outside image 151"):  # the nearest of some landmark at the edge
+        for seed in range(20):
+            choose_targets("shift", data, seed, 1, 5.0, "along")
 
 
 def test_targets_from_a_file_and_back(official, tmp_path):
