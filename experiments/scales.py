@@ -224,6 +224,7 @@ def paper(splits, ids):
     experiments = {
         "detection": [train(victim, size=(800, 640)), *detection(victim, splits)],
         "attack": [*random, shift],
+        "robustness": shift_and_random(partial(attack, attack=EQUAL, steps=100, images=ids[:30]), "robustness"),
         "epsilon": sweep_epsilon(partial(attack, attack=BEST, **few), {"random": EPSILONS, "8 mm": EPSILONS}),
         "count": sweep_count(partial(attack, attack=PAPER, epsilon=8, **few), (1, 2, 4, 8, 12, 16, 19)),
         "fancy": spell(partial(attack, attack=ADAPTIVE, epsilon=8), ids),
@@ -242,7 +243,6 @@ def paper(splits, ids):
             *deliver_diagnosis(partial(diagnose, steps=50), 4, ("ANB",)),
         ],
         "defence": sweep_defence(victim, {"steps": 100, "images": ids[:40]}, robust, splits[0], (2, 4, 8, 16, 32), 300),
-        "robustness": shift_and_random(partial(attack, attack=EQUAL, steps=100, images=ids[:30]), "robustness"),
     }
     return Scale(victim, experiments)
 
@@ -339,6 +339,7 @@ def quick(splits, ids):
     experiments = {
         "detection": [learn(victim), *detection(victim, splits)],
         "attack": [shift, random],
+        "robustness": shift_and_random(partial(attack, attack=EQUAL, steps=10), "robustness"),
         "epsilon": sweep_epsilon(partial(attack, attack="ATI-FGSM", steps=20), dict.fromkeys(TARGETS, (2, 8, 32))),
         "count": sweep_count(partial(attack, attack="ATI-FGSM", steps=20, epsilon=8), (1, 19)),
         "fancy": spell(partial(attack, attack="Vote-PGD", epsilon=8, steps=200), ids),
@@ -352,7 +353,6 @@ def quick(splits, ids):
             *drive_diagnosis(partial(attack, attack="Vote-PGD", steps=10), [(8, 8)], ("MW",)),
         ],
         "defence": sweep_defence(victim, {"steps": 10, "images": few}, robust, splits[0], (8, 32), 30),
-        "robustness": shift_and_random(partial(attack, attack=EQUAL, steps=10), "robustness"),
     }
     return Scale(victim, experiments)
 
