@@ -392,9 +392,10 @@ def test(args, detector, data, device, out):
                 title = f"{id}, MRE {mre:.2f} mm" if mre >= 0 else id
                 figures.draw(picture_file(out, id), title, data.select([id]), rows)
     distributed.on_main(report_test, args, data, out)
-    if args.defence:
+    file = out / "defences_summary.csv"
+    if args.defence and not distributed.on_main(defences.is_complete, file, args.defence):
         errors = defences.errors_behind(detector, args.defence, args.seed, data, args.batch_size, device)
-        distributed.on_main(defences.report_accuracy, errors, out)
+        distributed.on_main(defences.report_accuracy, file, out / "summary.csv", errors)
 
 
 def report_test(args, data, out):

@@ -7,6 +7,7 @@ sense of security", arXiv 1802.00420), so every transformation has a gradient: i
 identity ("straight through"); an attack on a random one takes the mean of several draws.
 """
 
+import functools
 import io
 import json
 import math
@@ -21,7 +22,7 @@ from eval import SUCCESS_MM, errors_on, metrics, summarize
 from readers.plausibility import SHAPE
 from readers.tables import number
 from support.errors import InputError
-from support.files import write_table
+from support.files import load_table, write_table
 
 DRAWS = 4  # of a random defence, in each pass of an attack on it
 MODEL_MM_PER_PX0 = 0.1  # of the shape model
@@ -153,16 +154,21 @@ def errors_behind(detector, names, seed, data, batch_size, device):
 # --- reports ---------------------------------------------------------------------------------------------------------
 
 
-def report_accuracy(errors, out):
-    """defences_summary.csv of a test: the accuracy behind each defence, and without, from its summary.csv.
+def is_complete(file, names):
+    """Whether defences_summary.csv of a test has these defences."""
+    return file.exists() and {"none", *names} == {*load_table(file, ["defence"])["defence"]}
+
+
+def report_accuracy(file, plain, errors):
+    """defences_summary.csv of a test: the accuracy behind each defence, and without, from the file ``plain``.
 
     Args:
         errors: {defence: array (N, K), radial errors in mm}.
     """
     rows = {name: metrics(found).loc["all"] for name, found in errors.items()}
-    without = pd.read_csv(out / "summary.csv", index_col="landmark").loc["all"].drop("name").astype(float)
+    without = pd.read_csv(plain, index_col="landmark").loc["all"].drop("name").astype(float)
     summary = pd.DataFrame({"none": without, **rows}).T.rename_axis("defence").reset_index()
-    write_table(out / "defences_summary.csv", summary)
+    write_table(file, summary)
     print(f"\n{summary.to_string(index=False, float_format='%.2f')}")
 
 
@@ -181,6 +187,17 @@ def report_attacks(records, undefended, out):
 # --- a score ---------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def shape_model():
+    """Mean (38,), modes (10, 38), their standard deviations (10,), that of the other dimensions, float64 in px0."""
+    content = json.loads(SHAPE.read_text(encoding="utf-8"))
+    mean, modes, std = (torch.tensor(content[name], dtype=torch.float64) for name in ("mean", "modes", "mode_std"))
+    mean, modes = mean.flatten(), modes.flatten(1)
+    # the file has the residual's standard deviation in each coordinate, but it lies in fewer dimensions
+    residual_std = content["residual_std"] * math.sqrt(len(mean) / (len(mean) - len(modes)))
+    return mean, modes, std, residual_std
+
+
 def shape_distance(points, mm_per_px0):
     """How unlike the population's an arrangement of the 19 landmarks is.
 
@@ -194,12 +211,8 @@ def shape_distance(points, mm_per_px0):
     Returns:
         (N,) float64; 38 on the average of the population.
     """
-    content = json.loads(SHAPE.read_text(encoding="utf-8"))
-    mean, modes, std = (torch.tensor(content[name], dtype=torch.float64) for name in ("mean", "modes", "mode_std"))
-    deviation = (points * (mm_per_px0 / MODEL_MM_PER_PX0)[:, None, None] - mean).flatten(1)
-    modes = modes.flatten(1)
-    # the file has the residual's standard deviation in each coordinate, but it lies in fewer dimensions
-    residual_std = content["residual_std"] * math.sqrt(mean.numel() / (mean.numel() - len(modes)))
+    mean, modes, std, residual_std = shape_model()
+    deviation = (points * (mm_per_px0 / MODEL_MM_PER_PX0)[:, None, None]).flatten(1) - mean
     weights = deviation @ modes.T
     rest = deviation - weights @ modes
     return (weights / std).square().sum(-1) + (rest / residual_std).square().sum(-1)

@@ -261,12 +261,12 @@ def diagnosis_targets(clean, data, measure, to, distance_mm):
     facing = turned_right(clean, data.reference_px0)
     number, driven = MEASURE_NAMES.index(measure), to in DIRECTIONS
     if driven:
-        places, moved, _ = steepest_movement(facing, data.mm_per_px0, number, to, distance_mm)
+        found = steepest_movement(facing, data.mm_per_px0, number, to, distance_mm)
     else:
-        places, moved, _ = least_movement(facing, data.mm_per_px0, number, to)
-    places = turned_right(places, data.reference_px0).round(decimals=4)  # as stored
+        found = least_movement(facing, data.mm_per_px0, number, to)
+    places = turned_right(found.places, data.reference_px0).round(decimals=4)  # as stored
     outside = ((places < 0) | (places > data.sizes.flip(-1)[:, None] - 1)).any(-1)
-    possible = moved.any(-1) & ~(outside & moved).any(-1)
+    possible = found.targeted.any(-1) & ~(outside & found.targeted).any(-1)
     ids = [id for id, attacked in zip(data.ids, possible.tolist(), strict=True) if attacked]
     wanted = f"to {'another class' if to is None else f'class {to}'}, by a margin, while the other classes stay"
     wanted = f"drives {measure} {to} inside the image" if driven else f"takes {measure} {wanted}"
@@ -279,7 +279,7 @@ def diagnosis_targets(clean, data, measure, to, distance_mm):
             f"found that {wanted}",
             stacklevel=2,
         )
-    return ids, Targets(places, moved).of(possible)
+    return ids, found._replace(places=places).of(possible)
 
 
 # --- diagnoses of records ---------------------------------------------------------------------------------------------

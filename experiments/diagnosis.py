@@ -47,8 +47,8 @@ LINES = {  # of each measure
 def publish(results, data, out):
     """Write tables and charts to ``out``; return the section of the report."""
     driven = [result for result in results if result.labels.get("to") in DIRECTIONS]
-    classes = [result for result in results if result not in driven]
-    text, runs = "", collect([result for result in classes if not result.labels.get("delivered")])
+    intended = [result for result in results if result.labels.get("to") not in DIRECTIONS]
+    text, runs = "", collect([result for result in intended if not result.labels.get("delivered")])
     if runs:
         records, changed = (pd.concat(tables) for tables in zip(*runs, strict=True))
         table, doctors = pd.DataFrame(compute(changed)), compute_doctors(records, changed, data)
@@ -62,7 +62,7 @@ def publish(results, data, out):
         text += render(table, doctors, movements, patient)
     more = {
         "driven": compute_driven(driven, data),
-        "delivered": (row for run in classes for row in compute_delivered(run)),
+        "delivered": (row for run in intended for row in compute_delivered(run)),
     }
     for name, rows in more.items():
         if len(table := pd.DataFrame(rows)):
