@@ -1,4 +1,4 @@
-"""Targeted adversarial attacks on a landmark detector: one loop, and a table with a row for each attack.
+"""Targeted adversarial attacks on a landmark detector: their loops, and a table with a row for each attack.
 
 A white-box attacker moves chosen ("targeted") landmarks of the detector's output to target positions and keeps the
 others ("stationary") where they are, by a perturbation of L-infinity norm at most epsilon/256 of an image in [-1, 1]
@@ -116,7 +116,7 @@ def run(attack, detector, image, targets, targeted, epsilon=8, steps=300, seed=0
         targeted: (B, K) bool.
         epsilon: L-infinity norm of the perturbation in half grey levels (1/256 of the [-1, 1] scale).
         steps: iterations, unless the attack has its own number.
-        seed: of random perturbations.
+        seed: of random perturbations and squares.
         free: (B, K) bool, landmarks that are neither targeted nor stationary (default: none).
 
     Yields:
@@ -173,7 +173,7 @@ def check_network(network, image):
 
 
 def pgd(network, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentum=0.0, start=None, last_outputs=True):
-    """Projected gradient descent in an L-infinity ball: gradient, step, project, clip, as in every attack here.
+    """Projected gradient descent in an L-infinity ball: gradient, step, project, clip, as in most attacks here.
 
     Args:
         network: (B, C, H, W) -> a tensor of any form.
@@ -200,10 +200,7 @@ def pgd(network, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentu
         direction = (velocity if momentum else gradient).sign()
         size = step_size(iteration / steps) if callable(step_size) else step_size
         delta = (delta - size * bound * direction).clamp(-bound, bound)
-    adversarial = (image + delta).clamp(-1, 1)
-    with torch.no_grad():
-        outputs = network(adversarial) if last_outputs else None
-    yield steps, adversarial, outputs
+    yield steps, *perturbed(network if last_outputs else lambda _: None, image, delta)
 
 
 def tracked(network, image, delta):
@@ -415,8 +412,8 @@ def adaptive_weights(losses):
 def vote_loss(outputs, aim, targeted_weight=(1.0, 2.5, 1.5), stationary_weight=(0.1, 1.0, 1.0), width=VOTE_WIDTH):
     """Weighted sum over landmarks of -log(fraction of the votes at its place): (B,).
 
-    Source: this implementation; its schedule of steps and the best iterate are as in APGD (Croce and Hein, arXiv
-    2003.01690). Weights and widths follow the decoded landmark's distance from its place and are constant in the
+    Source: this implementation. As in APGD (Croce and Hein, arXiv 2003.01690), steps become shorter and the best
+    iterate counts. Weights and widths follow the decoded landmark's distance from its place and are constant in the
     gradient. The weight of a targeted landmark falls as it approaches its target, that of a stationary one is small
     until it drifts. A kernel wider than the distance would hardly pull at the votes; a narrow one pulls in proportion
     to 1 / width, hence the factor of the width, without which near landmarks prevail over far ones.
@@ -483,7 +480,7 @@ ROWS = (  # the first five have the numbers 0 to 4 on the command line
     Attack("I-FGSM", paper_loss),
     Attack("ATI-FGSM", adaptive_loss),
     Attack("FGSM", paper_loss, 1, ONE_STEP),
-    Attack("untargeted-FGSM", negative(paper_loss), 1, ONE_STEP, targeted=False),
+    Attack("untargeted-FGSM", negative(paper_loss), 1, ONE_STEP, targeted=False, votes=True),
     Attack("Vote-PGD", vote_loss, None, VOTE_PGD, landmarks_in_place),
     Attack("I-PGD", paper_loss, None, VOTE_PGD, landmarks_in_place),  # the paper's losses, Vote-PGD's schedule,
     Attack("ATI-PGD", adaptive_loss, None, VOTE_PGD, landmarks_in_place),

@@ -9,6 +9,7 @@ Three forms, of which the first is the paper's; docs/detectors.md shows how to w
 
 import importlib.util
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -98,23 +99,26 @@ def load_own(source, device):
     Args:
         source: "FILE.py:NAME"; the function NAME takes no arguments and returns a Detector with its size, and as names
             those of its landmarks, or their number.
-        device: to which a network is moved that is a module.
+        device: to which a network is moved that is a module, in evaluation mode.
 
     Raises:
         InputError: there is no such function, it fails, or what it returns is no detector.
     """
     path, _, name = source.rpartition(":")
     try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
+        spec = importlib.util.spec_from_file_location("own_detector", path)
+        sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+        sys.path.append(str(Path(path).parent))  # for modules beside it
         spec.loader.exec_module(module)
         detector = getattr(module, name)()
         if isinstance(detector.names, int):
             detector = detector._replace(names=tuple(f"landmark {k + 1}" for k in range(detector.names)))
         if isinstance(detector.network, nn.Module):
-            detector.network.to(device).requires_grad_(False)
+            detector.network.to(device).eval().requires_grad_(False)
         found = detector.predict(torch.zeros(1, 3, *detector.size, device=device))
         check_tensors(landmarks=(found, "BK2", "float"))
+        if not found.isfinite().all():
+            raise ValueError("of a grey image it finds a landmark at nan or inf")
     except Exception as error:  # whatever the user's code raises
         raise InputError(f"--detector {source}: {type(error).__name__}: {error} (docs/detectors.md)") from None
     if found.shape[1] != len(detector.names):

@@ -164,7 +164,7 @@ def report_clean(detector, name, data, batch_size, device):
     """Print the MRE of an own detector on the clean images, before it is attacked."""
     mre = errors_on(detector, data, batch_size, device).mean()
     distributed.on_main(print, f"MRE on the clean images: {mre:.2f} mm")
-    if mre > FAR_OFF_MM:
+    if not mre <= FAR_OFF_MM:
         text = "does it take images in [-1, 1], and find x, y in px of its input, in the order of the annotations?"
         warnings.warn(f"--detector {name}: its MRE is {mre:.0f} mm; {text}", stacklevel=2)
 
@@ -258,12 +258,12 @@ def record_attack(data, points_px0, targets, **columns):
     )
 
 
-def read_records(files, names=LANDMARKS):
+def read_records(files, names=None):
     """Concatenate records that ``files.write_table`` wrote, each checked to be whole, see ``check_record``.
 
     Args:
         files: paths, or {path: what it must hold, see ``content_of``}.
-        names: of the K landmarks.
+        names: see ``check_record``.
 
     Raises:
         InputError: one is missing, not a table, or not whole.
@@ -283,18 +283,18 @@ def read_records(files, names=LANDMARKS):
     return pd.concat(tables)
 
 
-def check_record(table, content=None, names=LANDMARKS):
+def check_record(table, content=None, names=None):
     """Refuse a table that is no whole record: K rows for each image and condition, as ``record`` makes them.
 
     Args:
         content: {column: values}: each combination must be there, and no other; None: each condition must have the same
             images.
-        names: of the K landmarks.
+        names: of the K landmarks; None: K is the largest number of a landmark.
 
     Raises:
         ValueError: it says what is wrong.
     """
-    attack, count = "method" in table, len(names)
+    attack = "method" in table
     needed = {*COLUMNS[:3], *COLUMNS[6:11], "mm_per_px0", *(content or ())}
     needed |= {*COLUMNS[3:6], *COLUMNS[11:14]} if attack else set()
     numbers = table[[name for name in COLUMNS if name in table]].select_dtypes("number")
@@ -308,6 +308,7 @@ def check_record(table, content=None, names=LANDMARKS):
     if odd or aims.any(axis=None) or empty.drop(columns=may_be_empty).any(axis=None):
         raise ValueError("values are missing")
     keys = ["image", *(name for name in CONDITION if name in table)]
+    count = len(names) if names else int(table["landmark"].max())
     blocks = table[keys][::count]
     whole = len(blocks) > 0 and table["landmark"].tolist() == [*range(1, count + 1)] * len(blocks)
     whole = whole and (table[keys].to_numpy() == blocks.to_numpy().repeat(count, 0)).all()
@@ -402,12 +403,12 @@ def observe(iterates, attack, detector, data, targets, image, steps):
 # Landmarks of one image are not independent, hence images are resampled.
 
 
-def resample(count, draws=1000, seed=0):
+def resample(count, draws=1000):
     """A bootstrap's draws from ``count`` images: indices (draws, count)."""
-    return np.random.default_rng(seed).integers(count, size=(draws, count))
+    return np.random.default_rng(0).integers(count, size=(draws, count))
 
 
-def interval(values, statistic, draws=1000, seed=0):
+def interval(values, statistic):
     """A statistic with its 95 % confidence interval: percentiles of a bootstrap over images.
 
     Args:
@@ -418,7 +419,7 @@ def interval(values, statistic, draws=1000, seed=0):
         (value, low, high), each of the statistic's shape.
     """
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # means of nothing are nan
-        found = [statistic(values[chosen]) for chosen in resample(len(values), draws, seed)]
+        found = [statistic(values[chosen]) for chosen in resample(len(values))]
         return statistic(values), *np.nanpercentile(found, [2.5, 97.5], axis=0)
 
 
@@ -437,7 +438,7 @@ def named(name, value, low, high):
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
-def summarize(records, by="iteration", draws=1000, seed=0):
+def summarize(records, by="iteration", draws=1000):
     """Mean and median radial error and percentage within 4 mm with 95 % intervals, and the largest L-infinity norm.
 
     Returns:
@@ -447,7 +448,7 @@ def summarize(records, by="iteration", draws=1000, seed=0):
     records = records.sort_values("role", key=lambda role: role.map(ROLES.index), kind="stable")
     keys = ["role", "method", *([by] if isinstance(by, str) else by)]
     place = {image: i for i, image in enumerate(sorted(set(records["image"])))}
-    counts = np.stack([np.bincount(drawn, minlength=len(place)) for drawn in resample(len(place), draws, seed)])
+    counts = np.stack([np.bincount(drawn, minlength=len(place)) for drawn in resample(len(place), draws)])
     groups = records.groupby(keys, sort=False)
     table = groups["radial_error_mm"].agg(landmarks="size", mre_mm="mean", median_mm="median")
     table["within_4mm_%"] = groups["radial_error_mm"].agg(lambda errors: 100 * (errors <= SUCCESS_MM).mean())

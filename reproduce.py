@@ -32,7 +32,6 @@ from experiments.scales import SCALES, Scale, arguments, to_attack
 from readers.layouts import IDS, available_splits, index
 from support import command, distributed
 from support.checkpoints import checkpoint_epochs, checkpoint_path
-from support.distributed import is_main
 from support.errors import InputError
 from support.files import RUNS, own_folder, read_config
 
@@ -61,8 +60,6 @@ def parse_arguments():
     if args.scale == "demo":
         if args.data != parser.get_default("data"):
             parser.error("--scale demo: draws its own data; omit --data")
-        if distributed.world_size() > 1:
-            parser.error("--scale demo: runs in one process; start it without torchrun")
         args.data = str(RUNS / f"{args.name}-phantoms")
     args.precision = args.precision or ("fp32" if args.scale == "paper" else command.fast_precision())
     return args
@@ -81,10 +78,10 @@ def main():
         for number, name in enumerate(plan.chosen, 1):
             start = time.perf_counter()
             commands = plan.commands(name)
-            part = f"{number} of {len(plan.chosen)}"
-            say(f"\n=== {part}: {report.describe(name)[0]} ({name}), {len(commands)} commands")
+            title = f"{number} of {len(plan.chosen)}: {report.describe(name)[0]} ({name})"
+            distributed.on_main(print, f"\n=== {title}, {len(commands)} commands")
             for program, *argv in commands:
-                say(f"\npython {program} {shlex.join(argv)}")
+                distributed.on_main(print, f"\npython {program} {shlex.join(argv)}")
                 PROGRAMS[program].main(argv)
             distributed.on_main((plan.out / "report.md").touch)  # by which the folder is known
             shown = [f"python {shlex.join(line)}" for line in commands]
@@ -95,8 +92,8 @@ def main():
             elif name == "fancy":
                 (tested,), (attacked,) = plan.results("detection"), plan.results("attack")
                 print("", *demo.publish(tested, attacked, plan.results(name), plan.out), sep="\n")
-            say(f"{name}: {(time.perf_counter() - start) / 60:.1f} minutes")
-    say(f"\nwritten to {plan.out}/report.md")
+            distributed.on_main(print, f"{name}: {(time.perf_counter() - start) / 60:.1f} minutes")
+    distributed.on_main(print, f"\nwritten to {plan.out}/report.md")
 
 
 def show_costs(plan, args):
@@ -139,11 +136,6 @@ def estimate(plan, device):
         rows.append(row)
     table = pd.DataFrame(rows, columns=COLUMNS).fillna(0).astype(dict.fromkeys(COLUMNS[1:4], int))
     return table[table["experiment"].isin(plan.chosen)]
-
-
-def say(text):
-    if is_main():
-        print(text, flush=True)
 
 
 # --- plan ------------------------------------------------------------------------------------------------------------
@@ -228,7 +220,8 @@ def find_images(args):
 
 def check_order(plan):
     """Refuse experiments that depend on others which have not been run."""
-    trained = is_trained(plan.folder(plan.scale.victim))
+    config = plan.folder(plan.scale.victim) / "config.json"
+    trained = config.exists() and read_config(config).get("epochs", 0) - 1 in checkpoint_epochs(config.parent)
     for name in plan.chosen:
         needed = [] if trained or name == "detection" else ["detection"]
         for run in plan.scale.experiments[name]:
@@ -249,12 +242,6 @@ def check_precision(plan, name, folder):
             f"--only {name}: compares with {folder}, which is of --precision {found}, not {precision}; add --precision "
             f"{found}"
         )
-
-
-def is_trained(folder):
-    """Whether a detector's training is finished."""
-    config = folder / "config.json"
-    return config.exists() and read_config(config).get("epochs", 0) - 1 in checkpoint_epochs(folder)
 
 
 if __name__ == "__main__":

@@ -74,8 +74,8 @@ def choose_targets(source, data, seed, count, shift_mm, neighbours=None):
         drawn = [random_targets(rng, len(data.names), size0) for rng, size0 in zip(rngs, sizes, strict=True)]
         places, targeted = map(np.stack, zip(*drawn, strict=True))
     elif source == "shift":
-        each = zip(rngs, landmarks, sizes, shift_mm / spacing, strict=True)
-        drawn = [shift_targets(rng, points, size0, count, px0) for rng, points, size0, px0 in each]
+        each = zip(rngs, landmarks, sizes, shift_mm / spacing, data.ids, strict=True)
+        drawn = [shift_targets(rng, points, size0, count, px0, id) for rng, points, size0, px0, id in each]
         places, targeted = map(np.stack, zip(*drawn, strict=True))
     elif source == "common":
         rng = image_rng(seed, source)
@@ -121,7 +121,7 @@ def random_targets(rng, num_landmarks, size0):
     return place(num_landmarks, chosen, rescale(torch.from_numpy(drawn), RANDOM_SIZE, size0).numpy())
 
 
-def shift_targets(rng, landmarks, size0, count, displacement):
+def shift_targets(rng, landmarks, size0, count, displacement, id):
     """Displacements: ``count`` landmarks, each targeted at a fixed distance from its position, in a random direction.
 
     Args:
@@ -130,6 +130,7 @@ def shift_targets(rng, landmarks, size0, count, displacement):
         size0: (H0, W0) of the original image; a direction that leads out of it is drawn again.
         count: number of targeted landmarks.
         displacement: distance in px0.
+        id: of the image, for a message.
 
     Returns:
         as ``random_targets``.
@@ -143,13 +144,13 @@ def shift_targets(rng, landmarks, size0, count, displacement):
     inside = ((places >= 0) & (places <= limits)).all(-1)
     if not inside.any(1).all():
         k = chosen[~inside.any(1)][0]
-        raise InputError(f"--shift-mm: landmark {k + 1} cannot be displaced by {displacement:g} px inside its image")
+        raise InputError(f"--shift-mm: image {id} has no room for landmark {k + 1}, {displacement:g} px away")
     return place(len(landmarks), chosen, places[np.arange(count), inside.argmax(1)])
 
 
 def with_neighbours(targets, data, neighbours):
     """Targets whose landmarks' two nearest, unless they are targeted themselves, go "along", displaced like the first
-    such landmark, or are "free".
+    such landmark unless this leads out of the image, or are "free".
     """
     points = data.reference_px0
     apart = torch.cdist(points, points)
@@ -161,8 +162,9 @@ def with_neighbours(targets, data, neighbours):
     if neighbours == "free":
         return targets._replace(free=which)
     displacement = (targets.places - points).take_along_dim(near.int().argmax(1)[..., None], 1)
-    places = torch.where(which[..., None], points + displacement, targets.places)
-    return Targets(places, targets.targeted | which)
+    moved = points + displacement
+    which &= ((moved >= 0) & (moved <= data.sizes.flip(-1)[:, None] - 1)).all(-1)  # those that stay in the image
+    return Targets(torch.where(which[..., None], moved, targets.places), targets.targeted | which)
 
 
 def directions(rng, shape):

@@ -42,6 +42,7 @@ from readers.layouts import SPLITS, image_files
 from readers.points import LANDMARKS
 from support import command, distributed, figures
 from support.checkpoints import find_checkpoint, sha256
+from support.errors import InputError
 from support.files import RUNS, check_same_config, own_folder, run_folder, save_config, write_table
 from targets import DRAWN, choose_targets, read_stored_targets, write_targets
 
@@ -138,8 +139,8 @@ def parse_arguments(parser, argv):
         args.tag = args.detector.rpartition(":")[2]
         if not args.tag.isidentifier():
             parser.error(f"--detector {args.detector}: FILE.py:NAME is needed")
-        for name in ("iteration", "subpixel", "batch_statistics", "transfer", "measure"):
-            if getattr(args, name):
+        for name in ("iteration", "subpixel", "batch_statistics", "transfer", "measure", "precision", "compile"):
+            if getattr(args, name) != parser.get_default(name):
                 parser.error(f"--{name.replace('_', '-')}: not with --detector")
     if args.image and (args.images or args.limit or args.adversarial):
         parser.error("--image: not with --images, --limit or --adversarial")
@@ -163,13 +164,12 @@ def parse_arguments(parser, argv):
     args.defence = list(dict.fromkeys(args.defence or ()))
     if args.defence and args.image and not args.attack:
         parser.error("--defence: needs an --attack where no accuracy can be measured")
-    if args.pictures is None:
-        args.pictures = len(args.image) if args.image else 4
+    args.pictures = len(args.image or range(4)) if args.pictures is None else args.pictures
     if args.attack and args.adversarial:
         parser.error("--adversarial: tests stored images; omit --attack")
     needs = dict.fromkeys(("measure", "grey", "iterate", "save_adversarial"), "attack") | {"to": "measure"}
     for name, other in needs.items():
-        if getattr(args, name) not in (None, False) and not getattr(args, other):
+        if getattr(args, name) != parser.get_default(name) and not getattr(args, other):
             parser.error(f"--{name.replace('_', '-')}: needs --{other}")
     return args
 
@@ -205,6 +205,7 @@ def begin(args, parser, device, epoch, checkpoint, out):
         ids, targets = make_targets(args, detector, data, device, out / "targets.csv")
         data, others = data.select(ids), [(name, other, images.select(ids)) for name, other, images in others]
     with distributed.guard():
+        try_attacks(args, detector, data, targets, device)
         training = load_training(args, detector)
         config = vars(args) | {"iteration": epoch, "size": list(data.images.shape[-2:])}
         config |= fingerprints(args, checkpoint, data, targets, training)
@@ -299,6 +300,15 @@ def make_targets(args, detector, data, device, file):
         return diagnosis.diagnosis_targets(clean, data, args.measure, args.to, args.shift_mm)
 
     return distributed.on_main(find)
+
+
+def try_attacks(args, detector, data, targets, device):
+    """Make a step on one image by each attack that may fail, to refuse it before any work is done."""
+    for name in [name for name in args.attack or () if args.detector or ATTACKS[name].votes]:
+        try:
+            attack_batch(ATTACKS[name], detector, data.select(data.ids[:1]), targets.of([0]), device=device, steps=1)
+        except ValueError as error:
+            raise InputError(f"--attack {name}: {error}") from None
 
 
 def default_name(args, epoch):

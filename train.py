@@ -169,9 +169,12 @@ def train(network, state, data, monitor, args, device, folder, stop):
 
 
 def train_one_epoch(network, state, data, args, device, bar, pause):
-    """The remaining steps of an epoch, images in random order, or those before ``pause()``; returns whether all are."""
+    """The remaining steps of an epoch, or those before ``pause()``; returns whether all are.
+
+    The order of the images is random, and the same in every process and after any stop.
+    """
     begin = time.perf_counter() - state.seconds
-    batches = in_batches(image_order(args.seed, state.epoch, len(data)), args.batch_size)
+    batches = in_batches(np.random.default_rng([args.seed, state.epoch]).permutation(len(data)), args.batch_size)
     finished, detector = True, detector_of(state.model, data.images.shape[-2:])
     for batch in batches[state.step :]:
         for group in state.optimizer.param_groups:
@@ -254,11 +257,6 @@ def learning_rate(epoch, args):
     if epoch < warmup:
         return args.lr * epoch / warmup
     return args.lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (args.epochs - warmup)))
-
-
-def image_order(seed, epoch, count):
-    """The order of the images in an epoch, the same in every process and after any stop: (count,) int64."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def is_checkpoint(epoch, args):

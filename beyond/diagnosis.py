@@ -310,7 +310,7 @@ def diagnose(records):
         return values.flatten().numpy(), classes(values).flatten().numpy()
 
     table = pd.DataFrame({name: np.repeat(heads[name].to_numpy(), len(MEASURES)) for name in keys})
-    table["measure"] = [measure.name for measure in MEASURES] * len(heads)
+    table["measure"] = [*MEASURE_NAMES] * len(heads)
     table["unit"] = [measure.unit for measure in MEASURES] * len(heads)
     table["value"], table["class"] = read(found)
     table["meaning"] = [MEASURES[i % len(MEASURES)].words.get(c, "undefined") for i, c in enumerate(table["class"])]
@@ -366,7 +366,7 @@ def changed_diagnoses(table, measure=None, to=None):
     """
     found = table.pivot(index=["method", "iteration", "image"], columns="measure", values="class")
     clean = found.xs(0, level="iteration").reindex(found.index.droplevel("iteration"))
-    changed = (found != clean.to_numpy())[[measure.name for measure in MEASURES]]
+    changed = (found != clean.to_numpy())[[*MEASURE_NAMES]]
     others = changed.drop(columns=measure) if measure else changed
     changed = changed.assign(any=changed.any(axis=1))
     if measure:

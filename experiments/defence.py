@@ -17,6 +17,7 @@ from beyond.defences import shape_distance
 from eval import SUCCESS_MM, interval, named, read_records
 from experiments.markdown import fold_intervals, markdown
 from experiments.results import HEADINGS, clean_and_last, join_clean, of_role, outcome, rate
+from readers.points import LANDMARKS
 from support.errors import InputError
 from support.figures import bars, panels, save
 from support.files import load_table, read_config, write_table
@@ -164,7 +165,8 @@ def compute_scores(labels, result):
     """Scores of each image, clean and attacked; a higher one is more suspicious."""
     keys = ["method", "iteration", "image"]
     records = clean_and_last(result.predictions()).sort_values([*keys, "landmark"], kind="stable")
-    if "vote_share" not in records or records["vote_share"].isna().any():  # of an older version
+    other = records["landmark"].max() != len(LANDMARKS)
+    if other or "vote_share" not in records or records["vote_share"].isna().any():  # of an older version
         return pd.DataFrame()
     table = records.drop_duplicates(keys)[[*keys, "mm_per_px0"]].reset_index(drop=True)
     points = torch.tensor(records[["x_px0", "y_px0"]].to_numpy()).unflatten(0, (len(table), -1))
@@ -204,8 +206,8 @@ def compute_detection(scores):
 
 def plot(table, path):
     """Success behind each defence, of both attackers, by method; the first detector's attack with most defences."""
-    counts = table.groupby(RUN, sort=False)["defence"].nunique()
-    chosen = table.set_index(RUN).loc[[counts.idxmax()]]
+    counts = table.groupby(ATTACK, sort=False)["defence"].nunique()
+    chosen = table.set_index(RUN).loc[[counts.idxmax()[:-1]]]
     chosen = chosen[chosen.groupby("method")["defence"].transform("nunique") == counts.max()]
     methods, defences = list(chosen.groupby("method", sort=False)), chosen["defence"].unique()
     figure, axes = panels(len(methods), width=6.5)

@@ -2,13 +2,13 @@
 
 Each patient is attacked for each of the eight clinical measures of the ISBI 2015 challenge: the targets are the least
 movement of landmarks that changes the class by this measure and none of the seven others. *Intended* is the share of
-patients whose class by this measure then differs from that on the clean image; *only intended*, of those whose seven
-other classes are the same; *any*, of patients with any other class. Noise is uniform, of the same epsilon. Patients
-for whom no such movement is found are left out. The yardstick is how often two doctors, who marked the same
-radiographs, disagree. *Driven*: landmarks are moved where a measure rises or falls most, by a distance that is the
-root of the sum of squares over landmarks; the change is a median, *apart* the mean difference of the two doctors for
-the same patients, *beyond* the share of patients whose change is larger; classes are wrong against the mean of both.
-*Delivered*: intended changes that are left in the attacked images, stored as files and read again.
+patients whose class by this measure then differs from that on the clean image (or is that of ``--to``); *only
+intended*, of those whose seven other classes are the same; *any*, of patients with any other class. Noise is uniform,
+of the same epsilon. Patients for whom no such movement is found are left out. The yardstick is how often two doctors,
+who marked the same radiographs, disagree. *Driven*: landmarks are moved where a measure rises or falls most, by a
+distance that is the root of the sum of squares over landmarks; the change is a median, *apart* the mean difference of
+the two doctors for the same patients, *beyond* the share of patients whose change is larger; classes are wrong against
+the mean of both. *Delivered*: intended changes that are left in the attacked images, stored as files and read again.
 """
 
 import numpy as np
@@ -259,8 +259,10 @@ def find_patient(runs):
 def plot_patient(before, after, measure, title, texts, data, path):
     """Both tracings over the radiograph of ``data``, the lines of the measure thicker."""
     figure, (panel,) = panels(1, width=6.5, height=7)
-    (file,) = (entry.image for entry in index(data, "test") if entry.id == before["image"].iloc[0])
-    panel.imshow(read_image(file, None)[0], cmap="gray", vmin=0, vmax=255, alpha=0.5)
+    panel.invert_yaxis()
+    for entry in index(data, "test"):
+        if entry.id == before["image"].iloc[0]:  # not of --image, or of another split
+            panel.imshow(read_image(entry.image, None)[0], cmap="gray", vmin=0, vmax=255, alpha=0.5)
     styles = ("before", before, "tab:blue", "o-"), ("after", after, "tab:red", "x--")
     for (when, records, color, style), text in zip(styles, texts, strict=True):
         points = records[["x_px0", "y_px0"]].to_numpy()

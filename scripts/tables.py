@@ -29,6 +29,8 @@ def main(argv=None):
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to write to")
     args = parser.parse_args(argv)
     folders = [Path(folder) for folder in args.folders]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        parser.error("DIR: name each folder once")
     short = len({folder.name for folder in folders}) == len(folders)
     results = [Result({"run": folder.name if short else str(folder)}, folder) for folder in folders]
     experiment, out = EXPERIMENTS[args.experiment], Path(args.out)

@@ -115,7 +115,8 @@ def run(main):
     2: wrong input, or another condition that the user must resolve (a full disk); 75: another process was lost; 130:
     Ctrl-C; 143: SIGTERM or SIGHUP. An error that all processes have is reported by the main process only.
     """
-    sys.stdout.reconfigure(errors="replace")  # names that it cannot show; standard error escapes them itself
+    # names that it cannot show, standard error escapes them itself; a line is seen when it is printed
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     warnings.filterwarnings("ignore", module="PIL")  # about damaged images, which are refused by name
     warnings.showwarning = lambda message, *_: is_main() and say(f"warning: {message}")
     # PyTorch then requests huge pages from Linux: a tenth of all time on CPUs is the first touch of large tensors

@@ -214,7 +214,14 @@ def test_an_attack_on_a_diagnosis(here, official, run):
     final = changes.groupby(["method", "measure"])["changed_%"].last()
     assert shares.loc[("ATI-FGSM", "MW"), "intended_%"] == final["ATI-FGSM", "intended"]
     assert (here / "tables" / "diagnosis_patient.png").stat().st_size > 5000
-    assert_refused(run("scripts/tables.py", "diagnosis", folder, folder, "--out", "none"), "a second run of epsilon 8")
+    shutil.copytree(folder, here / "again")
+    tables = "scripts/tables.py", "diagnosis", folder
+    assert_refused(run(*tables, here / "again", "--out", "none"), "a second run of epsilon 8")
+    assert_refused(run(*tables, here / "again" / ".." / "diagnosis", "--out", "none"), "name each folder once")
+    for file in [*Path(shutil.copytree(official, here / "others")).rglob("[0-9]*.*")]:
+        file.rename(file.with_stem(f"{int(file.stem) + 20}"))  # no patient has this number
+    assert run(*tables, "--data", here / "others", "--out", "patientless")[0] == 0
+    assert (here / "patientless" / "diagnosis_patient.png").exists()
 
     result = run(*arguments[:4], official, "--limit", 1, *arguments[5:])
     assert result[0] == 2 and "which is not attacked; choose another --rand" in result[2], result[2]
@@ -668,7 +675,7 @@ BAD_ARGUMENTS = {
     "a measure without attack": (["--targets", "diagnosis", "--measure", "ANB"], "--measure: needs --attack"),
     "an iterate of the control": (["--attack", "noise", "--iterate", "best"], "--iterate: for targeted attacks"),
     "an iterate of no attack": (["--iterate", "last"], "--iterate: needs --attack"),
-    "a class without diagnosis": (["--attack", 1, "--to", 2], "--to: needs --measure"),
+    "a class without diagnosis": (["--attack", 1, "--to", 0], "--to: needs --measure"),
     "a class that there is not": (
         ["--attack", 1, "--targets", "diagnosis", "--measure", "MW", "--to", 2],
         "--to 2: MW can be moved to class 1 (normal), 3 (anterior cross bite), 4 (overjet), any, up or down",
@@ -679,7 +686,7 @@ BAD_ARGUMENTS = {
     "unknown argument": (["--epslion", 8], "--epslion"),
     "too many to shift": (["--attack", 0, "--targets", "shift", "--shift-count", 20], "there are 19 landmarks"),
     "neighbours of others": (["--attack", 0, "--neighbours", "free"], "--neighbours: needs --targets shift"),
-    "shift too far": (["--attack", 0, "--targets", "shift", "--shift-mm", 900], "cannot be displaced by 9000 px"),
+    "shift too far": (["--attack", 0, "--targets", "shift", "--shift-mm", 900], "image 151 has no room for landmark "),
     "no file of targets": (["--attack", 0, "--targets", "nowhere.csv"], "nowhere.csv: not a readable CSV file"),
     "unknown tag": (["--tag", "large"], "no such run (existing runs: "),
     "path as tag": (["--tag", "../small"], "is not a plain name"),

@@ -28,7 +28,7 @@ from beyond.defences import (
 )
 from dataset import to_input
 from detectors import voting
-from experiments.defence import auc, check, compute_masking
+from experiments.defence import auc, check, compute_masking, plot
 from experiments.results import Result
 from model import UNet, confidence, decode, encode, landmark_loss, place
 from support.errors import InputError
@@ -348,6 +348,16 @@ def test_checks_for_masked_gradients_by_hand():
         "oblivious against adaptive, blur:1, epsilon 8": "no",
     }
     assert table["first_%"].tolist() == [10, 10, 1, 4, 50] and table["second_%"].tolist() == [15, 8, 10, 10, 30]
+
+
+def test_the_chart_of_methods_behind_different_defences(monkeypatch):
+    rows = [("I-FGSM", "jpeg:75"), ("ATI-FGSM", "blur:1"), ("ATI-FGSM", "bits:4")]
+    table = pd.DataFrame(rows, columns=["method", "defence"]).assign(detector="plain", epsilon=8, steps=30)
+    table = table.assign(attacker="adaptive", **dict.fromkeys(["within_4mm_%", "within_4mm_%_low"], 5.0))
+    figures = []
+    monkeypatch.setattr("experiments.defence.save", lambda figure, path: figures.append(figure))
+    plot(table.assign(**{"within_4mm_%_high": 6.0}), "nowhere")
+    assert [axes.get_title() for axes in figures[0].axes] == ["ATI-FGSM"]  # with most of them
 
 
 def test_only_comparable_runs_are_tabled_together(tmp_path):

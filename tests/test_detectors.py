@@ -50,7 +50,9 @@ def test_pixels_of_smaller_maps_by_hand():
 
 
 @pytest.mark.parametrize("form", ["heatmap", "expectation", "coordinates"])
-@pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if attack.loss and attack.steps is None])
+@pytest.mark.parametrize(
+    "name", [name for name, attack in ATTACKS.items() if attack.loss and (attack.steps is None or attack.votes)]
+)
 def test_each_form_is_attacked_by_each_attack(form, name, image):
     """The attacked landmarks come nearer, by a tenth at least if it sees gradients."""
     detector, attack = forms()[form], ATTACKS[name]
@@ -146,17 +148,28 @@ def test_the_example_of_the_docs():
 # --- from the command line
 
 LEVELS = (60, 105, 150, 195, 240)  # grey levels of five dots
-OWN = f"""
+OWN = """
+from __future__ import annotations
+from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
+from beside import LEVELS
 from detectors import coordinates, heatmap
 
+@dataclass
+class Scale:
+    factor: float = 40
+
 def network(image):
-    levels = torch.tensor({LEVELS}).view(1, -1, 1, 1) / 127.5 - 1
-    return 40 * F.avg_pool2d(-(image[:, :1] - levels).square(), 5, 1, 2)
+    levels = torch.tensor(LEVELS).view(1, -1, 1, 1) / 127.5 - 1
+    return Scale().factor * F.avg_pool2d(-(image[:, :1] - levels).square(), 5, 1, 2)
+
+class Network(torch.nn.Dropout):  # in training mode
+    def forward(self, image):
+        return super().forward(network(image))
 
 def dots():
-    return heatmap(network, (64, 48), names=["red", "green", "blue", "left (L)", "right"])
+    return heatmap(Network(), (64, 48), names=["red", "green", "blue", "left (L)", "right"])
 
 def number():
     return heatmap(network, (64, 48), names=5)
@@ -166,6 +179,15 @@ def six():
 
 def lost():
     return coordinates(lambda image: 0 * network(image)[:, :, 0, :2], (64, 48), names=5)
+
+def detached():
+    return heatmap(torch.no_grad()(network), (64, 48), names=5)
+
+def undefined():
+    return coordinates(lambda image: network(image)[:, :, 0, :2] / 0, (64, 48), names=5)
+
+def several():
+    return heatmap(lambda image: (network(image),), (64, 48), names=5)
 
 def nothing():
     return 3
@@ -187,6 +209,7 @@ def dots(tmp_path_factory):
         data[id] = image, places, places
     write_official(folder / "dataset", {"test1": data})
     (folder / "own.py").write_text(OWN)
+    (folder / "beside.py").write_text(f"LEVELS = {LEVELS}")
     return folder
 
 
@@ -214,6 +237,9 @@ def test_an_own_detector_is_tested_and_attacked(dots, run, monkeypatch):
     assert end.loc["targeted", "within_4mm_%"] > 50
     assert len(list((folder / "pictures").iterdir())) == 6
     done(run(*attack))  # nothing is left to do
+    for experiment in ("attack", "robustness", "defence"):
+        done(run("scripts/tables.py", experiment, folder, "--out", experiment))
+    assert set(pd.read_csv("robustness/robustness.csv")["targeted"]) == {6}
 
 
 OWN_REFUSED = {  # --detector, arguments; the message
@@ -223,6 +249,16 @@ OWN_REFUSED = {  # --detector, arguments; the message
     "another number": ("own.py:six", [], "finds 5 landmarks, but has 6 names"),
     "no detector": ("own.py:nothing", [], "AttributeError"),
     "an error": ("own.py:broken", [], "KeyError: 'x'"),
+    "landmarks nowhere": ("own.py:undefined", [], "a landmark at nan or inf"),
+    "several outputs": ("own.py:several", ["--attack", 0], "maps is a tuple (docs/detectors.md)"),
+    "no gradient": ("own.py:detached", ["--attack", 1], "--attack ATI-FGSM: the loss has no gradient in the image"),
+    "no votes": (
+        "own.py:number",
+        ["--attack", 1, "CosPGD"],
+        "--attack CosPGD: CosPGD is an attack on",
+    ),
+    "a precision": ("own.py:dots", ["--precision", "bf16"], "--precision: not with --detector"),
+    "an iteration": ("own.py:dots", ["--iteration", 0], "--iteration: not with --detector"),
     "a diagnosis": (
         "own.py:dots",
         ["--attack", 1, "--targets", "diagnosis", "--measure", "ANB"],

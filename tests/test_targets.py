@@ -6,9 +6,9 @@ import torch
 from conftest import SIZE0, K
 
 from dataset import Cephalograms
-from support.errors import InputError
 from targets import (
     Targets,
+    check_inside,
     choose_targets,
     image_rng,
     random_targets,
@@ -35,7 +35,7 @@ def test_random_targets_follow_the_papers_protocol():
 def test_shifts_are_as_long_as_asked_and_inside():
     landmarks = np.array([[0.0, 0.0], [239.0, 299.0], [120.0, 150.0]])
     for seed in range(50):
-        targets, chosen = shift_targets(np.random.default_rng(seed), landmarks, SIZE0, count=2, displacement=80)
+        targets, chosen = shift_targets(np.random.default_rng(seed), landmarks, SIZE0, count=2, displacement=80, id="1")
         assert chosen.sum() == 2
         assert np.linalg.norm(targets[chosen] - landmarks[chosen], axis=1) == pytest.approx([80, 80])
         assert (targets[chosen] >= 0).all() and (targets[chosen] <= (239, 299)).all()
@@ -70,9 +70,12 @@ def test_neighbours_go_along_or_are_free(official):
     along = with_neighbours(start, data, "along")
     assert along.targeted.nonzero()[:, 1].tolist() == [0, 1, 2, 3] and along.free is None
     assert (along.places - points)[0, :4].tolist() == [[0, 5], [0, 5], [0, 5], [4, 9]]
-    with pytest.raises(InputError, match="lies outside image 151"):  # the nearest of some landmark at the edge
-        for seed in range(20):
-            choose_targets("shift", data, seed, 1, 5.0, "along")
+    data.reference_px0[0, 1] = torch.tensor([1.0, 297])  # which then would leave the image
+    start.places[0, 0] = points[0, 0] + torch.tensor([0, 200.0])
+    data.reference_px0[0, 0] = torch.tensor([1.0, 90])
+    stay = with_neighbours(start, data, "along")
+    assert not stay.targeted[0, 1] and stay.targeted[0, [0, 3]].all()
+    check_inside(stay, data, "shift")
 
 
 def test_targets_from_a_file_and_back(official, tmp_path):
