@@ -1,11 +1,11 @@
 """What makes the attack weak or strong.
 
-Attacks on detectors, or with perturbations, that differ in one property, by displacements of 8 mm unless a question says
-otherwise; the answers to a question are compared on the images, at the last iteration and on the landmarks whose role is
-the same in all. *Neighbours* are the two nearest landmarks of a displaced one: they are held in place like all others,
-go along with it, or are free to go anywhere; were they what holds it, it would be easier to move when they are free. A
-detector that starts from the weights of one of another size differs in its training too. The detector's MRE is that on
-the clean images of the attack.
+Attacks on detectors, or with perturbations, that differ in one property, by displacements of 8 mm unless a question
+says otherwise; the answers to a question are compared on the images, at the last iteration and on the landmarks whose
+role is the same in all. *Neighbours* are the two nearest landmarks of a displaced one: they are held in place like
+all others, go along with it, or are free to go anywhere; were they what holds it, it would be easier to move when
+they are free. A detector that starts from the weights of one of another size differs in its training too. The
+detector's MRE is that on the clean images of the attack.
 """
 
 from itertools import product

@@ -214,10 +214,10 @@ def test_an_attack_on_a_diagnosis(here, official, run):
     final = changes.groupby(["method", "measure"])["changed_%"].last()
     assert shares.loc[("ATI-FGSM", "MW"), "intended_%"] == final["ATI-FGSM", "intended"]
     assert (here / "tables" / "diagnosis_patient.png").stat().st_size > 5000
-    shutil.copytree(folder, here / "again")
+    shutil.copytree(folder, here / "twice")
     tables = "scripts/tables.py", "diagnosis", folder
-    assert_refused(run(*tables, here / "again", "--out", "none"), "a second run of epsilon 8")
-    assert_refused(run(*tables, here / "again" / ".." / "diagnosis", "--out", "none"), "name each folder once")
+    assert_refused(run(*tables, here / "twice", "--out", "none"), "a second run of epsilon 8")
+    assert_refused(run(*tables, here / "twice" / ".." / "diagnosis", "--out", "none"), "name each folder once")
     for file in [*Path(shutil.copytree(official, here / "others")).rglob("[0-9]*.*")]:
         file.rename(file.with_stem(f"{int(file.stem) + 20}"))  # no patient has this number
     assert run(*tables, "--data", here / "others", "--out", "patientless")[0] == 0
