@@ -92,13 +92,17 @@ def choose_targets(source, data, seed, count, shift_mm, neighbours=None):
 
 def check_inside(targets, data, source):
     """Refuse targets outside their image."""
-    limits = data.sizes.flip(-1)[:, None] - 1
-    outside = targets.targeted & ((targets.places < 0) | (targets.places > limits)).any(-1)
-    if outside.any():
-        i, k = outside.nonzero()[0].tolist()
+    wrong = targets.targeted & outside(targets.places, data.sizes)
+    if wrong.any():
+        i, k = wrong.nonzero()[0].tolist()
         (x, y), (height, width) = targets.places[i, k].tolist(), data.sizes[i].tolist()
         image = f"image {data.ids[i]} of {width} x {height} px"
         raise InputError(f"--targets {source}: the target ({x:g}, {y:g}) of landmark {k + 1} lies outside {image}")
+
+
+def outside(places, sizes):
+    """Which places (N, K, 2) px0 lie outside their images of sizes (N, 2), H0 and W0: (N, K) bool."""
+    return ((places < 0) | (places > sizes.flip(-1)[:, None] - 1)).any(-1)
 
 
 def random_targets(rng, num_landmarks, size0):
@@ -161,9 +165,8 @@ def with_neighbours(targets, data, neighbours):
     which = near.any(1)
     if neighbours == "free":
         return targets._replace(free=which)
-    displacement = (targets.places - points).take_along_dim(near.int().argmax(1)[..., None], 1)
-    moved = points + displacement
-    which &= ((moved >= 0) & (moved <= data.sizes.flip(-1)[:, None] - 1)).all(-1)  # those that stay in the image
+    moved = points + (targets.places - points).take_along_dim(near.int().argmax(1)[..., None], 1)
+    which &= ~outside(moved, data.sizes)
     return Targets(torch.where(which[..., None], moved, targets.places), targets.targeted | which)
 
 

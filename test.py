@@ -139,9 +139,8 @@ def parse_arguments(parser, argv):
         args.tag = args.detector.rpartition(":")[2]
         if not args.tag.isidentifier():
             parser.error(f"--detector {args.detector}: FILE.py:NAME is needed")
-        for name in ("iteration", "subpixel", "batch_statistics", "transfer", "measure", "precision", "compile"):
-            if getattr(args, name) != parser.get_default(name):
-                parser.error(f"--{name.replace('_', '-')}: not with --detector")
+        own = "iteration", "subpixel", "batch_statistics", "transfer", "measure", "precision", "compile"
+        parser.refuse(args, own, "not with --detector")
     if args.image and (args.images or args.limit or args.adversarial):
         parser.error("--image: not with --images, --limit or --adversarial")
     args.image = args.image and [str(file) for files in args.image for file in files]
@@ -167,10 +166,10 @@ def parse_arguments(parser, argv):
     args.pictures = len(args.image or range(4)) if args.pictures is None else args.pictures
     if args.attack and args.adversarial:
         parser.error("--adversarial: tests stored images; omit --attack")
-    needs = dict.fromkeys(("measure", "grey", "iterate", "save_adversarial"), "attack") | {"to": "measure"}
-    for name, other in needs.items():
-        if getattr(args, name) != parser.get_default(name) and not getattr(args, other):
-            parser.error(f"--{name.replace('_', '-')}: needs --{other}")
+    if not args.attack:
+        parser.refuse(args, ("measure", "grey", "iterate", "save_adversarial"), "needs --attack")
+    if not args.measure:
+        parser.refuse(args, ("to",), "needs --measure")
     return args
 
 

@@ -70,9 +70,8 @@ def make_parser():
 
 def parse_arguments(parser, argv):
     args = parser.parse_args(argv)
-    for name in ("epsilon", "attack_steps"):
-        if not args.adversarial and getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')}: needs --adversarial")
+    if not args.adversarial:
+        parser.refuse(args, ("epsilon", "attack_steps"), "needs --adversarial")
     if not MIN_SIZE <= min(args.size) <= max(args.size) <= MAX_SIZE:
         parser.error(f"--size: at least {MIN_SIZE} {MIN_SIZE}, at most {MAX_SIZE} {MAX_SIZE}")
     if args.batch_size < world_size():

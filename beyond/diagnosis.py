@@ -26,7 +26,7 @@ from readers.plausibility import faces_left
 from readers.points import LANDMARKS
 from support.errors import InputError
 from support.files import write_table
-from targets import Targets
+from targets import Targets, outside
 
 MARGIN_MM = 1.0  # of ``least_movement``: how far beyond a threshold, as a movement of landmarks
 MOVED_MM = 0.1  # a landmark that moves less stays
@@ -265,8 +265,7 @@ def diagnosis_targets(clean, data, measure, to, distance_mm):
     else:
         found = least_movement(facing, data.mm_per_px0, number, to)
     places = turned_right(found.places, data.reference_px0).round(decimals=4)  # as stored
-    outside = ((places < 0) | (places > data.sizes.flip(-1)[:, None] - 1)).any(-1)
-    possible = found.targeted.any(-1) & ~(outside & found.targeted).any(-1)
+    possible = found.targeted.any(-1) & ~(outside(places, data.sizes) & found.targeted).any(-1)
     ids = [id for id, attacked in zip(data.ids, possible.tolist(), strict=True) if attacked]
     wanted = f"to {'another class' if to is None else f'class {to}'}, by a margin, while the other classes stay"
     wanted = f"drives {measure} {to} inside the image" if driven else f"takes {measure} {wanted}"

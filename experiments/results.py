@@ -48,11 +48,8 @@ def error_from_truth(records):
 
 def read_marks(data, split, ids):
     """The doctors' marks of a split's images ``ids``, as far as two doctors have marked them: {id: (2, K, 2) px0}."""
-    marks = {}
-    for entry in index(data, split):
-        if entry.id in ids and len(entry.annotations) == 2:
-            marks[entry.id] = read_doctors(entry, (np.inf, np.inf))
-    return marks
+    entries = [entry for entry in index(data, split) if entry.id in ids and len(entry.annotations) == 2]
+    return {entry.id: read_doctors(entry, (np.inf, np.inf)) for entry in entries}
 
 
 def last(records):

@@ -33,7 +33,8 @@ def main(argv=None):
     train, test = (Cephalograms(args.data, split, (80, 64)) for split in ("train", "test1"))
     if test.doctors_px0.shape[1] != 2:
         raise InputError(f"{args.data}: the marks of two doctors are needed, not of one")
-    found = {name: read_records({Path(name) / "predictions.csv": {"image": test.ids}}) for name in args.folders}
+    content = {"image": test.ids}
+    found = {name: read_records({Path(name) / "predictions.csv": content}, test.names) for name in args.folders}
     pairs = [compare(train, i, test, j) for i, j in same_radiographs(train, test)]
     pairs += [compare(test, i, test, j) for i, j in same_radiographs(test, test) if i < j]
     if not pairs:

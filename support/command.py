@@ -104,6 +104,12 @@ class Parser(argparse.ArgumentParser):
         line = f"{self.prog}: error: {one_line(message)} (--help lists all arguments)\n"
         self.exit(2, line if is_main() else None)
 
+    def refuse(self, args, names, reason):
+        """End with the reason if one of these arguments is not its default."""
+        for name in names:
+            if getattr(args, name) != self.get_default(name):
+                self.error(f"--{name.replace('_', '-')}: {reason}")
+
     def defaults(self):
         """{name: default} of all arguments."""
         return {action.dest: action.default for action in self._actions if action.dest != "help"}
