@@ -8,7 +8,7 @@ from itertools import combinations
 
 import pandas as pd
 
-from eval import LABELS, is_last, summarize
+from eval import LABELS, ROLES, WORST, is_last, summarize, with_worst
 from experiments.markdown import fold_intervals, markdown
 from experiments.results import last, of_role, render_differences
 from experiments.statistics import paired_difference
@@ -43,8 +43,8 @@ def attacked(run):
 def compare(records):
     """Differences in each role of each method from those before it in ``METHODS``, paired by image."""
     rows = []
-    for (a, first), (b, second) in combinations(by_method(records).items(), 2):
-        for role in ("targeted", "stationary"):
+    for (a, first), (b, second) in combinations(by_method(with_worst(records)).items(), 2):
+        for role in (*ROLES[:2], WORST):
             labels = {"methods": f"{b} minus {a}", "landmarks": role}
             rows.append(labels | paired_difference(of_role(second, role), of_role(first, role)))
     return pd.DataFrame(rows)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from eval import SUCCESS_MM, exact, interval, is_last, named, read_records
+from eval import SUCCESS_MM, WORST, exact, interval, is_last, named, read_records, with_worst
 from experiments.markdown import fold_intervals, markdown
 from experiments.statistics import by_image, verdict
 from readers.layouts import index
@@ -78,6 +78,7 @@ def outcome(records, labels):
 
     ``clean_mre_mm`` is the detector's MRE before the attack. ``half_way_%`` is the rate of targeted landmarks whose
     distance from the target is below half of the initial one: a success that is comparable for near and far targets.
+    ``complete_%`` is that of images, see ``with_worst``.
     """
     rows = []
     clean = records[records["iteration"] == 0]
@@ -91,6 +92,8 @@ def outcome(records, labels):
         row |= named("within_4mm_%", *rate(targeted, error <= SUCCESS_MM))
         row |= named("half_way_%", *rate(targeted, error < targeted["start_mm"] / 2))
         row |= named("stationary_within_4mm_%", *rate(stationary, stationary["radial_error_mm"] <= SUCCESS_MM))
+        worst = of_role(with_worst(found), WORST)
+        row |= named("complete_%", *rate(worst, worst["radial_error_mm"] <= SUCCESS_MM))
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -110,6 +113,7 @@ HEADINGS = {
     "half_way_%": "more than halfway (%)",
     "stationary_mre_mm": "stationary MRE (mm)",
     "stationary_within_4mm_%": f"within {SUCCESS_MM} mm of truth (%)",
+    "complete_%": "images with all in place (%)",
 }
 
 

@@ -132,6 +132,7 @@ def plot_training(log, path):
 
 def plot_attack(summary, column, label, path):
     """A column of ``eval.summarize`` against iterations: a panel for each role, a line with a band for each method."""
+    summary = summary[summary["role"] != "worst"]  # an image's, not a role
     roles = list(dict.fromkeys(summary["role"]))
     figure, axes = panels(len(roles), width=10 / len(roles))
     top = 1.05 * max(summary[[column, f"{column}_high"]].max(axis=None), 1e-3)  # all panels have one scale

@@ -442,8 +442,8 @@ def test_attacks_compared_on_the_same_targets_go_on_after_a_stop(here, official,
     assert (clean.nunique() == 1).all(axis=None)  # all methods begin with the clean image
 
     summary = pd.read_csv(folder / "summary.csv")
-    assert summary["role"].unique().tolist() == ["targeted", "stationary", "untargeted"]
-    assert summary[summary["method"] == "FGSM"]["iteration"].tolist() == [0, 1] * 2
+    assert summary["role"].unique().tolist() == ["targeted", "stationary", "untargeted", "worst"]
+    assert summary[summary["method"] == "FGSM"]["iteration"].tolist() == [0, 1] * 3
     again = summarize(table)
     assert np.allclose(again["mre_mm"], summary["mre_mm"], atol=1e-3) and "ATI-FGSM" in out
     charts = {"mre.png", "median.png", "within_4mm.png"}

@@ -264,7 +264,7 @@ def test_defences_as_conditions_of_an_attack(trained, official, tmp_path, monkey
     assert "defence" not in plain and {"heatmap_peak", "vote_share"} <= set(plain)
     assert plain["vote_share"].between(0, 1).all() and plain["heatmap_peak"].between(0, 1).all()
     summary = pd.read_csv(tmp_path / "out" / "defences_summary.csv")
-    assert len(summary) == 2 * 2 * (2 + 4 + 2) and "blur:1" in out
+    assert len(summary) == 3 * 2 * (2 + 4 + 2) and "blur:1" in out
     stored = pd.read_csv(tmp_path / "out" / "read_back_summary.csv")
     assert {"small", "small, blur:1", "small, noise:8"} == set(stored["detector"])
 

@@ -50,6 +50,7 @@ def test_outcomes_by_hand(folder):
     assert i["within_4mm_%"] == pytest.approx(100 / 6) and ati["within_4mm_%"] == 50
     assert i["half_way_%"] == pytest.approx(100 / 6)
     assert (i["within_4mm_%_low"], ati["within_4mm_%_low"], ati["within_4mm_%_high"]) == (0, 50, 50)  # of 3 images
+    assert i["complete_%"] == ati["complete_%"] == 0  # landmark 2 stays 20 mm from its target
     assert i["stationary_within_4mm_%"] == 100 and ati["stationary_within_4mm_%"] == pytest.approx(100 * 16 / 17)
 
 
@@ -66,6 +67,7 @@ def test_an_attack_without_stationary_landmarks(tmp_path):
     steps = [(truth + (10 * i, 0), truth + (80, 0), "ATI-FGSM", i) for i in (0, 5)]
     (row,) = outcomes([Result({"|T|": 19}, write_attack(tmp_path, truth, steps))]).to_dict("records")
     assert row["targeted"] == 2 * K and row["within_4mm_%"] == 100 and np.isnan(row["stationary_within_4mm_%"])
+    assert row["complete_%"] == 100
 
 
 def test_the_comparison_of_the_methods(folder, tmp_path):
@@ -74,11 +76,11 @@ def test_the_comparison_of_the_methods(folder, tmp_path):
     row = table.query("role == 'targeted' and method == 'ATI-FGSM' and iteration == 20").iloc[0]
     assert row["mre_mm"] == pytest.approx(11.5) and row["within_4mm_%_low"] == 50
     paired = pd.read_csv(tmp_path / "attack_shift_differences.csv")
-    assert paired["landmarks"].tolist() == ["targeted", "stationary"] and (paired["images"] == 3).all()
+    assert paired["landmarks"].tolist() == ["targeted", "stationary", "worst"] and (paired["images"] == 3).all()
     # I-FGSM has moved landmark 1 in the first image too: a draw of that image alone finds no difference
-    assert paired["within_4mm_points"].tolist() == pytest.approx([100 / 3, -100 / 17], abs=1e-3)
-    assert paired["within_4mm_points_low"].tolist() == pytest.approx([0, -100 / 17], abs=1e-3)
-    assert paired["mre_mm"].tolist() == pytest.approx([-7 / 3, 5 / 17], abs=1e-3)
+    assert paired["within_4mm_points"].tolist() == pytest.approx([100 / 3, -100 / 17, 0], abs=1e-3)
+    assert paired["within_4mm_points_low"].tolist() == pytest.approx([0, -100 / 17, 0], abs=1e-3)
+    assert paired["mre_mm"].tolist() == pytest.approx([-7 / 3, 5 / 17, 0], abs=1e-3)
     assert "### Displacements" in text and "| stationary | 3 | -5.9 [-5.9, -5.9] (pilot, n = 3) | +0.3 [" in text
     assert "| targeted | ATI-FGSM | 20 | 6 | 11.5 [11.5, 11.5] |" in text and "| 1 | 6 |" not in text  # the ends only
     for chart in ("mre_mm", "median_mm", "within_4mm"):
