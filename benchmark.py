@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attack import ATTACKS, run
 from dataset import to_input
-from detectors import goal_maps, voting
+from detectors import voting
 from experiments.costs import Step
 from model import MAX_SIZE, MIN_SIZE, UNet, compile_network, decode, encode, freeze, place
 from readers.points import LANDMARKS
@@ -235,7 +235,6 @@ def training_step(network, images, image):
         Timed("bare training step", bare),
         Timed("training step", step),
         Timed("encoding", partial(encode, landmarks.to(device), size)),
-        Timed("copy of images", partial(to_input, images, device)),
     ]
 
 
@@ -249,7 +248,7 @@ def neighbours(network, image):
 
 def attack_step(network, images, image):
     """A step of the iterative attacks; limit: forward, and backward to the image."""
-    clean, *targets = neighbours(network, image)
+    _, *targets = neighbours(network, image)
 
     def bare():
         adversarial = image.detach().requires_grad_()
@@ -264,7 +263,6 @@ def attack_step(network, images, image):
     return [
         Timed("bare forward, backward to the image", bare),
         *(Timed(f"{name}, a step", next, partial(begun, ATTACKS[name])) for name in names),
-        Timed("goal maps", partial(goal_maps, clean, *targets)),
     ]
 
 

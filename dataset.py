@@ -37,7 +37,6 @@ class Cephalograms:
         names: of the K landmarks; those of others than ISBI 2015 are not checked for plausibility.
         mm_per_px: mm per px0 of all images; None: from a spacing file in ``root``, else 0.1.
         progress: wraps the iteration over the images, like tqdm: progress(iterable, total=N, desc=text).
-        max_pixels: that an image may have, see ``readers.images.opened``.
 
     Attributes:
         split: as given, or "image".
@@ -85,7 +84,7 @@ class Cephalograms:
 
         Args:
             files: N paths.
-            size, names, and mm_per_px, progress, max_pixels: see the class.
+            size, names, and mm_per_px, progress: see the class.
 
         Raises:
             InputError: unreadable, of an unsupported suffix, two of the same name, or a name that is no UTF-8.
@@ -99,13 +98,13 @@ class Cephalograms:
         self._load("image", None, files, size, names, lambda sizes: unknown, **options)
         return self
 
-    def _load(self, split, root, files, size, names, read, mm_per_px=None, progress=None, max_pixels=None):
+    def _load(self, split, root, files, size, names, read, mm_per_px=None, progress=None):
         """All attributes; ``read``: sizes -> (N, D, K, 2) px0, the doctors' marks. ``root`` is None for own images."""
-        self.split, self.names, self.max_pixels = split, names, max_pixels
+        self.split, self.names = split, names
         self.ids, self.files = [file.stem for file in files], files
         where, text = (f"{root}, {split}", f"loading {split}") if root else ("images", "loading")
         spacing, source = read_spacing(root and Path(root), self.ids, mm_per_px)
-        self.images, sizes = read_images(files, size, "L", progress, text, max_pixels)
+        self.images, sizes = read_images(files, size, "L", progress, text)
         doctors_px0 = read(sizes)
         self.doctors_px0, self.landmarks_px0 = torch.from_numpy(doctors_px0), torch.from_numpy(doctors_px0.mean(1))
         self.sizes, self.mm_per_px0 = torch.tensor(sizes), torch.from_numpy(spacing)

@@ -58,12 +58,26 @@ class Detector(NamedTuple):
     size: tuple | None = None  # (H, W) px of the input
     names: tuple = LANDMARKS
     pull: Callable | None = None  # (outputs, goal, widths (B, K) in units of R) -> (B, K): see ``attack.vote_loss``
-    confidence: Callable = lambda outputs, points: {}  # (outputs, points (B, K, 2) px) -> {column: (B, K)}, recorded
+    confidence: Callable = lambda outputs, points: {}  # (outputs, points (B, K, 2) px) -> {column of records: (B, K)}
 
     def predict(self, image):
         """Landmarks (B, K, 2) x, y in px of images (B, C, H, W)."""
         with torch.no_grad():
             return self.landmarks(self.network(image))
+
+    @torch.no_grad()
+    def fingerprint(self, device):
+        """What it computes of drawn images, as a number by which other weights are told.
+
+        Raises:
+            ValueError: outputs depend on the batch or on chance.
+        """
+        images = torch.rand(2, 3, *self.size, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
+        outputs = self.network(images)
+        values, compute = (outputs, self.network) if torch.is_tensor(outputs) else (self.predict(images), self.predict)
+        if (compute(images[:1]) - values[:1]).abs().amax() > 0.01 * values.abs().amax():
+            raise ValueError("its outputs depend on the batch or on chance: is the network in training mode? .eval()")
+        return f"{values.double().abs().mean():.4g}"
 
 
 def load_detector(checkpoint, device="cpu", precision="fp32", batch_statistics=False, subpixel=False):
@@ -119,6 +133,7 @@ def load_own(source, device):
         check_tensors(landmarks=(found, "BK2", "float"))
         if not found.isfinite().all():
             raise ValueError("of a grey image it finds a landmark at nan or inf")
+        detector.fingerprint(device)
     except Exception as error:  # whatever the user's code raises
         raise InputError(f"--detector {source}: {type(error).__name__}: {error} (docs/detectors.md)") from None
     if found.shape[1] != len(detector.names):

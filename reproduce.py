@@ -200,7 +200,7 @@ def make_plan(args):
     for name in chosen:
         if name not in scale.experiments:
             raise InputError(f"--only {name}: not part of --scale {args.scale}; {', '.join(scale.experiments)} are")
-    options = {name: getattr(args, name) for name in ("precision", "device", "mm_per_px", "max_pixels", "unusual")}
+    options = {name: getattr(args, name) for name in ("precision", "device", "mm_per_px", "unusual")}
     options = {name: value for name, value in options.items() if value not in ("auto", None, False)}
     plan = Plan(scale, chosen, args.name, args.data, args.encoder_weights, options)
     if not args.list:

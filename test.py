@@ -197,7 +197,7 @@ def begin(args, parser, device, epoch, checkpoint, out):
         others = [(tag, *load(file, args, device)) for tag, file in checkpoints.items()]
     # nothing is written before all processes have the same
     distributed.require_equal(data=data.sha256, transfer=[sha256(file) for file in checkpoints.values()])
-    if args.image:
+    if args.image and args.attack:
         find_references(args, detector, [data, *(other for *_, other in others)], device)
     targets = None
     if args.attack:
@@ -207,7 +207,7 @@ def begin(args, parser, device, epoch, checkpoint, out):
         try_attacks(args, detector, data, targets, device)
         training = load_training(args, detector)
         config = vars(args) | {"iteration": epoch, "size": list(data.images.shape[-2:])}
-        config |= fingerprints(args, checkpoint, data, targets, training)
+        config |= fingerprints(args, detector, device, checkpoint, data, targets, training)
         # of a file of targets, targets_sha256 is a hash of the content
         may_change = parser.may_change | ({"targets"} if args.targets not in (*DRAWN, "diagnosis") else set())
         check_same_config(out / "config.json", config, parser.defaults(), may_change, "--rand")
@@ -249,7 +249,7 @@ def load(checkpoint, args, device):
 
 def load_data(args, size, names, split=None):
     """The images to test or attack, or those of another split, at an input size (H, W)."""
-    options = {"mm_per_px": args.mm_per_px, "max_pixels": args.max_pixels, "progress": command.loading_bar}
+    options = {"mm_per_px": args.mm_per_px, "progress": command.loading_bar}
     if args.image:
         return Cephalograms.from_files(args.image, size, names, **options)
     chosen = {} if split else {"limit": args.limit, "ids": args.images}
@@ -274,9 +274,9 @@ def find_references(args, detector, data, device):
     Args:
         data: list of dataset.Cephalograms of the same images at several sizes, the first that of ``detector``.
     """
-    if args.attack and args.targets not in (*DRAWN, "diagnosis"):
+    if args.targets not in (*DRAWN, "diagnosis"):
         chosen_targets(args, data[0])  # a wrong file ends here
-    found = predict_px0(detector, data[0], args.batch_size, device)
+    found = predict_px0(detector, data[0], args.batch_size, device).round(decimals=3)  # the same in batches of any size
     for images in data:
         images.reference_px0 = found
 
@@ -317,12 +317,13 @@ def default_name(args, epoch):
     return f"{what}_{images}" if args.detector else f"{what}_{images}_{epoch}"
 
 
-def fingerprints(args, checkpoint, data, targets, training):
-    """SHA-256 of what the results depend on besides the arguments."""
+def fingerprints(args, detector, device, checkpoint, data, targets, training):
+    """What the results depend on besides the arguments, mostly as SHA-256."""
     found = {"checkpoint": sha256(checkpoint), "data": data.sha256, "targets": targets and targets.sha256()}
     found["training_data"] = training and training[0].sha256
     found["adversarial"] = args.adversarial and sha256(stored.find_in_memory(Path(args.adversarial)))
-    return {f"{name}_sha256": value for name, value in found.items() if value}
+    own = {"detector_outputs": detector.fingerprint(device)} if args.detector else {}
+    return own | {f"{name}_sha256": value for name, value in found.items() if value}
 
 
 def prepare_output(out, config, device, ids, targets):
@@ -443,16 +444,12 @@ def attack_all(args, detector, data, targets, training, device, out):
             tables, adversarial = attack_batch(
                 attacks[method], detector, data.select(ids), targets.of(batch), defended, **options
             )
-            bar.set_postfix(progress_figure(tables[None]), refresh=False)
+            moved = tables[None].query("role in ['targeted', 'untargeted']")
+            mre = moved.loc[is_last(moved), "radial_error_mm"].mean()
+            bar.set_postfix({f"{moved['role'].iloc[0]} MRE": f"{mre:.1f} mm"}, refresh=False)
             for i in missing:
                 write_attacked(args, data.select([data.ids[i]]), i, tables, adversarial[batch.index(i)], out)
     distributed.on_main(report_attack, args, data, out)
-
-
-def progress_figure(records):
-    """{name: MRE} of the landmarks that were attacked, at the last iteration."""
-    rows = records[is_last(records) & records["role"].isin(["targeted", "untargeted"])]
-    return {f"{rows['role'].iloc[0]} MRE": f"{rows['radial_error_mm'].mean():.1f} mm"}
 
 
 def write_attacked(args, data, i, tables, adversarial, out):

@@ -323,7 +323,7 @@ def initial_state(args, folder, device):
 
 def load_data(args):
     """The training images, and those of the first test split that exists, or None, for monitoring."""
-    options = {name: getattr(args, name) for name in ("mm_per_px", "max_pixels", "unusual")}
+    options = {name: getattr(args, name) for name in ("mm_per_px", "unusual")}
     load = partial(Cephalograms, args.data, size=args.size, progress=command.loading_bar, **options)
     monitored = next((split for split in available_splits(args.data) if split != "train"), None)
     data, monitor = load("train"), monitored and load(monitored)

@@ -7,8 +7,6 @@
 Files are in colour, or grey where the perturbation is. JPEGs have quality 95 and no chroma subsampling.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pandas as pd
 import torch
@@ -57,7 +55,7 @@ def save_adversarial(folder, method, data, adversarial):
         InputError: the original no longer exists, or the file cannot be written.
     """
     adversarial = (adversarial.cpu() + 1) * 127.5
-    original, size0 = read_image(data.files[0], None, max_pixels=data.max_pixels)
+    original, size0 = read_image(data.files[0], None)
     delta = F.interpolate((adversarial - data.images[0])[None], size0, mode="nearest-exact")[0]
     for size, image in zip(SIZES, (adversarial.numpy(), original + delta.numpy()), strict=True):
         levels = image.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
@@ -111,7 +109,7 @@ def predict_stored(detectors, folder, batch_size, device):
 
     Args:
         detectors: list of (name, detectors.Detector, data): data are the clean images, as
-            dataset.Cephalograms of its input size. The first is that of the "in memory" record. Stored inputs are
+            dataset.Cephalograms of its input size. The data of the first are of all attacked images. Stored inputs are
             shown to the detectors of their size only, stored originals to all.
         folder: a folder adversarial/.
 
@@ -131,7 +129,7 @@ def predict_stored(detectors, folder, batch_size, device):
             for name, detector, data in detectors:
                 files = [stored_file(folder, method, size, id, suffix) for id in ids]
                 with distributed.guard():
-                    if size == "input" and read_size(files[0], data.max_pixels) != tuple(data.images.shape[-2:]):
+                    if size == "input" and read_size(files[0]) != tuple(data.images.shape[-2:]):
                         continue
                     part = data.select(ids)
                     images, norms = load_stored(files, part, size)
@@ -141,7 +139,7 @@ def predict_stored(detectors, folder, batch_size, device):
                 tables.append(record_attack(part, points, targets, **columns))
     if len(tables) == len(attacks):
         raise InputError(f"{folder}: stored inputs only, of another size; use a detector of their --size")
-    return pd.concat(tables).drop(columns=["heatmap_peak", "vote_share", "clean_peak"], errors="ignore")
+    return pd.concat(tables).drop(columns=["heatmap_peak", "vote_share"], errors="ignore")
 
 
 def report_stored(table, out):
@@ -161,16 +159,15 @@ def stored_forms(folder, method, ids):
 
 def load_stored(files, data, size):
     """Stored images (N, H, W, 3) uint8 at the input's size, and their L-infinity norms (N,) in grey levels."""
-    images, _ = read_images(files, data.images.shape[-2:], "RGB", max_pixels=data.max_pixels)
-    with ThreadPoolExecutor() as pool:
-        clean = data.images.numpy() if size == "input" else data.files
-        return images, np.array(list(pool.map(largest_change, clean, files, [data.max_pixels] * len(files))))
+    images, _ = read_images(files, data.images.shape[-2:], "RGB")
+    clean = data.images.numpy() if size == "input" else data.files
+    return images, np.array([*map(largest_change, clean, files)])
 
 
-def largest_change(clean, file, max_pixels=None):
+def largest_change(clean, file):
     """L-infinity distance in grey levels of a stored image from a clean one, (H, W) uint8 or its file."""
-    clean = clean if isinstance(clean, np.ndarray) else read_image(clean, None, max_pixels=max_pixels)[0]
-    attacked, _ = read_image(file, None, "RGB", max_pixels)
+    clean = clean if isinstance(clean, np.ndarray) else read_image(clean, None)[0]
+    attacked, _ = read_image(file, None, "RGB")
     if attacked.shape[:2] != clean.shape:
         other = f"size {attacked.shape[:2]} (H, W), but the clean image has {clean.shape}"
         raise InputError(f"{file}: {other}; use a detector of the same --size and the same data")

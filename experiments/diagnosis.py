@@ -27,7 +27,7 @@ from support.figures import bars, by_method, line_with_band, panels, save, tick_
 from support.files import read_config, write_table
 
 SHARES = {"intended": "intended diagnosis changed", "only intended": "... and no other", "any": "any diagnosis changed"}
-POOLED = "all"
+POOLED = "all"  # measures that any of the runs attacks
 MOVEMENTS = {"0 to 1.5": 0, "1.5 to 3": 1.5, "3 to 5": 3, "over 5": 5}  # in mm: name -> from
 FAR_MM = 2
 # polylines of landmarks, counted from 1
@@ -57,7 +57,7 @@ def publish(results, data, out):
         write_table(out / "diagnosis_doctors.csv", doctors)
         write_table(out / "diagnosis_movements.csv", movements)
         write_table(out / "diagnosis_landmarks.csv", compute_landmarks(records))
-        plot(table, compared(changed), doctors, out / "diagnosis.png")
+        plot(table, doctors, out / "diagnosis.png")
         plot_patient(*patient, data, out / "diagnosis_patient.png")
         text += render(table, doctors, movements, patient)
     more = {
@@ -97,23 +97,12 @@ def collect(results):
     return runs
 
 
-def compared(changed):
-    """The measures that all methods have attacked at all their epsilons."""
-    attacked = changed.groupby(["epsilon", "method"])["measure"].agg(set)
-    return [name for name in MEASURE_NAMES if all(name in names for names in attacked)]
-
-
-def pooled_name(names):
-    return POOLED if len(names) == len(MEASURE_NAMES) else ", ".join(names)
-
-
 def compute(changed):
-    """Shares in % with intervals, a row for each measure, for all if all were attacked, and for those ``compared``."""
-    common = compared(changed)
+    """Shares in % with intervals, a row for each measure, and for ``POOLED`` where all of them were attacked."""
+    every = changed["measure"].unique()
     for (epsilon, method), attacks in changed.groupby(["epsilon", "method"], sort=False):
         pools = {measure: [measure] for measure in attacks["measure"].unique()}
-        complete = [names for names in (MEASURE_NAMES, common) if names and pools.keys() >= {*names}]
-        for measure, names in (pools | {pooled_name(names): names for names in complete}).items():
+        for measure, names in (pools | ({POOLED: every} if len(pools) == len(every) else {})).items():
             found = attacks[attacks["measure"].isin(names)]
             row = {"epsilon": epsilon, "grey_levels": epsilon / 2, "method": method, "measure": measure}
             row |= {"iterations": found["iteration"].max(), "patients": found["image"].nunique(), "attacks": len(found)}
@@ -208,18 +197,18 @@ def compute_doctors(records, changed, data):
     return table
 
 
-def plot(table, names, doctors, path):
-    """Shares against grey levels, pooled over ``names``, if any; each measure at the epsilon nearest to 4."""
-    shares = ("intended", "only intended") if names else ()
+def plot(table, doctors, path):
+    """Shares against grey levels, of all measures together; each measure at the epsilon nearest to 4."""
+    shares = "intended", "only intended"
     figure, (*left, right) = panels(len(shares) + 1, width=5.5, height=4.4)
-    pooled = table[table["measure"] == pooled_name(names)].sort_values("grey_levels")
+    pooled = table[table["measure"] == POOLED].sort_values("grey_levels")
     disagree = doctors.set_index("measure")["disagree_%"]
     for panel, share in zip(left, shares, strict=True):
         for method, rows in by_method(pooled).items():
             line_with_band(panel, rows, "grey_levels", f"{share}_%", method)
-        if share == "intended" and {*names} <= {*disagree.index}:
-            panel.axhline(disagree[names].mean(), color="black", linestyle=":", label="two doctors disagree")
-        panel.set(title=f"{SHARES[share]} ({pooled_name(names)})", xlabel="perturbation (grey levels of 255)")
+        if share == "intended" and len(disagree):
+            panel.axhline(disagree[POOLED], color="black", linestyle=":", label="two doctors disagree")
+        panel.set(title=f"{SHARES[share]} ({POOLED})", xlabel="perturbation (grey levels of 255)")
         panel.set(ylabel="patients (%)", ylim=(0, 103), xscale="log")
         tick_values(panel, table["grey_levels"])
         panel.legend(fontsize=8)

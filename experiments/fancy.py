@@ -25,7 +25,6 @@ def publish(results, data, out):
     }
     table = compute(methods)
     write_table(out / "fancy.csv", table)
-    write_table(out / "fancy_predictions.csv", pd.concat(records))
     plot(methods, out / "fancy.png")
     plot_images(methods, data, out / "contact_sheet.png")
     return render(table)

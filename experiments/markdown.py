@@ -15,16 +15,10 @@ def markdown(table, number=".2f"):
     return "\n".join(f"| {' | '.join(map(cell, row))} |" for row in rows) + "\n"
 
 
-def with_interval(value, low, high, number=".1f"):
-    """An interval as text: value [low, high]; nan as nothing."""
-    return "" if np.isnan(value) else f"{value:{number}} [{low:{number}}, {high:{number}}]"
-
-
 def fold_intervals(table, number=".1f"):
-    """A table in which each column <name> with others, <name>_low and <name>_high, is one of text."""
+    """A table in which each column <name> with <name>_low and <name>_high is one of text, value [low, high]."""
     names = [name for name in table if f"{name}_low" in table]
-    folded = {
-        name: [with_interval(*row, number) for row in table[[name, f"{name}_low", f"{name}_high"]].to_numpy()]
-        for name in names
-    }
+    rows = {name: table[[name, f"{name}_low", f"{name}_high"]].to_numpy() for name in names}
+    text = f"{{:{number}}} [{{:{number}}}, {{:{number}}}]"
+    folded = {name: ["" if np.isnan(row[0]) else text.format(*row) for row in rows[name]] for name in names}
     return table.assign(**folded).drop(columns=[f"{name}_{end}" for name in names for end in ("low", "high")])

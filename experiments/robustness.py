@@ -16,7 +16,7 @@ from support.errors import InputError
 from support.figures import METHODS, by_method, panels, save
 from support.files import write_table
 
-WORST = "worst case"
+WORST_CASE = "worst case"
 RADII_MM = np.linspace(0, 2 * SUCCESS_MM, 33)  # of the curves
 
 
@@ -28,8 +28,7 @@ def publish(results, data, out):
     write_table(out / "robustness.csv", table)
     write_table(out / "robustness_curves.csv", curves)
     plot(curves, list(records[0][0]), out / "robustness.png")
-    shown = render_outcomes(table.drop(columns=["half_way_%", "half_way_%_low", "half_way_%_high"]))
-    return f"\n{shown}\n![share of the targets within a distance, by attack](robustness.png)\n"
+    return f"\n{render_outcomes(table)}\n![share of the targets within a distance, by attack](robustness.png)\n"
 
 
 def check(results):
@@ -49,7 +48,7 @@ def with_worst_case(records):
     order = found[["missed", "radial_error_mm"]].mean().reset_index().sort_values(["missed", "radial_error_mm"])
     worst = records.merge(order.drop_duplicates("image")[keys], on=keys)
     ends = worst["iteration"].clip(upper=1) * worst["iteration"].max()  # attacks of one step end there too
-    return pd.concat([records, worst.assign(method=WORST, iteration=ends)])
+    return pd.concat([records, worst.assign(method=WORST_CASE, iteration=ends)])
 
 
 def curve(records, labels):
@@ -69,7 +68,7 @@ def plot(curves, keys, path):
     figure, axes = panels(len(groups), width=6, height=5)
     for panel, (labels, table) in zip(axes, groups.items(), strict=True):
         for method, rows in by_method(table).items():
-            look = {"color": METHODS.get(method, "black"), "linestyle": ":" if method == WORST else "-"}
+            look = {"color": METHODS.get(method, "black"), "linestyle": ":" if method == WORST_CASE else "-"}
             panel.plot(rows["radius_mm"], rows["within_%"], label=method, **look)
             at = rows[rows["radius_mm"] == SUCCESS_MM]
             ends = abs(at[["within_%_low", "within_%_high"]].T.to_numpy() - at["within_%"].to_numpy())

@@ -15,7 +15,7 @@ from support.errors import UNFIT, InputError
 
 SUFFIXES = (".bmp", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
 FORMATS = ("BMP", "PNG", "JPEG", "TIFF")  # Pillow's names: no other content is read, whatever the suffix
-MAX_PIXELS = 40_000_000  # of an image: a film of 24 x 30 cm at 600 dpi
+MEGAPIXELS = 100  # that an image may have: a film of 24 x 30 cm at 900 dpi; a file of few bytes may have more
 MAX_NAME = 200  # bytes of an id, for the names of files of results
 UNSUPPORTED = (
     *(".dcm", ".dicom", ".ima", ".nii", ".nrrd", ".mha", ".mhd", ".raw", ".npy", ".pdf", ".svg", ".psd"),
@@ -31,12 +31,11 @@ def cores():
     return max(1, os.cpu_count() // launched("LOCAL_WORLD_SIZE", 1))
 
 
-def read_images(files, size, mode="L", progress=None, description="loading", max_pixels=None):
+def read_images(files, size, mode="L", progress=None, description="loading"):
     """Read images on all cores, see ``read_image``.
 
     Args:
         progress: wraps the iteration over the images, like tqdm: progress(iterable, total=N, desc=description).
-        max_pixels: see ``opened``.
 
     Returns:
         (N, H, W) or (N, H, W, 3) uint8, and a list of N (H0, W0).
@@ -44,7 +43,7 @@ def read_images(files, size, mode="L", progress=None, description="loading", max
     images = torch.empty(len(files), *size, *((3,) if mode == "RGB" else ()), dtype=torch.uint8)
 
     def load(i):
-        images.numpy()[i], size0 = read_image(files[i], size, mode, max_pixels)
+        images.numpy()[i], size0 = read_image(files[i], size, mode)
         return size0
 
     with ThreadPoolExecutor(cores()) as pool:  # Pillow decodes and resizes outside the interpreter's lock
@@ -52,14 +51,13 @@ def read_images(files, size, mode="L", progress=None, description="loading", max
         return images, list(progress(loaded, total=len(files), desc=description) if progress else loaded)
 
 
-def read_image(path, size, mode="L", max_pixels=None):
+def read_image(path, size, mode="L"):
     """Decode an image, rotate it by its EXIF orientation, and resize it bilinearly.
 
     Args:
         path: file.
         size: (H, W) px, or None: as it is.
         mode: "L": as grey, "RGB": in colour.
-        max_pixels: see ``opened``.
 
     Returns:
         (H, W) or (H, W, 3) uint8, and (H0, W0) px0.
@@ -68,7 +66,7 @@ def read_image(path, size, mode="L", max_pixels=None):
         InputError: of another suffix, unreadable, too large, or of more than 16 bits.
     """
     check_suffix(path)
-    with opened(path, max_pixels) as image:
+    with opened(path) as image:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):
@@ -80,21 +78,18 @@ def read_image(path, size, mode="L", max_pixels=None):
         return np.asarray(resized), (image.height, image.width)
 
 
-def read_size(path, max_pixels=None):
+def read_size(path):
     """(H0, W0) of an image file by its header, not rotated by EXIF; InputError: see ``opened``."""
-    with opened(path, max_pixels) as image:
+    with opened(path) as image:
         return image.height, image.width
 
 
 @contextlib.contextmanager
-def opened(path, max_pixels=None):
+def opened(path):
     """A Pillow image of one of the FORMATS, not decoded yet.
 
-    Args:
-        max_pixels: that an image may have (default: MAX_PIXELS).
-
     Raises:
-        InputError: no file, of another format, or too large; or the block meets damaged content.
+        InputError: no file, of another format, or of more than MEGAPIXELS; or the block meets damaged content.
     """
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is for all images, and of 1.6 GB in colour
     if not Path(path).is_file():
@@ -102,9 +97,8 @@ def opened(path, max_pixels=None):
     try:
         # by a file object: of uncompressed TIFFs opened by name, Pillow 11 to 13 scrambles those that are rotated
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > (limit := max_pixels or MAX_PIXELS):
-                read = f"up to {limit} pixels are read (see --max-pixels)"
-                raise InputError(f"{path}: an image of {image.width} x {image.height} px; {read}")
+            if image.width * image.height > MEGAPIXELS * 10**6:
+                raise InputError(f"{path}: {image.width} x {image.height} px; reduce it to {MEGAPIXELS} million")
             yield image
     except (OSError, SyntaxError, ValueError, struct.error) as error:  # all that Pillow raises for damaged files
         raise InputError(f"{path}: not a readable image ({', '.join(FORMATS)}), or truncated ({error})") from None

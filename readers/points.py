@@ -171,8 +171,8 @@ def finder(ids):
 
 
 def landmark_numbers(names):
-    """{text: index} of landmarks: their numbers from 1; their names, also without what is in parentheses, or that."""
-    numbers = {}
-    for k, name in enumerate(map(str.lower, names)):
-        numbers |= dict.fromkeys([str(k + 1), name, *name.rstrip(")").split(" (")], k)
-    return numbers
+    """{text: index} of landmarks: their names; where these leave it free, a name without what is in parentheses, that
+    alone, if no other has it, and a number from 1."""
+    meant = [(text, k) for k, name in enumerate(names) for text in {*name.lower().rstrip(")").split(" (")}]
+    once = {text: k for text, k in meant if sum(text == other for other, _ in meant) == 1}
+    return {str(k + 1): k for k in range(len(names))} | once | {name.lower(): k for k, name in enumerate(names)}

@@ -210,12 +210,11 @@ def tag(text):
 
 
 def add_data_arguments(parser):
-    """--data, --mm-per-px, --max-pixels and --unusual."""
+    """--data, --mm-per-px and --unusual."""
     add = parser.add_argument
     add("--data", default="dataset", may_change=True, help="folder of the ISBI 2015 data, see docs/data.md")
     spacing = "pixel spacing of the original images (default: the data's spacing file, else 0.1)"
     add("--mm-per-px", type=positive_float, metavar="MM", help=spacing)
-    add("--max-pixels", type=positive_int, metavar="N", may_change=True, help="of an image (default: 40 million)")
     add("--unusual", action="store_true", may_change=True, help="skip the checks for implausible annotations")
 
 

@@ -1,5 +1,6 @@
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +172,10 @@ class Network(torch.nn.Dropout):  # in training mode
 def dots():
     return heatmap(Network(), (64, 48), names=["red", "green", "blue", "left (L)", "right"])
 
+def trained():
+    factor = float(open("weights").read())
+    return heatmap(lambda image: factor * network(image), (64, 48), names=5)
+
 def number():
     return heatmap(network, (64, 48), names=5)
 
@@ -182,6 +187,10 @@ def lost():
 
 def detached():
     return heatmap(torch.no_grad()(network), (64, 48), names=5)
+
+def dropping():
+    net = Network()
+    return heatmap(lambda image: net(image), (64, 48), names=5)
 
 def undefined():
     return coordinates(lambda image: network(image)[:, :, 0, :2] / 0, (64, 48), names=5)
@@ -209,6 +218,7 @@ def dots(tmp_path_factory):
         data[id] = image, places, places
     write_official(folder / "dataset", {"test1": data})
     (folder / "own.py").write_text(OWN)
+    (folder / "weights").write_text("40")
     (folder / "beside.py").write_text(f"LEVELS = {LEVELS}")
     return folder
 
@@ -242,6 +252,16 @@ def test_an_own_detector_is_tested_and_attacked(dots, run, monkeypatch):
     assert set(pd.read_csv("robustness/robustness.csv")["targeted"]) == {6}
 
 
+def test_results_of_other_weights_are_refused(dots, run, monkeypatch, tmp_path):
+    shutil.copytree(dots, tmp_path / "dots")
+    monkeypatch.chdir(tmp_path / "dots")
+    done(run("test.py", "--detector", "own.py:trained", "--rand", "weights_40"))
+    before = Path("weights_40/predictions.csv").read_bytes()
+    Path("weights").write_text("50")
+    assert_refused(run("test.py", "--detector", "own.py:trained", "--rand", "weights_40"), "detector_outputs")
+    assert Path("weights_40/predictions.csv").read_bytes() == before
+
+
 OWN_REFUSED = {  # --detector, arguments; the message
     "no file": ("nowhere.py:dots", [], "FileNotFoundError"),
     "no function": ("own.py:other", [], "AttributeError"),
@@ -249,6 +269,7 @@ OWN_REFUSED = {  # --detector, arguments; the message
     "another number": ("own.py:six", [], "finds 5 landmarks, but has 6 names"),
     "no detector": ("own.py:nothing", [], "AttributeError"),
     "an error": ("own.py:broken", [], "KeyError: 'x'"),
+    "training mode behind a function": ("own.py:dropping", [], "is the network in training mode?"),
     "landmarks nowhere": ("own.py:undefined", [], "a landmark at nan or inf"),
     "several outputs": ("own.py:several", ["--attack", 0], "maps is a tuple (docs/detectors.md)"),
     "no gradient": ("own.py:detached", ["--attack", 1], "--attack ATI-FGSM: the loss has no gradient in the image"),

@@ -302,11 +302,12 @@ def check_tables(results):
     assert causes["answer"].nunique() == 7
     neighbours = causes[causes["question"] == "neighbours"]
     assert (neighbours["targeted"] == 3).all() and neighbours["clean_mre_mm"].nunique() == 1
-    spelt = pd.read_csv(results / "fancy_predictions.csv", dtype={"image": str})
-    for image, letter in (("151", "M"), ("152", "I")):
+    runs = results.parents[1] / "runs" / "cpu-48x40"
+    for place, letter in ((1, "M"), (2, "I")):
+        spelt = pd.read_csv(runs / "fancy" / f"{place}_{letter}" / "predictions.csv").query("iteration > 0")
         targets = pd.read_csv(scales.LETTERS / f"{letter}.csv").sort_values("landmark")
         for method in PAPER:
-            rows = spelt[(spelt["image"] == image) & (spelt["method"] == method)]
+            rows = spelt[spelt["method"] == method].drop_duplicates("landmark")
             assert np.array_equal(rows[["target_x_px0", "target_y_px0"]], targets[["x", "y"]])
 
 
