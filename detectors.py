@@ -72,12 +72,13 @@ class Detector(NamedTuple):
         Raises:
             ValueError: outputs depend on the batch or on chance.
         """
-        images = torch.rand(2, 3, *self.size, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
-        outputs = self.network(images)
-        values, compute = (outputs, self.network) if torch.is_tensor(outputs) else (self.predict(images), self.predict)
+        draw = partial(torch.rand, generator=torch.Generator().manual_seed(0))
+        images = (draw(2, 3, *self.size) * torch.tensor([2, 0.2]).view(2, 1, 1, 1) - 1).to(device)  # two unlike ones
+        outputs, points = self.network(images), self.predict(images)
+        values, compute = (outputs, self.network) if torch.is_tensor(outputs) else (points, self.predict)
         if (compute(images[:1]) - values[:1]).abs().amax() > 0.01 * values.abs().amax():
             raise ValueError("its outputs depend on the batch or on chance: is the network in training mode? .eval()")
-        return f"{values.double().abs().mean():.4g}"
+        return " ".join(f"{(part.cpu().double() * draw(part.shape)).mean():.4g}" for part in (values, points))
 
 
 def load_detector(checkpoint, device="cpu", precision="fp32", batch_statistics=False, subpixel=False):

@@ -51,11 +51,11 @@ def in_all_answers(records, *columns):
 
 
 def compute(records):
-    """The outcome of each answer."""
+    """The outcome of each answer, of landmarks alone: those with the role "other" make no image complete."""
     return pd.concat(
         outcome(rows, {"question": question, "answer": answer, "iteration": rows["iteration"].max()})
         for (question, answer), rows in records.groupby(["question", "answer"], sort=False)
-    )
+    ).filter(regex="^(?!complete)")
 
 
 def compute_differences(records):

@@ -76,7 +76,5 @@ def describe_letters(letters, out):
 def describe_differences(tested):
     """What distinguishes the detector from the paper's."""
     training = read_config(tested.folder.parents[1] / "config.json")
-    size = "{} x {} px".format(*training["size"])
-    if training["encoder_batch_norm"]:
-        size = f"batch norm in its encoder and started from random instead of ImageNet weights; its input is of {size}"
-    return f"This detector has {size}, the paper's of 800 x 640 px, and it saw 80 images instead of 150."
+    size, norm = "{} x {}".format(*training["size"]), " and batch norm in its encoder" * training["encoder_batch_norm"]
+    return f"The detector has an input of {size} px{norm}, the paper's one of 800 x 640 px, and saw 80 images, not 150."

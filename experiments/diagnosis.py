@@ -198,17 +198,18 @@ def compute_doctors(records, changed, data):
 
 
 def plot(table, doctors, path):
-    """Shares against grey levels, of all measures together; each measure at the epsilon nearest to 4."""
+    """Shares against grey levels; each measure at the epsilon nearest to 4."""
     shares = "intended", "only intended"
     figure, (*left, right) = panels(len(shares) + 1, width=5.5, height=4.4)
-    pooled = table[table["measure"] == POOLED].sort_values("grey_levels")
+    measure = table[::-1].groupby("measure", sort=False)["epsilon"].nunique().idxmax()  # all, or that of most epsilons
+    pooled = table[table["measure"] == measure].sort_values("grey_levels")
     disagree = doctors.set_index("measure")["disagree_%"]
     for panel, share in zip(left, shares, strict=True):
         for method, rows in by_method(pooled).items():
             line_with_band(panel, rows, "grey_levels", f"{share}_%", method)
-        if share == "intended" and len(disagree):
-            panel.axhline(disagree[POOLED], color="black", linestyle=":", label="two doctors disagree")
-        panel.set(title=f"{SHARES[share]} ({POOLED})", xlabel="perturbation (grey levels of 255)")
+        if share == "intended" and measure in disagree:
+            panel.axhline(disagree[measure], color="black", linestyle=":", label="two doctors disagree")
+        panel.set(title=f"{SHARES[share]} ({measure})", xlabel="perturbation (grey levels of 255)")
         panel.set(ylabel="patients (%)", ylim=(0, 103), xscale="log")
         tick_values(panel, table["grey_levels"])
         panel.legend(fontsize=8)

@@ -36,8 +36,8 @@ def main(argv=None):
     experiment, out = EXPERIMENTS[args.experiment], Path(args.out)
     results = experiment.check(results)
     with own_folder(out, "scripts/tables.py", "--out", "config.json", "folders"):
-        write_text(out / f"{args.experiment}.md", experiment.publish(results, args.data, out))
         write_json(out / "config.json", vars(args))
+        write_text(out / f"{args.experiment}.md", experiment.publish(results, args.data, out))
     print(f"written to {out}/")
 
 

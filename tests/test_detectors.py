@@ -173,8 +173,8 @@ def dots():
     return heatmap(Network(), (64, 48), names=["red", "green", "blue", "left (L)", "right"])
 
 def trained():
-    factor = float(open("weights").read())
-    return heatmap(lambda image: factor * network(image), (64, 48), names=5)
+    factor, *other = open("weights").read().split()
+    return heatmap(lambda image: float(factor) * network(image).flip([1] * len(other)), (64, 48), names=5)
 
 def number():
     return heatmap(network, (64, 48), names=5)
@@ -191,6 +191,10 @@ def detached():
 def dropping():
     net = Network()
     return heatmap(lambda image: net(image), (64, 48), names=5)
+
+def batch_norm():
+    net = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 5, 9))
+    return heatmap(lambda image: net(image), (256, 256), names=5)
 
 def undefined():
     return coordinates(lambda image: network(image)[:, :, 0, :2] / 0, (64, 48), names=5)
@@ -257,8 +261,9 @@ def test_results_of_other_weights_are_refused(dots, run, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path / "dots")
     done(run("test.py", "--detector", "own.py:trained", "--rand", "weights_40"))
     before = Path("weights_40/predictions.csv").read_bytes()
-    Path("weights").write_text("50")
-    assert_refused(run("test.py", "--detector", "own.py:trained", "--rand", "weights_40"), "detector_outputs")
+    for content in ("50", "40 reversed"):
+        Path("weights").write_text(content)
+        assert_refused(run("test.py", "--detector", "own.py:trained", "--rand", "weights_40"), "detector_outputs")
     assert Path("weights_40/predictions.csv").read_bytes() == before
 
 
@@ -270,6 +275,7 @@ OWN_REFUSED = {  # --detector, arguments; the message
     "no detector": ("own.py:nothing", [], "AttributeError"),
     "an error": ("own.py:broken", [], "KeyError: 'x'"),
     "training mode behind a function": ("own.py:dropping", [], "is the network in training mode?"),
+    "batch norm behind a function": ("own.py:batch_norm", [], "is the network in training mode?"),
     "landmarks nowhere": ("own.py:undefined", [], "a landmark at nan or inf"),
     "several outputs": ("own.py:several", ["--attack", 0], "maps is a tuple (docs/detectors.md)"),
     "no gradient": ("own.py:detached", ["--attack", 1], "--attack ATI-FGSM: the loss has no gradient in the image"),

@@ -1017,8 +1017,8 @@ def same(*targets):
 
 
 def test_a_name_goes_before_a_number_and_must_be_of_one_landmark(tmp_path):
-    file, teeth = tmp_path / "targets.csv", ("12", "11", "canine (left)", "canine (right)")
-    file.write_text("landmark,x,y\n11,1,1\n4,2,2\nleft,3,3\n")
+    file, teeth = tmp_path / "targets.csv", ("2", "1", "canine (left)", "canine (right)")
+    file.write_text("landmark,x,y\n1,1,1\n4,2,2\nleft,3,3\n")
     assert read_targets(file, ["151"], teeth)[1].tolist() == [[False, True, True, True]]
     file.write_text("landmark,x,y\ncanine,1,1\n")
     with pytest.raises(InputError, match="line 2: there is no landmark 'canine'"):
