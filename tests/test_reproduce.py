@@ -302,7 +302,7 @@ def check_tables(results):
     assert causes["answer"].nunique() == 7
     neighbours = causes[causes["question"] == "neighbours"]
     assert (neighbours["targeted"] == 3).all() and neighbours["clean_mre_mm"].nunique() == 1
-    runs = results.parents[1] / "runs" / "cpu-48x40"
+    runs = results.parents[1] / "runs" / "cpu-letters"
     for place, letter in ((1, "M"), (2, "I")):
         spelt = pd.read_csv(runs / "fancy" / f"{place}_{letter}" / "predictions.csv").query("iteration > 0")
         targets = pd.read_csv(scales.LETTERS / f"{letter}.csv").sort_values("landmark")
