@@ -76,5 +76,5 @@ def plot(curves, keys, path):
         panel.set(title=", ".join(map(str, labels)), xlabel="distance from the target (mm)", ylim=(0, 103))
         panel.grid(alpha=0.3)
     axes[0].set_ylabel("targeted landmarks within it (%)")
-    axes[-1].legend(fontsize=8)
+    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, path)

@@ -24,7 +24,7 @@ NEAR, FAR = TARGETS["8 mm"], TARGETS["random"]
 EPSILONS = 0.5, 1, 2, 4, 8  # the paper's
 CONTROLS = "random-search", "FGSM"
 LOSSES_AND_SCHEDULES = tuple(f"{loss}-{schedule}" for loss in ("I", "ATI", "Vote") for schedule in ("FGSM", "PGD"))
-EQUAL = *BEST, "ATI-PGD", "MI-FGSM", "APGD", "CosPGD", *CONTROLS  # attacks of as many passes, and controls
+EQUAL = *BEST, "ATI-PGD", "Vote-FGSM", "MI-FGSM", "APGD", "CosPGD", *CONTROLS  # attacks of as many passes, and controls
 # The images of which claims are made: of Test1's 201 to 300, without those that are training images or of 151 to 200
 # under other ids, 50 drawn at random, in random order. The attacks were developed on images before 201, and the first
 # ones are no random sample: 60 % of the first 30 have an overjet of class 3, of all 150 42 %.
