@@ -224,7 +224,7 @@ def paper(splits, ids):
     experiments = {
         "detection": [train(victim, size=(800, 640)), *detection(victim, splits)],
         "attack": [*random, shift],
-        "robustness": shift_and_random(partial(attack, attack=EQUAL, steps=100, images=ids[:30]), "robustness"),
+        "robustness": shift_and_random(partial(attack, attack=EQUAL, steps=100, images=ids[:25]), "robustness"),
         "epsilon": sweep_epsilon(partial(attack, attack=BEST, **few), {"random": EPSILONS, "8 mm": EPSILONS}),
         "count": sweep_count(partial(attack, attack=PAPER, epsilon=8, **few), (1, 2, 4, 8, 12, 16, 19)),
         "fancy": spell(partial(attack, attack=ADAPTIVE, epsilon=8), ids),
