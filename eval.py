@@ -457,8 +457,7 @@ def summarize(records, by=("iteration",), draws=1000):
         DataFrame with a row for each role, ``WORST`` included, method and value of the columns ``by``. The same draws
         of a bootstrap over images serve all rows.
     """
-    records = with_worst(records, by)
-    records = records.sort_values("role", key=lambda role: role.map([*ROLES, WORST].index), kind="stable")
+    records = with_worst(records, by).sort_values("role", key=lambda r: r.map([*ROLES, WORST].index), kind="stable")
     keys = ["role", "method", *by]
     place = {image: i for i, image in enumerate(sorted(set(records["image"])))}
     counts = np.stack([np.bincount(drawn, minlength=len(place)) for drawn in resample(len(place), draws)])

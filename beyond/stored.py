@@ -7,6 +7,8 @@
 Files are in colour, or grey where the perturbation is. JPEGs have quality 95 and no chroma subsampling.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pandas as pd
 import torch
@@ -161,7 +163,8 @@ def load_stored(files, data, size):
     """Stored images (N, H, W, 3) uint8 at the input's size, and their L-infinity norms (N,) in grey levels."""
     images, _ = read_images(files, data.images.shape[-2:], "RGB")
     clean = data.images.numpy() if size == "input" else data.files
-    return images, np.array([*map(largest_change, clean, files)])
+    with ThreadPoolExecutor() as pool:  # originals take long to decode
+        return images, np.array([*pool.map(largest_change, clean, files)])
 
 
 def largest_change(clean, file):
