@@ -23,7 +23,7 @@ UNSUPPORTED = (
 )
 DEPTHS = (8, 10, 12, 14, 16)  # bits of a grey pixel, of which the fewest that hold an image's largest value count
 WHITE_IS_ZERO = 0  # value of the TIFF tag
-PHOTOMETRIC = 262  # number of the TIFF tag
+PHOTOMETRIC, BITS = 262, 258  # numbers of TIFF tags
 
 
 def cores():
@@ -63,16 +63,24 @@ def read_image(path, size, mode="L"):
         (H, W) or (H, W, 3) uint8, and (H0, W0) px0.
 
     Raises:
-        InputError: of another suffix, unreadable, too large, or of more than 16 bits.
+        InputError: of another suffix, unreadable, too large, transparent, of more than 16 bits or 8 in colour.
     """
     check_suffix(path)
     with opened(path) as image:
+        # of other than grey images Pillow keeps the upper 8 bits, in which 12-bit data are black
+        tiff = image.format == "TIFF"
+        deep = max(image.tag_v2.get(BITS, (8,))) > 8 if tiff else ";16B" in str(image.tile)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):
             image = to_8_bits(image, path)
+        elif deep:
+            raise InputError(f"{path}: 16 bits in colour or with transparency; store it as grey, or with 8 bits")
         elif "A" in image.getbands() or "transparency" in image.info:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+            image = image.convert("RGBA")
+            if not image.getextrema()[3][1]:
+                raise InputError(f"{path}: transparent everywhere; store it without its alpha channel")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
         image = image.convert(mode)
         resized = image if size is None else image.resize(size[::-1], Image.Resampling.BILINEAR)
         return np.asarray(resized), (image.height, image.width)

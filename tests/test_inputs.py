@@ -301,6 +301,35 @@ def test_ids_stay_texts(id, official_heads):
     assert read(official_heads, ids=[id]).ids == [id]
 
 
+def write_png(path, size, depth, colour, rows, *more):
+    """A PNG that Pillow would not write: of ``size`` (W, H), the bits and the colour type of its header, its rows."""
+    header = struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0)
+    parts = (b"IHDR", header), *more, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    chunks = [(struct.pack(">I", len(data)), kind + data) for kind, data in parts]
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + b"".join(n + chunk + struct.pack(">I", zlib.crc32(chunk)) for n, chunk in chunks)
+    )
+
+
+def deep_png(root, colour=2, channels=3):
+    """An image becomes one of 12-bit data in 16 bits of several channels."""
+    row = b"\0" + np.full((SIZE0[1], channels), 2000, ">u2").tobytes()  # after its filter, none
+    write_png(image_of(root), SIZE0[::-1], 16, colour, SIZE0[0] * row)
+
+
+def deep_tiff(root):
+    """The same as an uncompressed TIFF of one strip."""
+    pixels, file = np.full((*SIZE0, 3), 2000, "<u2").tobytes(), image_of(root)
+    tags = {256: SIZE0[1], 257: SIZE0[0], 259: 1, 262: 2, 273: 8, 277: 3, 278: SIZE0[0], 279: len(pixels)}
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()]
+    entries.insert(2, struct.pack("<HHIHH", 258, 3, 3, 0, 0)[:8] + struct.pack("<I", 8 + len(pixels)))
+    bits = struct.pack("<HHH", 16, 16, 16)
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    at = struct.pack("<2sHI", b"II", 42, 8 + len(pixels) + len(bits))
+    file.unlink()
+    file.with_suffix(".tif").write_bytes(at + pixels + bits + directory)
+
+
 def transparent_left(picture, pixels):
     alpha = np.full_like(pixels, 255)
     alpha[:, :97] = 0
@@ -672,6 +701,13 @@ REFUSED = {
         stored(lambda _, pixels: Image.fromarray(pixels.astype(np.int32) * 1000), ".tif"),
         "002.tif: grey values that are not of 16 bits",
     ),
+    "16 bits in colour": (deep_png, "002.png: 16 bits in colour or with transparency; store it as grey, or with 8"),
+    "16 bits with transparency": (lambda root: deep_png(root, 4, 2), "002.png: 16 bits in colour or with transparency"),
+    "16 bits in colour, TIFF": (deep_tiff, "002.tif: 16 bits in colour or with transparency"),
+    "nothing but transparency": (
+        stored(lambda picture, pixels: with_alpha(picture, np.zeros_like(pixels))),
+        "002.png: transparent everywhere; store it without its alpha channel",
+    ),
     "negative pixels": (
         stored(lambda _, pixels: Image.fromarray(pixels.astype(np.int32) - 300), ".tif"),
         "002.tif: grey values that are not of 16 bits",
@@ -955,14 +991,7 @@ def test_own_images(official_heads, tmp_path):
 
 def write_black_png(path, size):
     """A PNG of a palette and as few bytes as possible: its rows are missing, but for few, which no check needs."""
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", *size, 8, 3, 0, 0, 0)
-    rows = zlib.compress(bytes(min((size[0] + 1) * size[1], 10**6)))
-    parts = (b"IHDR", header), (b"PLTE", bytes(3)), (b"IDAT", rows), (b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
+    write_png(path, size, 8, 3, bytes(min((size[0] + 1) * size[1], 10**6)), (b"PLTE", bytes(3)))
 
 
 OWN = {
