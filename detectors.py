@@ -74,9 +74,11 @@ class Detector(NamedTuple):
         """
         draw = partial(torch.rand, generator=torch.Generator().manual_seed(0))
         images = (draw(2, 3, *self.size) * torch.tensor([2, 0.2]).view(2, 1, 1, 1) - 1).to(device)  # two unlike ones
-        points = self.landmarks(outputs := self.network(images))
-        values, compute = (outputs, self.network) if torch.is_tensor(outputs) else (points, self.predict)
-        if (compute(images[:1]) - values[:1]).abs().amax() > 0.01 * values.abs().amax():
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True):  # the same in each process and call
+            points = self.landmarks(outputs := self.network(images))
+            values, compute = (outputs, self.network) if torch.is_tensor(outputs) else (points, self.predict)
+            alone = compute(images[:1])
+        if (alone - values[:1]).abs().amax() > 0.01 * values.abs().amax():
             raise ValueError("its outputs depend on the batch or on chance: is the network in training mode? .eval()")
         return " ".join(f"{(part.cpu().double() * draw(part.shape)).mean():.4g}" for part in (values, points))
 
@@ -114,7 +116,7 @@ def load_own(source, device):
     Args:
         source: "FILE.py:NAME"; the function NAME takes no arguments and returns a Detector with its size, and as names
             those of its landmarks, or their number.
-        device: to which a network is moved that is a module, in evaluation mode.
+        device: of what the function makes; a network that is a module is moved there, in evaluation mode.
 
     Raises:
         InputError: there is no such function, it fails, or what it returns is no detector.
@@ -125,7 +127,8 @@ def load_own(source, device):
         sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
         sys.path.append(str(Path(path).parent))  # for modules beside it
         spec.loader.exec_module(module)
-        detector = getattr(module, name)()
+        with torch.device(device):  # for the networks and tensors that functions hold
+            detector = getattr(module, name)()
         if isinstance(detector.names, int):
             detector = detector._replace(names=tuple(f"landmark {k + 1}" for k in range(detector.names)))
         if isinstance(detector.network, nn.Module):

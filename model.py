@@ -66,12 +66,17 @@ def upsample(x):
 def upsample_by_products(x):
     """``upsample`` as two products with matrices, which are rounded so that bfloat16 holds them and rows sum to 1."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    unit = (torch.eye(n, dtype=dtype, device=x.device)[None] for n in x.shape[-2:])
-    lines, columns = (F.interpolate(e, scale_factor=2, mode="linear", align_corners=True)[0].T for e in unit)
+    lines, columns = (interpolation(n, dtype, x.device) for n in x.shape[-2:])
     if x.dtype == torch.bfloat16:
         lines, columns = (lines * 256).round() / 256, (columns * 256).round() / 256
     wide = columns.to(x.dtype) @ x.movedim(1, -1)  # (B, h, 2 w, C)
     return (lines.to(x.dtype) @ wide.flatten(2)).unflatten(2, wide.shape[2:]).movedim(-1, 1)
+
+
+def interpolation(n, dtype, device):
+    """The matrix (2 n, n) of linear interpolation between n samples, the first and the last kept."""
+    target, sample = (torch.arange(count, dtype=dtype, device=device) for count in (2 * n, n))
+    return (1 - (target[:, None] * ((n - 1) / (2 * n - 1)) - sample).abs()).clamp(min=0)
 
 
 def product(conv, x):
@@ -462,13 +467,15 @@ def log_distribution(maps):
     return maps.flatten(-2).log_softmax(-1)
 
 
+def axes(maps, size):
+    """The rows and columns of maps (B, K, h, w) as y (h,) and x (w,) in px of an input of ``size`` (H, W)."""
+    counts = zip(maps.shape[-2:], size, strict=True)
+    return [(torch.arange(n, device=maps.device, dtype=maps.dtype) + 0.5) * total / n - 0.5 for n, total in counts]
+
+
 def centres(maps, size):
     """The pixels of maps (B, K, h, w) as positions (h w, 2) x, y in px of an input of ``size`` (H, W)."""
-    axes = (
-        (torch.arange(n, device=maps.device, dtype=maps.dtype) + 0.5) * total / n - 0.5
-        for n, total in zip(maps.shape[-2:], size, strict=True)
-    )
-    return torch.cartesian_prod(*axes).flip(-1)
+    return torch.cartesian_prod(*axes(maps, size)).flip(-1)
 
 
 def highest_pixel(maps, size):
@@ -477,7 +484,8 @@ def highest_pixel(maps, size):
 
 
 def expected_pixel(maps, size):
-    return log_distribution(maps).exp() @ centres(maps, size)
+    (y, x), distribution = axes(maps, size), log_distribution(maps).exp().view_as(maps)
+    return torch.stack([(distribution.sum(-2) * x).sum(-1), (distribution.sum(-1) * y).sum(-1)], dim=-1)
 
 
 # --- loss ------------------------------------------------------------------------------------------------------------
