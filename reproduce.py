@@ -12,12 +12,14 @@ repeated: the same command resumes after a stop. Writes results/<name>/report.md
 detectors and their results are in runs/<name>-<detector>/.
 """
 
+import hashlib
 import shlex
 import time
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -30,10 +32,11 @@ from experiments.costs import COLUMNS, OFFICIAL, attack_cost, training_cost
 from experiments.results import Result
 from experiments.scales import SCALES, Scale, arguments, to_attack
 from readers.layouts import IDS, available_splits, index
+from readers.points import read_doctors
 from support import command, distributed
 from support.checkpoints import checkpoint_epochs, checkpoint_path
 from support.errors import InputError
-from support.files import RUNS, own_folder, read_config
+from support.files import RUNS, check_same_config, own_folder, read_config, write_json
 
 RESULTS = Path("results")
 PROGRAMS = {"phantom.py": phantom, "train.py": train, "test.py": test}
@@ -60,8 +63,10 @@ def parse_arguments():
     if args.scale == "demo":
         if args.data != parser.get_default("data"):
             parser.error("--scale demo: draws its own data; omit --data")
+        if args.only:
+            parser.error("--only: not with --scale demo, which has one report")
         args.data = str(RUNS / f"{args.name}-phantoms")
-    args.precision = args.precision or ("fp32" if args.scale == "paper" else command.fast_precision())
+    args.precision = args.precision or ("fp32" if args.scale == "paper" else command.fast_precision(args.device))
     return args
 
 
@@ -74,7 +79,8 @@ def main():
         distributed.on_main(show_costs, plan, args)
     if args.list:
         return
-    with distributed.held_by_main(own_folder(plan.out, "reproduce.py", "--name", "report.md")):
+    with distributed.held_by_main(own_folder(plan.out, "reproduce.py", "--name", "config.json", "scale")):
+        distributed.on_main(keep_config, plan.out / "config.json", args)
         for number, name in enumerate(plan.chosen, 1):
             start = time.perf_counter()
             commands = plan.commands(name)
@@ -83,17 +89,25 @@ def main():
             for program, *argv in commands:
                 distributed.on_main(print, f"\npython {program} {shlex.join(argv)}")
                 PROGRAMS[program].main(argv)
-            distributed.on_main((plan.out / "report.md").touch)  # by which the folder is known
             shown = [f"python {shlex.join(line)}" for line in commands]
             distributed.on_main(report.publish, name, plan.results(name), plan.data, shown, plan.out)
             victim = plan.folder(plan.scale.victim)
             if args.scale != "demo":
                 distributed.on_main(report.assemble, args.scale, plan.scale.experiments, victim, plan.out)
             elif name == "fancy":
-                (tested,), (attacked,) = plan.results("detection"), plan.results("attack")
-                print("", *demo.publish(tested, attacked, plan.results(name), plan.out), sep="\n")
+                distributed.on_main(demo.publish, *map(plan.results, plan.chosen), plan.out)
             distributed.on_main(print, f"{name}: {(time.perf_counter() - start) / 60:.1f} minutes")
     distributed.on_main(print, f"\nwritten to {plan.out}/report.md")
+
+
+def keep_config(path, args):
+    """Write what all results of a name share, or refuse others: sections of one report would be of several."""
+    config = {name: getattr(args, name) for name in ("scale", "encoder_weights", "precision", "mm_per_px")}
+    if args.scale != "demo":
+        marks = [read_doctors(entry, (np.inf, np.inf)).tobytes() for entry in index(args.data, "test")]
+        config["data_sha256"] = hashlib.sha256(b"".join(marks)).hexdigest()
+    check_same_config(path, config, {}, (), "--name")
+    write_json(path, config)
 
 
 def show_costs(plan, args):
@@ -224,24 +238,11 @@ def check_order(plan):
     trained = config.exists() and read_config(config).get("epochs", 0) - 1 in checkpoint_epochs(config.parent)
     for name in plan.chosen:
         needed = [] if trained or name == "detection" else ["detection"]
-        for run in plan.scale.experiments[name]:
-            if run.name and not (plan.result(run) / "predictions.csv").exists():
-                needed.append(run.experiment)
-            elif run.name and run.experiment not in plan.chosen:
-                check_precision(plan, name, plan.result(run))
+        runs = [run for run in plan.scale.experiments[name] if run.name]
+        needed += [run.experiment for run in runs if not (plan.result(run) / "predictions.csv").exists()]
         for other in needed:
             if other not in plan.chosen:
                 raise InputError(f"--only {name}: depends on {other}, which has not been run; name it too")
-
-
-def check_precision(plan, name, folder):
-    """Refuse to compare with results of another precision; its default depends on the machine."""
-    found, precision = read_config(folder / "config.json").get("precision"), plan.options["precision"]
-    if found != precision:
-        raise InputError(
-            f"--only {name}: compares with {folder}, which is of --precision {found}, not {precision}; add --precision "
-            f"{found}"
-        )
 
 
 if __name__ == "__main__":

@@ -8,15 +8,13 @@ TITLE = "An attack on synthetic radiographs"
 
 
 def publish(tested, attacked, letters, out):
-    """Write <out>/report.md from what the experiments have written there.
+    """Write <out>/report.md from what the experiments have written there, and print its sentences.
 
     Args:
-        tested, attacked: results.Result of the detector's test, and of the attacks compared.
+        tested, attacked: lists of one results.Result, of the detector's test, and of the attacks compared.
         letters: list of results.Result, one of each letter.
-
-    Returns:
-        its sentences.
     """
+    (tested,), (attacked,) = tested, attacked
     sentences = [
         "The radiographs are synthetic: this project draws them, and no patient is shown.",
         describe_detection(tested),
@@ -33,7 +31,7 @@ def publish(tested, attacked, letters, out):
         f"![landmarks in place against iterations]({chart})\n\nCommands, tables and further charts: "
         "[detection](detection.md), [attacks](attack.md), [letters](fancy.md).\n",
     )
-    return sentences
+    print("", *sentences, sep="\n")
 
 
 def count_images(result):

@@ -160,12 +160,13 @@ def explain(error):
         return STOPPED, str(error) if is_main() else None
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted" if is_main() else None
-    reason = str(error).partition("\n")[0]
-    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in reason):
-        return TRY_AGAIN, f"process {rank()}: lost another process of this run, run it again ({reason})"
+    lines = str(error).splitlines() or [""]
     out_of_memory = "out of memory", "can't allocate memory", "ALLOC_FAILED"  # CUDA, PyTorch, cuBLAS and cuDNN
     if isinstance(error, MemoryError) or any(phrase in str(error) for phrase in out_of_memory):
-        return 2, f"error: out of memory; use a smaller --batch-size ({reason})"
+        return 2, f"error: out of memory; use a smaller --batch-size ({lines[0]})"
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in lines[0]):
+        # NCCL says the cause in its last line
+        return TRY_AGAIN, f"process {rank()}: lost another process of this run, run it again ({' '.join(lines)})"
     raise error
 
 
@@ -232,10 +233,13 @@ def add_compute_arguments(parser):
     parser.add_argument("--seed", type=natural_int, default=0, help="seed of everything random")
 
 
-def fast_precision():
-    """The faster --precision on this machine: bf16 unless the processor would emulate it."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if torch.cuda.is_available() or capabilities.get("avx512_bf16", False) else "fp32"
+def fast_precision(device):
+    """The faster --precision on a ``--device``: bf16 unless it would be emulated."""
+    if device != "cpu" and torch.cuda.is_available():
+        native = torch.cuda.get_device_capability() >= (8, 0)
+    else:
+        native = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return "bf16" if native else "fp32"
 
 
 def find_device(name):

@@ -124,8 +124,8 @@ CPU = ["--scale", "cpu", "--data", "runs/demo-phantoms", "--encoder-weights", "n
         (["cpu", "--only", "detection", "causes"], "--only causes: depends on attack"),
         (["cpu", "--only", "everything"], "invalid choice: 'everything'"),
         (["cpu", "--data", "nowhere"], "nowhere: no such folder"),
-        (["demo", "--only", "epsilon"], "--only epsilon: not part of --scale demo"),
-        (["demo", "--only", "attack"], "--only attack: depends on detection"),
+        (["cpu", "--only", "attack"], "--only attack: depends on detection"),
+        (["demo", "--only", "attack"], "--only: not with --scale demo"),
         (["demo", "--data", "images"], "--scale demo: draws its own data"),
     ],
 )
@@ -164,16 +164,15 @@ def test_costs_are_counted_without_data_and_nothing_is_written(reproduced, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_the_scale_of_the_paper_without_a_gpu_says_how_long_it_takes(reproduced, monkeypatch, tmp_path):
+def test_the_scale_of_the_paper_without_a_gpu_says_how_long_it_takes(reproduced, official, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce, "time_steps", lambda *_: Step((800, 640), 7.0, 4.5, 0, 0))
-    monkeypatch.setattr(reproduce, "find_images", lambda _: (["test1"], ["151"]))
     monkeypatch.setattr(train, "main", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     monkeypatch.setattr(reproduce.torch.cuda, "is_available", lambda: False)
-    status, _, err = reproduced("--scale", "paper", "--encoder-weights", "none")
+    status, _, err = reproduced("--scale", "paper", "--encoder-weights", "none", "--data", official)
     assert status == 130
     assert "warning: --scale paper without a GPU, on" in err and "hours" in err
-    assert not list(tmp_path.rglob("*.*"))
+    assert [file.name for file in tmp_path.rglob("*.*")] == ["config.json"]
 
 
 def test_a_failing_command_ends_it_with_its_status(reproduced, monkeypatch, tmp_path):
@@ -262,7 +261,7 @@ def test_a_stopped_stage_resumes_and_finished_work_is_not_repeated(demonstrated,
 
 
 @pytest.mark.slow
-def test_one_experiment_then_the_others(demonstrated, reproduced):
+def test_one_experiment_then_the_others(demonstrated, reproduced, monkeypatch):
     status, first, err = reproduced(*CPU, "--only", "detection")
     assert status == 0, err
     results = demonstrated / "results" / "cpu"
@@ -275,9 +274,11 @@ def test_one_experiment_then_the_others(demonstrated, reproduced):
     check_report(results, first + second)
     check_tables(results)
     check_numbers(demonstrated)
-    other = "bf16" if command.fast_precision() == "fp32" else "fp32"
+    other = "bf16" if command.fast_precision("auto") == "fp32" else "fp32"
     assert_refused(reproduced(*CPU, "--precision", other), f"now it is '{other}'")
-    assert_refused(reproduced(*CPU, "--precision", other, "--only", "causes"), "--only causes: compares with")
+    assert_refused(reproduced(*CPU, "--precision", other, "--only", "causes"), f"now it is '{other}'")
+    monkeypatch.setattr(reproduce, "read_doctors", lambda entry, _: np.full((1, K, 2), len(entry.id)))
+    assert_refused(reproduced(*CPU, "--only", "causes"), "the content of the data has changed")
 
 
 def check_report(results, out):
