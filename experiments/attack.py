@@ -45,8 +45,9 @@ def compare(records):
     rows = []
     for (a, first), (b, second) in combinations(by_method(with_worst(records)).items(), 2):
         for role in (*ROLES[:2], WORST):
-            labels = {"methods": f"{b} minus {a}", "landmarks": role}
-            rows.append(labels | paired_difference(of_role(second, role), of_role(first, role)))
+            pair = of_role(second, role), of_role(first, role)
+            if all(map(len, pair)):  # not with an untargeted attack
+                rows.append({"methods": f"{b} minus {a}", "landmarks": role} | paired_difference(*pair))
     return pd.DataFrame(rows)
 
 

@@ -97,9 +97,8 @@ def compute_accuracy(labels, result):
 def compute_attack(labels, result):
     """The outcome of each method under each ``CONDITION``, those without a defence first."""
     file = result.folder / "defences.csv"
-    records = (
-        read_records([file]) if file.exists() else result.predictions().assign(defence="none", attacker="adaptive")
-    )
+    plain = {"defence": "none", "attacker": "adaptive"}
+    records = read_records([file]) if file.exists() else result.predictions().assign(**plain)
     return pd.concat(
         outcome(join_clean(rows), labels | dict(zip(CONDITION, condition, strict=True)))
         for condition, rows in records.groupby(CONDITION, sort=False)
@@ -165,8 +164,7 @@ def compute_scores(labels, result):
     """Scores of each image, clean and attacked; a higher one is more suspicious."""
     keys = ["method", "iteration", "image"]
     records = clean_and_last(result.predictions()).sort_values([*keys, "landmark"], kind="stable")
-    other = records["landmark"].max() != len(LANDMARKS)
-    if other or "vote_share" not in records or records["vote_share"].isna().any():  # of an older version
+    if records["landmark"].max() != len(LANDMARKS) or "vote_share" not in records:  # no heads, or no votes
         return pd.DataFrame()
     table = records.drop_duplicates(keys)[[*keys, "mm_per_px0"]].reset_index(drop=True)
     points = torch.tensor(records[["x_px0", "y_px0"]].to_numpy()).unflatten(0, (len(table), -1))
@@ -260,8 +258,9 @@ def check(results):
             if key in seen:
                 raise InputError(f"{result.folder}: the same kind of run as {seen[key]}; give one of them")
             seen[key] = result.folder
-        if kind == "attack":
-            targets.setdefault(config["targets_sha256"], result.folder)
+        if kind == "attack":  # a file of targets may be for any image
+            truth = result.predictions().groupby("image")["true_x_px0"].sum().to_dict()
+            targets.setdefault((config["targets_sha256"], *truth.items()), result.folder)
     if len(targets) > 1:
         first, other, *_ = targets.values()
         raise InputError(f"{other}: other images or targets than in {first}; give runs with the same")

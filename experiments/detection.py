@@ -74,7 +74,7 @@ def compute(records, errors):
     for (images, source), found in records.items():
         values = errors[images, source]
         rows.append({"images": images, "landmarks by": source, "n": len(values), **metrics(values).loc["all"]})
-        if found.get("heatmap_peak", pd.Series([np.nan])).notna().all():  # not of an older version
+        if found.get("heatmap_peak", pd.Series([np.nan])).notna().all():  # not of doctors, or without votes
             rows[-1]["peak_%"] = 100 * (found["heatmap_peak"] > 0.5).mean()
     for name, found in PUBLISHED.items():
         rows.append({"images": name, "landmarks by": "published", "n": "", **found})

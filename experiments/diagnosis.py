@@ -60,11 +60,8 @@ def publish(results, data, out):
         plot(table, doctors, out / "diagnosis.png")
         plot_patient(*patient, data, out / "diagnosis_patient.png")
         text += render(table, doctors, movements, patient)
-    more = {
-        "driven": compute_driven(driven, data),
-        "delivered": (row for run in intended for row in compute_delivered(run)),
-    }
-    for name, rows in more.items():
+    delivered = (row for run in intended for row in compute_delivered(run))
+    for name, rows in {"driven": compute_driven(driven, data), "delivered": delivered}.items():
         if len(table := pd.DataFrame(rows)):
             write_table(out / f"diagnosis_{name}.csv", table)
             shown = fold_intervals(table, ".3g").rename(columns=lambda column: column.replace("_", " "))
@@ -171,7 +168,7 @@ def doctors_apart(records, data):
     """How two doctors' measures of the attacked patients differ: tables of the absolute difference and of whether the
     classes do, with a row for each patient whom two doctors marked, and a column for each measure.
     """
-    spacing = records.groupby("image")["mm_per_px0"].first()
+    spacing = records.dropna(subset="true_x_px0").groupby("image")["mm_per_px0"].first()  # not of --image
     marks = read_marks(data, "test", spacing.index)
     points = torch.tensor(np.reshape([*marks.values()], (-1, 2, len(LANDMARKS), 2)))
     mm_per_px0, points = torch.tensor(spacing[[*marks]].to_numpy()), turned_right(points, points.mean(1))
@@ -193,7 +190,8 @@ def compute_doctors(records, changed, data):
             rows.append({"measure": measure, "patients": len(images), "disagree_%": disagree})
     table = pd.DataFrame(rows, columns=["measure", "patients", "disagree_%"])
     if rows:
-        table.loc[len(rows)] = [POOLED, records["image"].nunique(), table["disagree_%"].mean()]
+        disagree = np.average(table["disagree_%"], weights=table["patients"])  # as attacks are pooled
+        table.loc[len(rows)] = [POOLED, records["image"].nunique(), disagree]
     return table
 
 
@@ -250,7 +248,7 @@ def plot_patient(before, after, measure, title, texts, data, path):
     figure, (panel,) = panels(1, width=6.5, height=7)
     panel.invert_yaxis()
     for entry in index(data, "test"):
-        if entry.id == before["image"].iloc[0]:  # not of --image, or of another split
+        if entry.id == before["image"].iloc[0] and before["true_x_px0"].notna().all():  # not of --image
             panel.imshow(read_image(entry.image, None)[0], cmap="gray", vmin=0, vmax=255, alpha=0.5)
     styles = ("before", before, "tab:blue", "o-"), ("after", after, "tab:red", "x--")
     for (when, records, color, style), text in zip(styles, texts, strict=True):
@@ -290,14 +288,17 @@ def check(results):
     """Finished runs with the labels that ``publish`` needs.
 
     Raises:
-        InputError: one is not an attack on a diagnosis.
+        InputError: one is not an attack on a diagnosis, or a method is that of several detectors.
     """
-    labelled = []
+    labelled, seen = [], {}
     for _, folder in results:
         config = read_config(folder / "config.json")
         if not config.get("measure"):
-            raise InputError(
-                f"{folder}: not an attack on a diagnosis; give output folders of test.py --targets diagnosis"
-            )
+            raise InputError(f"{folder}: not an attack on a diagnosis; give folders of test.py --targets diagnosis")
+        made = [config.get(name) for name in ("checkpoint_sha256", "detector_outputs", "steps", "subpixel")]
+        for method in config["attack"]:
+            other = seen.setdefault(method, (made, folder))
+            if other[0] != made:
+                raise InputError(f"{folder}: {method} has another detector, --steps or --subpixel than in {other[1]}")
         labelled.append(Result({name: config[name] for name in ("measure", "epsilon", "to", "shift_mm")}, folder))
     return labelled

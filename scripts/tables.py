@@ -37,6 +37,8 @@ def main(argv=None):
     results = experiment.check(results)
     with own_folder(out, "scripts/tables.py", "--out", "config.json", "folders"):
         write_json(out / "config.json", vars(args))
+        for file in out.glob(f"{args.experiment}[_.]*"):  # of other folders
+            file.unlink()
         write_text(out / f"{args.experiment}.md", experiment.publish(results, args.data, out))
     print(f"written to {out}/")
 
