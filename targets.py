@@ -194,7 +194,7 @@ def write_targets(file, ids, targets):
 
 
 def read_stored_targets(file, data):
-    """The ids and targets of ``write_targets``: of an earlier call, since predictions may differ in their last bits.
+    """The ids and targets of ``write_targets``, of an earlier call.
 
     Raises:
         InputError: they are of images that ``data`` does not have.

@@ -13,7 +13,7 @@
 
 Writes into the folder --rand (default: one below runs/<tag>/): config.json, predictions.csv, summary.csv, pictures/,
 and records/, from which the same command resumes after a stop; measures.csv and diagnoses.csv, clinical measures and
-how often their classes are right or changed; for an attack also line charts and adversarial/.
+how often their classes are right or changed; for an attack also line charts.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def defence(text):
 
 def class_or_direction(text):
     """A value of --to."""
-    return None if text == "any" else text if text in diagnosis.DIRECTIONS else command.natural_int(text)
+    return text if text in diagnosis.DIRECTIONS else command.natural_int(text)
 
 
 def make_parser():
@@ -155,7 +155,7 @@ def parse_arguments(parser, argv):
     reachable = diagnosis.reachable_classes(args.measure) if args.measure else {}
     if args.measure and args.to not in (None, *reachable, *diagnosis.DIRECTIONS):
         known = ", ".join(f"{number} ({meaning})" for number, meaning in reachable.items())
-        parser.error(f"--to {args.to}: {args.measure} can be moved to class {known}, any, up or down")
+        parser.error(f"--to {args.to}: {args.measure} can be moved to class {known}, up or down")
     if args.transfer and not (args.save_adversarial or args.adversarial):
         parser.error("--transfer: needs --save-adversarial or --adversarial")
     if len({args.tag, *(args.transfer or ())}) <= len(args.transfer or ()):
@@ -207,7 +207,7 @@ def begin(args, parser, device, epoch, checkpoint, out):
         try_attacks(args, detector, data, targets, device)
         training = load_training(args, detector)
         config = vars(args) | {"iteration": epoch, "size": list(data.images.shape[-2:])}
-        config |= fingerprints(args, detector, device, checkpoint, data, targets, training)
+        config |= fingerprints(args, detector, checkpoint, data, targets, training)
         # of a file of targets, targets_sha256 is a hash of the content
         may_change = parser.may_change | ({"targets"} if args.targets not in (*DRAWN, "diagnosis") else set())
         check_same_config(out / "config.json", config, parser.defaults(), may_change, "--rand")
@@ -284,19 +284,21 @@ def find_references(args, detector, data, device):
 def make_targets(args, detector, data, device, file):
     """The ids of the images that are attacked, and their targets.
 
-    For a diagnosis the former are the patients whose class a movement can change, and targets that an earlier call
-    stored in ``file`` are taken again.
+    For a diagnosis the former are the patients whose class a movement can change. Targets that follow from predictions,
+    which may differ in their last bits, are taken again from the ``file`` of an earlier call.
     """
     clean = data.reference_px0
     if args.measure and not args.image and not distributed.on_main(file.exists):
         clean = predict_px0(detector, data, args.batch_size, device)
 
     def find():  # by one process: the least movements of two machines may differ
-        if not args.measure:
-            return data.ids, chosen_targets(args, data)
-        if file.exists():
-            return read_stored_targets(file, data)
-        return diagnosis.diagnosis_targets(clean, data, args.measure, args.to, args.shift_mm)
+        ids, stored = read_stored_targets(file, data) if file.exists() else (None, None)
+        if stored and (args.measure or ids == data.ids):
+            return ids, stored
+        if args.measure:
+            return diagnosis.diagnosis_targets(clean, data, args.measure, args.to, args.shift_mm)
+        targets = chosen_targets(args, data)
+        return data.ids, targets._replace(places=targets.places.round(decimals=4)) if args.image else targets
 
     return distributed.on_main(find)
 
@@ -317,18 +319,18 @@ def default_name(args, epoch):
     return f"{what}_{images}" if args.detector else f"{what}_{images}_{epoch}"
 
 
-def fingerprints(args, detector, device, checkpoint, data, targets, training):
+def fingerprints(args, detector, checkpoint, data, targets, training):
     """What the results depend on besides the arguments, mostly as SHA-256."""
     found = {"checkpoint": sha256(checkpoint), "data": data.sha256, "targets": targets and targets.sha256()}
     found["training_data"] = training and training[0].sha256
     found["adversarial"] = args.adversarial and sha256(stored.find_in_memory(Path(args.adversarial)))
-    own = {"detector_outputs": detector.fingerprint(device)} if args.detector else {}
-    return own | {f"{name}_sha256": value for name, value in found.items() if value}
+    hashes = {f"{name}_sha256": value for name, value in found.items() if value}
+    return hashes | {"detector_outputs": detector.fingerprint}
 
 
 def prepare_output(out, config, device, ids, targets):
     save_config(out / "config.json", config, device)
-    if config["measure"]:
+    if targets and (config["measure"] or config["image"]) and targets.free is None:
         write_targets(out / "targets.csv", ids, targets)
 
 
