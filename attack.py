@@ -8,7 +8,7 @@ others ("stationary") where they are, by a perturbation of L-infinity norm at mo
     for iteration, adversarial, outputs in run(ATTACKS["ATI-FGSM"], detector, image, targets, targeted):
         ...                                # iteration 0 is the clean image; outputs are the detector's of `adversarial`
 
-A new attack is a row of ATTACKS, with its loss: the command line, tables, charts and tests take it from there.
+A new attack is a row of ROWS, with its loss: the command line, tables, charts and tests take it from there.
 """
 
 import itertools
@@ -129,17 +129,16 @@ def run(attack, detector, image, targets, targeted, epsilon=8, steps=300, seed=0
             or in training mode.
     """
     detector = detector if isinstance(detector, Detector) else voting(detector)
-    check_images(image, epsilon, steps)
-    network, steps = detector.network, attack.steps or steps
     roles = {"targeted": (targeted, "BK", "bool"), "free": (targeted if free is None else free, "BK", "bool")}
     check_tensors(image=(image, "BCHW", "float"), **roles, targets=(targets, "BK2", "number"))
+    check_budget(image, epsilon, steps)
+    network, steps = detector.network, attack.steps or steps
     check_network(network, image)
     if attack.targeted:
         check_places(targets, targeted, image.shape[-2:])
     if attack.delta is not None:
         return replay(network, image, (image + attack.delta).clamp(-1, 1), steps)
-    targets = targets.to(image.dtype).masked_fill(~targeted[..., None], 0)
-    aim = aim_at(detector, image, targets, targeted, not attack.targeted, free)
+    aim = aim_at(detector, image, targets.to(image.dtype), targeted, not attack.targeted, free)
     if attack.votes and not isinstance(aim.goal, VotingGoal):
         raise ValueError(f"{attack.name} is an attack on detectors by voting")
     loss = attack.loss and partial(attack.loss, aim=aim)
@@ -148,10 +147,9 @@ def run(attack, detector, image, targets, targeted, epsilon=8, steps=300, seed=0
     return keep_best(iterates, partial(attack.score, aim=aim)) if attack.score else iterates
 
 
-def check_images(image, epsilon, steps, values=True):
-    """Raise ValueError unless these are as ``run`` says; the image's ``values`` wait for the device."""
-    check_tensors(image=(image, "BCHW", "float"))
-    if values and not (image.abs() <= 1.001).all():
+def check_budget(image, epsilon, steps):
+    """Raise ValueError unless these are as ``run`` says."""
+    if not (image.abs() <= 1.001).all():
         raise ValueError(f"image must lie in [-1, 1]: its values are {image.min():g} to {image.max():g}")
     if not 0 <= epsilon < math.inf or steps < 1 or steps % 1:
         raise ValueError(f"epsilon must be a number from 0, steps whole and above 0: they are {epsilon}, {steps}")
@@ -172,7 +170,7 @@ def check_network(network, image):
 # --- loops -----------------------------------------------------------------------------------------------------------
 
 
-def pgd(network, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentum=0.0, start=None, last_outputs=True):
+def pgd(network, image, loss, epsilon, steps, step_size=STEP_SIZE, momentum=0.0, start=None, last_outputs=True):
     """Projected gradient descent in an L-infinity ball: gradient, step, project, clip, as in most attacks here.
 
     Args:
@@ -187,19 +185,16 @@ def pgd(network, image, loss, epsilon=8, steps=300, step_size=STEP_SIZE, momentu
     Yields:
         see ``run``; iteration 0 is the ``start``, if there is one.
     """
-    check_images(image, epsilon, steps, values=start is None)  # a step of adversarial training shall not wait
     bound = epsilon / 256
     delta, velocity = torch.zeros_like(image) if start is None else start, torch.zeros_like(image)
     for iteration in range(steps):
         adversarial, outputs = tracked(network, image, delta)
         yield iteration, adversarial.detach(), outputs.detach()
         _, gradient = descent(loss, outputs, adversarial)
-        if momentum:
-            magnitude = gradient.abs().mean((1, 2, 3), keepdim=True)
-            velocity = momentum * velocity + gradient / magnitude.clamp(min=torch.finfo(magnitude.dtype).tiny)
-        direction = (velocity if momentum else gradient).sign()
+        magnitude = gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=torch.finfo(gradient.dtype).tiny)
+        velocity = momentum * velocity + gradient / magnitude
         size = step_size(iteration / steps) if callable(step_size) else step_size
-        delta = (delta - size * bound * direction).clamp(-bound, bound)
+        delta = (delta - size * bound * velocity.sign()).clamp(-bound, bound)
     yield steps, *perturbed(network if last_outputs else lambda _: None, image, delta)
 
 
@@ -230,9 +225,9 @@ def falling(progress):
     return 0.005 + 0.245 * (1 + math.cos(math.pi * progress)) / 2
 
 
-def apgd(network, image, loss, epsilon=8, steps=300, momentum=0.75, share=0.75):
+def apgd(network, image, loss, epsilon, steps, momentum=0.75, share=0.75):
     """APGD (Croce and Hein, arXiv 2003.01690, algorithm 1): the step of each image starts at 2 epsilon and is halved,
-    from its best iterate on, where too few steps lowered the loss.
+    from its best iterate on, where too few steps lowered the loss or the best stayed as it was.
 
     Args:
         network, image, loss, epsilon, steps: see ``pgd``.
@@ -278,7 +273,7 @@ def apgd_checks(steps):
 
 
 @torch.no_grad()
-def square_search(network, image, loss, epsilon=8, steps=300, seed=0, first=0.8):
+def square_search(network, image, loss, epsilon, steps, seed, first=0.8):
     """The Square attack (Andriushchenko et al., arXiv 1912.00049), which sees the loss only: no gradient.
 
     The first step tries vertical stripes, each further one another corner of the ball in a random square; what does not
@@ -317,7 +312,7 @@ def square_search(network, image, loss, epsilon=8, steps=300, seed=0, first=0.8)
         yield iteration, adversarial, outputs
 
 
-def common_pgd(network, image, loss, epsilon=8, steps=300, **options):
+def common_pgd(network, image, loss, epsilon, steps, **options):
     """``pgd`` of one perturbation for all images of the batch."""
 
     def shown(delta):
@@ -328,7 +323,7 @@ def common_pgd(network, image, loss, epsilon=8, steps=300, **options):
 
 
 @torch.no_grad()
-def random_perturbations(network, image, loss=None, epsilon=8, steps=300, seed=0):
+def random_perturbations(network, image, loss, epsilon, steps, seed):
     """Perturbations uniform in the ball, a control: see ``run``. All images of a batch get the same ones.
 
     Results thus do not depend on how images are batched. The generator differs from a random defence's of the same seed

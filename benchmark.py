@@ -30,36 +30,32 @@ from attack import ATTACKS, run
 from dataset import to_input
 from detectors import voting
 from experiments.costs import Step
-from model import MAX_SIZE, MIN_SIZE, UNet, compile_network, decode, encode, freeze, place
+from model import UNet, compile_network, decode, encode, freeze, place
 from readers.points import LANDMARKS
 from support import command
 from support.command import positive_int, progress
 from support.files import own_folder, save_config, write_text
-from train import train_step
+from train import side, train_step
 
 PAPER = {"training step": 230 * 150, "I-FGSM, a step": 250 * 300, "ATI-FGSM, a step": 250 * 300}  # images x steps
 
 
 def make_parser():
     parser = command.Parser("Time and memory of training, attack and test, compared with the bare network.")
-    parser.add_argument(
-        "--size", type=positive_int, nargs=2, metavar=("H", "W"), default=[800, 640], help="input in px"
-    )
-    parser.add_argument("--batch-size", type=positive_int, nargs="+", default=[1], help="images per batch, one or more")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], nargs="+", default=["fp32"], help="one or both")
+    add = parser.add_argument
+    add("--size", type=side, nargs=2, metavar=("H", "W"), default=[800, 640], help="network input in px")
+    add("--batch-size", type=positive_int, nargs="+", default=[1], help="images per batch, one or more")
+    add("--precision", choices=["fp32", "bf16"], nargs="+", default=["fp32"], help="one or both")
     command.add_device_arguments(parser)
-    parser.add_argument("--only", choices=GROUPS, nargs="+", default=list(GROUPS), help="what to time")
-    parser.add_argument("--repeats", type=positive_int, default=15, help="timed calls")
-    parser.add_argument("--images", type=positive_int, help=argparse.SUPPRESS)  # of older versions, without effect
-    parser.add_argument("--out", default="runs/benchmark", metavar="DIR", help="folder of the results")
+    add("--only", choices=GROUPS, nargs="+", default=list(GROUPS), help="what to time")
+    add("--repeats", type=positive_int, default=15, help="timed calls")
+    add("--images", type=positive_int, help=argparse.SUPPRESS)  # of older versions, without effect
+    add("--out", default="runs/benchmark", metavar="DIR", help="folder of the results")
     return parser
 
 
 def main(argv=None):
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if not MIN_SIZE <= min(args.size) <= max(args.size) <= MAX_SIZE:
-        parser.error(f"--size: at least {MIN_SIZE} {MIN_SIZE}, at most {MAX_SIZE} {MAX_SIZE}")
+    args = make_parser().parse_args(argv)
     device, out = command.find_device(args.device), Path(args.out)
     torch.manual_seed(0)
     config = {**vars(args), "threads": torch.get_num_threads()}

@@ -49,7 +49,7 @@ class Cephalograms:
         reference_px0: (N, K, 2) positions that an attack displaces or keeps: the landmarks, unless they are unknown.
         sizes: (N, 2) int64 (H0, W0) of the original images.
         mm_per_px0: (N,) float64.
-        sha256: of all these but the paths and the single doctors' marks.
+        sha256: of ids, images, landmarks, sizes and spacing.
 
     Raises:
         InputError: data missing, incomplete, damaged or implausible, or a name that is no UTF-8; the message names the

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import (
-    LAMBDA,
     LARGEST,
     Goal,
     UNet,
@@ -59,28 +58,12 @@ class Detector(NamedTuple):
     names: tuple = LANDMARKS
     pull: Callable | None = None  # (outputs, goal, widths (B, K) in units of R) -> (B, K): see ``attack.vote_loss``
     confidence: Callable = lambda outputs, points: {}  # (outputs, points (B, K, 2) px) -> {column of records: (B, K)}
+    fingerprint: str | None = None  # of an own one
 
     def predict(self, image):
         """Landmarks (B, K, 2) x, y in px of images (B, C, H, W)."""
         with torch.no_grad():
             return self.landmarks(self.network(image))
-
-    @torch.no_grad()
-    def fingerprint(self, device):
-        """What it computes of drawn images, as a number by which other weights are told.
-
-        Raises:
-            ValueError: outputs depend on the batch or on chance.
-        """
-        draw = partial(torch.rand, generator=torch.Generator().manual_seed(0))
-        images = (draw(2, 3, *self.size) * torch.tensor([2, 0.2]).view(2, 1, 1, 1) - 1).to(device)  # two unlike ones
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True):  # the same in each process and call
-            points = self.landmarks(outputs := self.network(images))
-            values, compute = (outputs, self.network) if torch.is_tensor(outputs) else (points, self.predict)
-            alone = compute(images[:1])
-        if (alone - values[:1]).abs().amax() > 0.01 * values.abs().amax():
-            raise ValueError("its outputs depend on the batch or on chance: is the network in training mode? .eval()")
-        return " ".join(f"{(part.cpu().double() * draw(part.shape)).mean():.4g}" for part in (values, points))
 
 
 def load_detector(checkpoint, device="cpu", precision="fp32", batch_statistics=False, subpixel=False):
@@ -137,12 +120,30 @@ def load_own(source, device):
         check_tensors(landmarks=(found, "BK2", "float"))
         if not found.isfinite().all():
             raise ValueError("of a grey image it finds a landmark at nan or inf")
-        detector.fingerprint(device)
+        detector = detector._replace(names=tuple(detector.names), fingerprint=fingerprint(detector, device))
     except Exception as error:  # whatever the user's code raises
         raise InputError(f"--detector {source}: {type(error).__name__}: {error} (docs/detectors.md)") from None
     if found.shape[1] != len(detector.names):
         raise InputError(f"--detector {source}: finds {found.shape[1]} landmarks, but has {len(detector.names)} names")
-    return detector._replace(names=tuple(detector.names))
+    return detector
+
+
+@torch.no_grad()
+def fingerprint(detector, device):
+    """What a detector computes of drawn images, as numbers by which other weights are told.
+
+    Raises:
+        ValueError: outputs depend on the batch or on chance.
+    """
+    draw = partial(torch.rand, generator=torch.Generator().manual_seed(0))
+    images = (draw(2, 3, *detector.size) * torch.tensor([2, 0.2]).view(2, 1, 1, 1) - 1).to(device)  # two unlike ones
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):  # the same in each process and call
+        points = detector.landmarks(outputs := detector.network(images))
+        values, compute = (outputs, detector.network) if torch.is_tensor(outputs) else (points, detector.predict)
+        alone = compute(images[:1])
+    if (alone - values[:1]).abs().amax() > 0.01 * values.abs().amax():
+        raise ValueError("its outputs depend on the batch or on chance: is the network in training mode? .eval()")
+    return " ".join(f"{(part.cpu().double() * draw(part.shape)).mean():.4g}" for part in (values, points))
 
 
 def detector_of(model, size, subpixel=False):
@@ -166,11 +167,6 @@ def training_terms(detector, outputs, landmarks):
         return loss_terms(outputs, encode(landmarks, detector.size))
     every = torch.ones_like(landmarks[..., 0], dtype=torch.bool)
     return detector.loss(outputs, detector.goal(outputs.detach(), landmarks, every))[None]
-
-
-def total(terms):
-    """The loss from its terms, along their first axis."""
-    return LAMBDA * terms[0] + terms[1] + terms[2] if len(terms) == 3 else terms[0]
 
 
 # --- voting: the paper's ---------------------------------------------------------------------------------------------
@@ -261,9 +257,7 @@ def log_vote_share(maps, goal, widths):
     highest, voters = heatmap[:, 0].detach().topk(min(int(3.14 * radius**2), size.numel()))
     is_voter = torch.zeros_like(heatmap[:, 0], dtype=torch.bool).scatter_(-1, voters, True)
     pixels = torch.cat([voters, goal.pixels], dim=-1)
-    counted = torch.cat(
-        [torch.ones_like(voters, dtype=torch.bool), goal.inside & ~is_voter.gather(-1, goal.pixels)], -1
-    )
+    counted = torch.cat([torch.ones_like(voters).bool(), goal.inside & ~is_voter.gather(-1, goal.pixels)], dim=-1)
     logits = heatmap[:, 0].gather(-1, pixels) - highest[..., -1:]
     weight = F.logsigmoid(logits).masked_fill(~counted, -math.inf)
     votes = pixel_positions(pixels, size[1]) / radius + offsets_at(pixels, offset)

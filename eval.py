@@ -93,7 +93,6 @@ def metrics(errors):
         DataFrame with a row for each landmark ("1".."K") and one for "all": MRE, SD (population) and median in mm, SDR
         in %. MRE and SD of "all" are means over landmarks; its median and SDR are those of all errors.
     """
-    errors = np.asarray(errors, float)  # of a tensor, std() would be another
     table = pd.DataFrame(
         {"mre_mm": errors.mean(0), "sd_mm": errors.std(0), "median_mm": np.median(errors, axis=0)}
         | {f"sdr_{t}mm_%": 100 * (errors <= t).mean(0) for t in SDR_MM},
@@ -226,9 +225,8 @@ def record(data, points_px0, reference_px0=None, **columns):
     columns |= {"landmark": np.arange(points.shape[1]) + 1, "x_px0": points[..., 0], "y_px0": points[..., 1]}
     columns |= {"true_x_px0": truth[..., 0], "true_y_px0": truth[..., 1]}
     columns |= {"radial_error_mm": error * spacing, "mm_per_px0": spacing}
-    return pd.DataFrame(
-        {name: np.broadcast_to(columns[name], points.shape[:2]).ravel() for name in COLUMNS if name in columns}
-    )
+    shape = points.shape[:2]
+    return pd.DataFrame({name: np.broadcast_to(columns[name], shape).ravel() for name in COLUMNS if name in columns})
 
 
 def record_clean(detector, data, points, outputs):
@@ -405,9 +403,9 @@ def observe(iterates, attack, detector, data, targets, image, steps):
 # Landmarks of one image are not independent, hence images are resampled.
 
 
-def resample(count, draws=1000):
-    """A bootstrap's draws from ``count`` images: indices (draws, count)."""
-    return np.random.default_rng(0).integers(count, size=(draws, count))
+def resample(count):
+    """A bootstrap's 1000 draws from ``count`` images: indices (1000, count)."""
+    return np.random.default_rng(0).integers(count, size=(1000, count))
 
 
 def interval(values, statistic):
@@ -450,7 +448,7 @@ def with_worst(records, by=("iteration",)):
     return pd.concat([records, worst.assign(role=WORST, landmark=0)])
 
 
-def summarize(records, by=("iteration",), draws=1000):
+def summarize(records, by=("iteration",)):
     """Mean and median radial error and percentage within 4 mm with 95 % intervals, and the largest L-infinity norm.
 
     Returns:
@@ -460,7 +458,7 @@ def summarize(records, by=("iteration",), draws=1000):
     records = with_worst(records, by).sort_values("role", key=lambda r: r.map([*ROLES, WORST].index), kind="stable")
     keys = ["role", "method", *by]
     place = {image: i for i, image in enumerate(sorted(set(records["image"])))}
-    counts = np.stack([np.bincount(drawn, minlength=len(place)) for drawn in resample(len(place), draws)])
+    counts = np.stack([np.bincount(drawn, minlength=len(place)) for drawn in resample(len(place))])
     groups = records.groupby(keys, sort=False)
     table = groups["radial_error_mm"].agg(landmarks="size", mre_mm="mean", median_mm="median")
     table["within_4mm_%"] = groups["radial_error_mm"].agg(lambda errors: 100 * (errors <= SUCCESS_MM).mean())
@@ -471,7 +469,7 @@ def summarize(records, by=("iteration",), draws=1000):
         ends.append(np.nanpercentile(drawn, [2.5, 97.5], axis=1).T.ravel())
     names = [f"{name}_{end}" for name in LABELS for end in ("low", "high")]
     table = table.reset_index().join(pd.DataFrame(ends, columns=names))
-    rate = [f"within_{SUCCESS_MM}mm_%{end}" for end in ("", "_low", "_high")]
+    rate = [f"within_4mm_%{end}" for end in ("", "_low", "_high")]
     table[rate] = np.stack(exact(*table[rate].to_numpy().T, groups["image"].nunique().to_numpy()), axis=1)
     return table
 
@@ -482,9 +480,7 @@ def statistics_of(errors, weights):
     errors, weights = errors[order], weights[:, order]
     total = weights.sum(1)
     upto = weights.cumsum(1)
-    middle = [
-        errors[np.minimum((upto <= at[:, None]).sum(1), len(errors) - 1)] for at in ((total - 1) // 2, total // 2)
-    ]
+    middle = [errors[(upto <= at[:, None]).sum(1).clip(max=len(errors) - 1)] for at in ((total - 1) // 2, total // 2)]
     with np.errstate(invalid="ignore"):  # a draw may have none of these landmarks
         found = weights @ errors / total, (middle[0] + middle[1]) / 2, 100 * (weights @ (errors <= SUCCESS_MM)) / total
     return np.where(total > 0, np.stack(found), np.nan)

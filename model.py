@@ -512,5 +512,9 @@ def loss_terms(maps, goal):
 
 def landmark_loss(maps, goal):
     """L_k = lambda * BCE_k + L1_k(x) + L1_k(y) of each image and landmark: (B, K). Lambda = 2."""
-    cross_entropy, l1_x, l1_y = loss_terms(maps, goal)
-    return LAMBDA * cross_entropy + l1_x + l1_y
+    return total(loss_terms(maps, goal))
+
+
+def total(terms):
+    """The loss from its terms, along their first axis: three of maps for voting, else one."""
+    return LAMBDA * terms[0] + terms[1] + terms[2] if len(terms) == 3 else terms[0]

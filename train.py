@@ -26,14 +26,14 @@ import torch
 
 from attack import last, pgd
 from dataset import Cephalograms, check_disjoint, in_batches, to_input
-from detectors import detector_of, total, training_terms
+from detectors import detector_of, training_terms
 from eval import errors_on, metrics, warn_of_misfits
-from model import MAX_SIZE, MIN_SIZE, OUTPUTS, UNet, compile_network, freeze, load_weights, place
+from model import MAX_SIZE, MIN_SIZE, OUTPUTS, UNet, compile_network, freeze, load_weights, place, total
 from readers.layouts import available_splits
 from readers.points import LANDMARKS
 from support import command, distributed, figures
 from support.checkpoints import checked, checkpoint_epochs, checkpoint_path, load_file, sha256, write_tensors
-from support.command import half_grey_levels, positive_float, positive_int, progress
+from support.command import bounded, half_grey_levels, positive_float, positive_int, progress
 from support.distributed import is_main, world_size
 from support.errors import InputError, Stopped
 from support.files import RUNS, atomic, check_same_config, own_folder, read_config, results, save_config
@@ -41,6 +41,7 @@ from support.files import RUNS, atomic, check_same_config, own_folder, read_conf
 SAVE_SECONDS = 60  # between writings of resume.pth, beside those at checkpoints and at SIGTERM
 SAVED = ("epoch", "step", "terms", "seconds", "rows", "config")  # of the state, beside weights and moments
 WARMUP = 0.05  # fraction of a cosine schedule in which the learning rate rises
+side = bounded(int, range(MIN_SIZE, MAX_SIZE + 1).__contains__, f"a whole number from {MIN_SIZE} to {MAX_SIZE}")
 
 
 def make_parser():
@@ -48,7 +49,7 @@ def make_parser():
     add = parser.add_argument
     add("--tag", type=command.tag, may_change=True, help="name of the run, in runs/TAG/ (default: the time)")
     command.add_data_arguments(parser)
-    add("--size", type=positive_int, nargs=2, metavar=("H", "W"), default=[800, 640], help="network input in px")
+    add("--size", type=side, nargs=2, metavar=("H", "W"), default=[800, 640], help="network input in px")
     add("--epochs", type=positive_int, default=230, may_change=True, help="passes over the training images")
     add("--batch-size", type=positive_int, default=8, help="images per step, of all processes together")
     add("--lr", type=positive_float, default=1e-3, help="learning rate of Adam")
@@ -57,7 +58,7 @@ def make_parser():
     add("--encoder-weights", default="imagenet", metavar="SOURCE", help=weights)
     add("--encoder-batch-norm", action="store_true", help="VGG19-BN as encoder; the paper's is VGG19")
     add("--output", choices=OUTPUTS, default="voting", help="of the network, see docs/detectors.md")
-    add("--init", metavar="FILE", help="start from this checkpoint, of any --size, instead")
+    add("--init", metavar="FILE", help="start from this checkpoint, of any --size, not from --encoder-weights")
     text = "train on images that an attack moves away from the truth"
     add("--adversarial", action="store_const", const="untargeted", help=text)
     add("--epsilon", type=half_grey_levels, default=8.0, help="bound of these attacks, see test.py")
@@ -72,8 +73,6 @@ def parse_arguments(parser, argv):
     args = parser.parse_args(argv)
     if not args.adversarial:
         parser.refuse(args, ("epsilon", "attack_steps"), "needs --adversarial")
-    if not MIN_SIZE <= min(args.size) <= max(args.size) <= MAX_SIZE:
-        parser.error(f"--size: at least {MIN_SIZE} {MIN_SIZE}, at most {MAX_SIZE} {MAX_SIZE}")
     if args.batch_size < world_size():
         parser.error(f"--batch-size {args.batch_size}: fewer images than the {world_size()} processes")
     if args.compile and world_size() > 1:

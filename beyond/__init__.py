@@ -1,1 +1,1 @@
-"""What goes beyond the paper: clinical diagnoses, defences, attacked images stored as files."""
+"""What goes beyond the paper: clinical diagnoses, defences, attacked images as files, universal perturbations."""

@@ -20,12 +20,12 @@ from PIL import Image
 
 from eval import SUCCESS_MM, errors_on, metrics, summarize
 from readers.plausibility import SHAPE
+from readers.spacing import MM_PER_PX0
 from readers.tables import number
 from support.errors import InputError
 from support.files import load_table, write_table
 
 DRAWS = 4  # of a random defence, in each pass of an attack on it
-MODEL_MM_PER_PX0 = 0.1  # of the shape model
 
 
 # --- transformations of the input ------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def shape_distance(points, mm_per_px0):
         (N,) float64; 38 on the average of the population.
     """
     mean, modes, std, residual_std = shape_model()
-    deviation = (points * (mm_per_px0 / MODEL_MM_PER_PX0)[:, None, None]).flatten(1) - mean
+    deviation = (points * (mm_per_px0 / MM_PER_PX0)[:, None, None]).flatten(1) - mean
     weights = deviation @ modes.T
     rest = deviation - weights @ modes
     return (weights / std).square().sum(-1) + (rest / residual_std).square().sum(-1)

@@ -147,10 +147,10 @@ def reachable_classes(name):
     return {number: measure.words[number] for number in sorted((1, measure.below, measure.above))}
 
 
-def least_movement(points_px0, mm_per_px0, measure, to=None, margin_mm=MARGIN_MM):
+def least_movement(points_px0, mm_per_px0, measure, to=None):
     """The least movement of landmarks, by its sum of squares, that changes a patient's class by one measure alone.
 
-    The measure ends a margin beyond the threshold: the change that a movement by ``margin_mm`` makes at most (in a
+    The measure ends a margin beyond the threshold: the change that a movement by ``MARGIN_MM`` makes at most (in a
     class too narrow for that, the middle). The others keep their class, and that margin or what they have of it.
     Margins that contradict each other give way; where that would lose a class, there is no result. The minimum is
     local, from the given landmarks; those that would move less than ``MOVED_MM`` stay.
@@ -160,7 +160,6 @@ def least_movement(points_px0, mm_per_px0, measure, to=None, margin_mm=MARGIN_MM
         mm_per_px0: (N,).
         measure: index in ``MEASURES``.
         to: the class that it should have afterwards; None: the nearest other one.
-        margin_mm: see above.
 
     Returns:
         targets.Targets: where the landmarks are afterwards, and which of them have moved: none of patients that have
@@ -178,7 +177,7 @@ def least_movement(points_px0, mm_per_px0, measure, to=None, margin_mm=MARGIN_MM
         if len(patients):
             wanted = clean[patients].clone()
             wanted[:, measure] = c
-            movement = move(start[patients], mm_per_px0[patients], wanted, measure, steepness[patients], margin_mm)
+            movement = move(start[patients], mm_per_px0[patients], wanted, measure, steepness[patients])
             movement[movement.norm(dim=-1) < MOVED_MM] = 0
             places = start[patients] + movement / mm_per_px0[patients, None, None]
             reached = (classes(measures(places, mm_per_px0[patients])) == wanted).all(-1)
@@ -208,13 +207,13 @@ def steepest_movement(points_px0, mm_per_px0, measure, direction, distance_mm):
     return Targets(start + movement / mm_per_px0[:, None, None], (movement != 0).any(-1))
 
 
-def move(start, mm_per_px0, wanted, measure, steepness, margin_mm):
+def move(start, mm_per_px0, wanted, measure, steepness):
     """The least movement (N, 19, 2) in mm to the classes ``wanted`` (N, 8), by a penalty method.
 
     ``steepness`` (N, 8) is the largest change of a measure by a movement of 1 mm.
     """
     clean = measures(start, mm_per_px0)
-    low, high = bounds(wanted, margin_mm * steepness)
+    low, high = bounds(wanted, MARGIN_MM * steepness)
     others = torch.arange(len(MEASURES), device=start.device) != measure  # may be nearer to a threshold than the margin
     low, high = torch.where(others, low.minimum(clean), low), torch.where(others, high.maximum(clean), high)
     movement = torch.zeros_like(start, requires_grad=True)
@@ -385,7 +384,7 @@ def summarize_changes(changed):
 
 def warn_of_images(records):
     """Name the images of records in which the detector sees something else than a head, see ``eval.what_is_seen``."""
-    records = records.reindex(columns=["image", "seen", "vote_share"])  # older records do not have them
+    records = records.reindex(columns=["image", "seen", "vote_share"])  # not all have votes
     for seen, words in SEEN.items():
         share = records[records["seen"] == seen].groupby("image")["vote_share"].median()
         if len(share):

@@ -2,5 +2,5 @@
 
 scales.py lists the runs; each experiment has a module that computes tables from their records,
 plots them and renders its section of the report, which report.py puts together. They share results.py (from records to
-outcomes), statistics.py and markdown.py. scripts/tables.py makes the tables of single finished runs.
+outcomes), statistics.py and markdown.py. scripts/tables.py makes the tables of any finished runs.
 """

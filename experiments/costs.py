@@ -37,9 +37,8 @@ def attack_cost(args, size, step, counts):
     scale = size[0] * size[1] / (step.size[0] * step.size[1])
     images = len(args.images or ()) or sum(counts[part] for part in parts_of(args.split))
     images = min(images, args.limit or images)
-    iterations = 0
-    for attack in (ATTACKS[name] for name in args.attack or ()):
-        iterations += (attack.steps or args.steps) * (1 if attack.blind else 1 + len(args.defence or ()))
+    attacks, defended = [ATTACKS[name] for name in args.attack or ()], len(args.defence or ())
+    iterations = sum((attack.steps or args.steps) * (1 + defended * (not attack.blind)) for attack in attacks)
     # a test is a forward pass, a third of a step
     hours = images * (iterations or 1 / 3) * scale * step.attack / 3600
     memory = (step.fixed_bytes / 4 + args.batch_size * scale * step.image_bytes) / 2**30

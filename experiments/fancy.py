@@ -56,9 +56,7 @@ def plot(methods, path):
     height, width = SIZE0
     for row, (method, letters) in zip(axes, methods.items(), strict=True):
         for panel, (result, found) in zip(row, letters, strict=True):
-            truth, target, place = (
-                found[[f"{kind}x_px0", f"{kind}y_px0"]].to_numpy().T for kind in ("true_", "target_", "")
-            )
+            truth, target, place = (found[[f"{of}x_px0", f"{of}y_px0"]].to_numpy().T for of in ("true_", "target_", ""))
             panel.plot(*truth, "+", color="tab:gray", label="truth", markersize=5)
             panel.plot(*np.stack([target, place]).transpose(1, 0, 2), color="tab:blue", linewidth=0.4)
             panel.plot(*target, "x", color="tab:blue", label="target", markersize=5)

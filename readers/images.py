@@ -68,8 +68,7 @@ def read_image(path, size, mode="L"):
     check_suffix(path)
     with opened(path) as image:
         # of other than grey images Pillow keeps the upper 8 bits, in which 12-bit data are black
-        tiff = image.format == "TIFF"
-        deep = max(image.tag_v2.get(BITS, (8,))) > 8 if tiff else ";16B" in str(image.tile)
+        deep = max(image.tag_v2.get(BITS, (8,))) > 8 if image.format == "TIFF" else ";16B" in str(image.tile)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):

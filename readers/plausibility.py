@@ -116,7 +116,7 @@ def check_shape(points, refuse):
     refuse(~is_head, NO_HEAD)
 
 
-def align(places, mean, iterations=20):
+def align(places, mean):
     """Align the mean shape with landmarks by a rotation, scale and shift that minimise the sum of the distances.
 
     Few landmarks that are far off hardly matter, unlike for least squares.
@@ -129,7 +129,7 @@ def align(places, mean, iterations=20):
         (N, K) distances relative to the root-mean-square distance from the centre, and (N,) int quarter turns.
     """
     weight = np.ones(places.shape)
-    for _ in range(iterations):  # reweighted least squares
+    for _ in range(20):  # reweighted least squares
         weight /= weight.sum(1, keepdims=True)
         centred = places - (weight * places).sum(1, keepdims=True)
         model = mean - weight @ mean[:, None]

@@ -1,4 +1,4 @@
-"""Infrastructure of the commands: errors, arguments, files, checkpoints, processes.
+"""Infrastructure of the commands: errors, arguments, files, checkpoints, processes, charts.
 
 Nothing here imports a module of the root. Imports: errors <- distributed <- command, errors <- files <- checkpoints.
 """

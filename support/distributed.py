@@ -165,9 +165,9 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         features = x.to(torch.promote_types(x.dtype, torch.float32))
-        count = torch.full((), x.numel() // x.shape[1], dtype=torch.float64, device=x.device)
-        count = all_reduce(count).to(features.dtype)
-        mean = AllReduce.apply(features.sum((0, 2, 3))) / count
+        count = features.new_full((1,), x.numel() // x.shape[1])
+        total, count = AllReduce.apply(torch.cat([features.sum((0, 2, 3)), count])).split([x.shape[1], 1])
+        mean = total / count
         centred = features - mean[:, None, None]
         variance = AllReduce.apply(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():

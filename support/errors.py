@@ -24,14 +24,14 @@ def check_tensors(**tensors):
 
     Args:
         tensors: name=(value, axes, kind). Axes are a letter each, of one size wherever it stands, or a digit, the size
-            itself; "*" are any. Kinds are those of KINDS.
+            itself. Kinds are those of KINDS.
 
     Raises:
         ValueError: it names the first that does not fit, and says what all are.
     """
     sizes = {"2": 2, "3": 3}
     for name, (value, axes, kind) in tensors.items():
-        fits = torch.is_tensor(value) and KINDS[kind](value) and (axes == "*" or len(axes) == value.dim())
+        fits = torch.is_tensor(value) and KINDS[kind](value) and len(axes) == value.dim()
         if not fits or any(sizes.setdefault(axis, n) != n for axis, n in zip(axes, value.shape, strict=False)):
             all_are = "; ".join(f"{other} is {describe(value)}" for other, (value, *_) in tensors.items())
             raise ValueError(f"{name} must be ({', '.join(axes)}), a tensor of kind {kind}: {all_are}")

@@ -22,7 +22,6 @@ from attack import (
     landmarks_in_place,
     last,
     negative,
-    pgd,
     random_perturbations,
     run,
     square_search,
@@ -228,15 +227,15 @@ REFUSED = {  # what is given instead, to whom; the message
         "targeted must have a landmark of each image: it has [0, 0]",
     ),
     "one without": ("run goal", {"targeted": TARGETED & torch.tensor([[True], [False]])}, "it has [1, 0]"),
-    "0 .. 255": ("run pgd", {"image": 255 * torch.rand(2, 3, 40, 32)}, "image must lie in [-1, 1]: its values are 0"),
-    "a nan in the image": ("run pgd", {"image": MAPS[:, :, 0] * torch.nan}, "image must lie in [-1, 1]"),
-    "bytes": ("run pgd", {"image": MAPS[:, :, 0].byte()}, "image must be (B, C, H, W), a tensor of kind float"),
-    "one image": ("run pgd", {"image": MAPS[0, :, 0]}, "image must be (B, C, H, W), .* torch.float32 (3, 40, 32)"),
-    "numpy image": ("run pgd", {"image": MAPS[:, :, 0].numpy()}, "image is a ndarray"),
-    "negative": ("run pgd", {"epsilon": -8}, "epsilon must be a number from 0, .* -8, 2"),
-    "no number": ("run pgd", {"epsilon": float("nan")}, "epsilon must be a number from 0"),
-    "no step": ("run pgd", {"steps": 0}, "steps whole and above 0: they are 8, 0"),
-    "half a step": ("run pgd", {"steps": 2.5}, "steps whole and above 0"),
+    "0 .. 255": ("run", {"image": 255 * torch.rand(2, 3, 40, 32)}, "image must lie in [-1, 1]: its values are 0"),
+    "a nan in the image": ("run", {"image": MAPS[:, :, 0] * torch.nan}, "image must lie in [-1, 1]"),
+    "bytes": ("run", {"image": MAPS[:, :, 0].byte()}, "image must be (B, C, H, W), a tensor of kind float"),
+    "one image": ("run", {"image": MAPS[0, :, 0]}, "image must be (B, C, H, W), .* torch.float32 (3, 40, 32)"),
+    "numpy image": ("run", {"image": MAPS[:, :, 0].numpy()}, "image is a ndarray"),
+    "negative": ("run", {"epsilon": -8}, "epsilon must be a number from 0, .* -8, 2"),
+    "no number": ("run", {"epsilon": float("nan")}, "epsilon must be a number from 0"),
+    "no step": ("run", {"steps": 0}, "steps whole and above 0: they are 8, 0"),
+    "half a step": ("run", {"steps": 2.5}, "steps whole and above 0"),
     "heatmaps only": (
         "run goal",
         {"maps": MAPS[:, 0]},
@@ -266,10 +265,6 @@ def test_what_does_not_fit_is_refused_at_the_door(small, image, name, case):
     if "goal" in whom:
         with pytest.raises(ValueError, match=pattern):
             goal_maps(MAPS if maps is None else maps, given["targets"], given["targeted"])
-    if "pgd" in whom:
-        options = {name: given[name] for name in ("image", "epsilon", "steps")}
-        with pytest.raises(ValueError, match=pattern):
-            last(pgd(model, loss=lambda maps: maps.sum(), **options))
 
 
 @pytest.mark.parametrize("maps", [MAPS[:, 0], {"maps": MAPS}, MAPS.transpose(1, 2), MAPS.long(), MAPS.numpy()])
@@ -450,7 +445,7 @@ def test_the_square_attack_keeps_what_lowers_the_loss():
         losses.append((x - torch.linspace(-1, 1, 64).view(8, 8)).square().mean((1, 2, 3)))
         return losses[-1]
 
-    *_, (_, adversarial, _) = keep_best(square_search(lambda x: x, image, loss, 64, 200), lambda x: -loss(x))
+    *_, (_, adversarial, _) = keep_best(square_search(lambda x: x, image, loss, 64, 200, 0), lambda x: -loss(x))
     assert loss(adversarial)[0] == torch.stack(losses).min(0).values[0] < 0.9 * losses[0][0]
     assert set(adversarial.abs().unique().tolist()) <= {0.0, 0.25}
 

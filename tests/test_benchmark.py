@@ -35,7 +35,7 @@ def test_benchmark_writes_its_table(tmp_path, monkeypatch, run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--size", 31, 64], "--size: at least 32 32"),
+        (["--size", 31, 64], "argument --size: 31 is not a whole number from 32 to 16384"),
         (["--only", "loading"], "argument --only: invalid choice: 'loading'"),
     ],
 )

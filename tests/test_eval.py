@@ -14,9 +14,7 @@ from phantom import SHAPE
 
 def test_official_metrics_by_hand():
     # two images, two landmarks, mm
-    errors = [[1.0, 2.0], [3.0, 6.0]]
-    table = metrics(np.array(errors))
-    pd.testing.assert_frame_equal(metrics(torch.tensor(errors)), table)
+    table = metrics(np.array([[1.0, 2.0], [3.0, 6.0]]))
     assert table.loc["1", ["mre_mm", "sd_mm", "sdr_2mm_%", "sdr_3mm_%"]].tolist() == [2, 1, 50, 100]
     assert table.loc["2", ["mre_mm", "sd_mm", "sdr_2mm_%", "sdr_4mm_%"]].tolist() == [4, 2, 50, 50]
     assert table.loc["all", ["mre_mm", "sd_mm", "median_mm"]].tolist() == [3, 1.5, 2.5]

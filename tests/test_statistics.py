@@ -69,9 +69,9 @@ def test_each_row_of_a_summary_has_its_own_interval():
         attacked(errors * scale, method, iteration, targeted=[0, 5])
         for method, iteration, scale in (("I-FGSM", 0, 1), ("I-FGSM", 5, 2), ("ATI-FGSM", 0, 1), ("ATI-FGSM", 5, 0.75))
     )
-    table = summarize(records, draws=50)
+    table = summarize(records)
     row = table.query("role == 'targeted' and method == 'ATI-FGSM' and iteration == 5").iloc[0]
-    drawn = 0.75 * errors[:, [0, 5]][resample(4, 50)].reshape(50, -1)
+    drawn = 0.75 * errors[:, [0, 5]][resample(4)].reshape(1000, -1)
     for name, values in (
         ("mre_mm", drawn.mean(1)),
         ("median_mm", np.median(drawn, axis=1)),
@@ -86,7 +86,7 @@ def test_where_all_succeed_or_none_the_bound_is_exact():
     low, high = exact(np.array([0.0, 40.0, 100.0]), np.array([0.0, 20, 100]), np.array([0.0, 60, 100]), 20)[1:]
     assert low == pytest.approx([0, 20, 83.16], abs=0.01) and high == pytest.approx([16.84, 60, 100], abs=0.01)
     records = attacked(np.zeros((4, K)), "I-FGSM", 5, targeted=[0])
-    row = summarize(records, draws=10).query("role == 'targeted'").iloc[0]
+    row = summarize(records).query("role == 'targeted'").iloc[0]
     assert row["within_4mm_%_low"] == pytest.approx(100 * 0.025**0.25) and row["within_4mm_%_high"] == 100
 
 
