@@ -218,6 +218,12 @@ def test_an_attack_on_a_diagnosis(here, official, run):
     tables = "scripts/tables.py", "diagnosis", folder
     assert_refused(run(*tables, here / "twice", "--out", "none"), "a second run of epsilon 8")
     assert_refused(run(*tables, here / "twice" / ".." / "diagnosis", "--out", "none"), "name each folder once")
+    config = here / "twice" / "config.json"
+    config.write_text(config.read_text().replace('"steps": 3', '"steps": 4'))
+    assert_refused(run(*tables, here / "twice", "--out", "none"), "ATI-FGSM has another detector, --steps or --sub")
+    (here / "tables" / "diagnosis_driven.csv").touch()  # of other runs
+    assert run(*tables, "--data", official, "--out", "tables")[0] == 0
+    assert not (here / "tables" / "diagnosis_driven.csv").exists()
     for file in [*Path(shutil.copytree(official, here / "others")).rglob("[0-9]*.*")]:
         file.rename(file.with_stem(f"{int(file.stem) + 20}"))  # no patient has this number
     assert run(*tables, "--data", here / "others", "--out", "patientless")[0] == 0

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TRAIN, assert_refused
+from conftest import TRAIN, assert_refused, attack_record
 from torch import nn
 
 import train
@@ -32,6 +32,7 @@ from experiments.defence import auc, check, compute_masking, plot
 from experiments.results import Result
 from model import UNet, confidence, decode, encode, landmark_loss, place
 from support.errors import InputError
+from support.files import write_table
 
 EXAMPLES = [example for *_, example in DEFENCES.values()]
 
@@ -361,11 +362,14 @@ def test_the_chart_of_methods_behind_different_defences(monkeypatch):
 
 
 def test_only_comparable_runs_are_tabled_together(tmp_path):
-    def made(name, **changes):
+    truth = np.full((1, 19, 2), 50.0)
+
+    def made(name, image="1", **changes):
         config = {"tag": "plain", "epsilon": 8.0, "steps": 30, "attack": ["Vote-PGD"], "measure": None}
         folder = tmp_path / name
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config | {"targets_sha256": "a"} | changes))
+        write_table(folder / "predictions.csv", attack_record([image], truth, truth, truth, "Vote-PGD", 1))
         return Result({}, folder)
 
     first, ati, larger = made("first"), made("ati", attack=["ATI-FGSM"]), made("larger", epsilon=16.0)
@@ -374,3 +378,5 @@ def test_only_comparable_runs_are_tabled_together(tmp_path):
         check([first, made("both", attack=["ATI-FGSM", "Vote-PGD"])])
     with pytest.raises(InputError, match=r"far: other images or targets than in .*first"):
         check([first, made("far", epsilon=4.0, targets_sha256="b")])
+    with pytest.raises(InputError, match=r"other: other images or targets than in .*first"):
+        check([first, made("other", image="2", epsilon=4.0)])
