@@ -217,7 +217,7 @@ def descent(loss, outputs, image):
     gradient = torch.autograd.grad(total, image, allow_unused=True)[0] if total.requires_grad else None
     if gradient is None:
         raise ValueError("the loss has no gradient in the image: network or loss runs under no_grad, or detaches")
-    return losses.detach(), gradient
+    return losses.detach(), gradient.nan_to_num(0, 0, 0)  # of one pixel, nan would end the sum of all
 
 
 def falling(progress):

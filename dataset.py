@@ -62,8 +62,7 @@ class Cephalograms:
         if ids is not None:
             by_id = {entry.id: entry for entry in entries}
             if unknown := [id for id in ids if id not in by_id]:
-                have = f"which has {entries[0].id} .. {entries[-1].id}"
-                raise InputError(f"{root}: no image {unknown[0]} in {split}, {have}")
+                raise InputError(f"{root}: no image {unknown[0]} in {split} ({entries[0].id} .. {entries[-1].id})")
             entries = [by_id[id] for id in dict.fromkeys(ids)]
         entries = entries[:limit]
 

@@ -224,7 +224,7 @@ def begin(args, parser, device, epoch, checkpoint, out):
         return stored.predict_stored(detectors, folder, args.batch_size, device)
 
     table = read_back(Path(args.adversarial)) if args.adversarial else None  # before anything is written
-    distributed.on_main(prepare_output, out, config, device, data.ids, targets)
+    distributed.on_main(prepare_output, out, config, device, data.ids, are_kept(args) and targets)
     if args.attack:
         attack_all(args, detector, data, targets, training, device, out)
     elif not args.adversarial:
@@ -284,23 +284,28 @@ def find_references(args, detector, data, device):
 def make_targets(args, detector, data, device, file):
     """The ids of the images that are attacked, and their targets.
 
-    For a diagnosis the former are the patients whose class a movement can change. Targets that follow from predictions,
-    which may differ in their last bits, are taken again from the ``file`` of an earlier call.
+    For a diagnosis the former are the patients whose class a movement can change. Those that ``are_kept`` are taken
+    again from the ``file`` of an earlier call.
     """
     clean = data.reference_px0
     if args.measure and not args.image and not distributed.on_main(file.exists):
         clean = predict_px0(detector, data, args.batch_size, device)
 
     def find():  # by one process: the least movements of two machines may differ
-        ids, stored = read_stored_targets(file, data) if file.exists() else (None, None)
+        ids, stored = read_stored_targets(file, data) if are_kept(args) and file.exists() else (None, None)
         if stored and (args.measure or ids == data.ids):
             return ids, stored
         if args.measure:
             return diagnosis.diagnosis_targets(clean, data, args.measure, args.to, args.shift_mm)
         targets = chosen_targets(args, data)
-        return data.ids, targets._replace(places=targets.places.round(decimals=4)) if args.image else targets
+        return data.ids, targets._replace(places=targets.places.round(decimals=4)) if are_kept(args) else targets
 
     return distributed.on_main(find)
+
+
+def are_kept(args):
+    """Whether targets follow from predictions, which may have other last bits after a stop, and are thus stored."""
+    return args.measure or (args.image and args.targets in ("shift", "common") and args.neighbours != "free")
 
 
 def try_attacks(args, detector, data, targets, device):
@@ -330,7 +335,7 @@ def fingerprints(args, detector, checkpoint, data, targets, training):
 
 def prepare_output(out, config, device, ids, targets):
     save_config(out / "config.json", config, device)
-    if targets and (config["measure"] or config["image"]) and targets.free is None:
+    if targets:
         write_targets(out / "targets.csv", ids, targets)
 
 

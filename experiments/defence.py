@@ -259,7 +259,7 @@ def check(results):
                 raise InputError(f"{result.folder}: the same kind of run as {seen[key]}; give one of them")
             seen[key] = result.folder
         if kind == "attack":  # a file of targets may be for any image
-            truth = result.predictions().groupby("image")["true_x_px0"].sum().to_dict()
+            truth = result.predictions().groupby("image")["true_x_px0"].first().fillna(0).to_dict()
             targets.setdefault((config["targets_sha256"], *truth.items()), result.folder)
     if len(targets) > 1:
         first, other, *_ = targets.values()

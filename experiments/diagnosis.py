@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from attack import ATTACKS
 from beyond.diagnosis import DIRECTIONS, MEASURE_NAMES, changed_diagnoses, classes, diagnose, measures, turned_right
 from eval import interval, named, read_records
 from experiments.markdown import fold_intervals, markdown
@@ -295,10 +296,10 @@ def check(results):
         config = read_config(folder / "config.json")
         if not config.get("measure"):
             raise InputError(f"{folder}: not an attack on a diagnosis; give folders of test.py --targets diagnosis")
-        made = [config.get(name) for name in ("checkpoint_sha256", "detector_outputs", "steps", "subpixel")]
         for method in config["attack"]:
-            other = seen.setdefault(method, (made, folder))
-            if other[0] != made:
-                raise InputError(f"{folder}: {method} has another detector, --steps or --subpixel than in {other[1]}")
+            made = [config.get(name) or False for name in ("checkpoint_sha256", "batch_statistics", "subpixel")]
+            made.append(ATTACKS[method].steps or config["steps"])
+            if seen.setdefault((method, config["to"] in DIRECTIONS), made) != made:
+                raise InputError(f"{folder}: {method} has another detector, --steps or --subpixel than in the others")
         labelled.append(Result({name: config[name] for name in ("measure", "epsilon", "to", "shift_mm")}, folder))
     return labelled

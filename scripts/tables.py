@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project, 
 from experiments import attack, defence, diagnosis, robustness
 from experiments.results import Result
 from support import command
-from support.files import own_folder, write_json, write_text
+from support.files import check_same_config, own_folder, write_json, write_text
 
 EXPERIMENTS = {"attack": attack, "diagnosis": diagnosis, "defence": defence, "robustness": robustness}
 
@@ -36,9 +36,8 @@ def main(argv=None):
     experiment, out = EXPERIMENTS[args.experiment], Path(args.out)
     results = experiment.check(results)
     with own_folder(out, "scripts/tables.py", "--out", "config.json", "folders"):
+        check_same_config(out / "config.json", vars(args), {}, ("data", "out"), "--out")
         write_json(out / "config.json", vars(args))
-        for file in out.glob(f"{args.experiment}[_.]*"):  # of other folders
-            file.unlink()
         write_text(out / f"{args.experiment}.md", experiment.publish(results, args.data, out))
     print(f"written to {out}/")
 

@@ -235,10 +235,9 @@ def add_compute_arguments(parser):
 
 def fast_precision(device):
     """The faster --precision on a ``--device``: bf16 unless it would be emulated."""
+    native = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     if device != "cpu" and torch.cuda.is_available():
-        native = torch.cuda.get_device_capability() >= (8, 0)
-    else:
-        native = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+        native = torch.cuda.get_device_capability(None if device in ("auto", "cuda") else device) >= (8, 0)
     return "bf16" if native else "fp32"
 
 

@@ -368,11 +368,13 @@ def test_only_comparable_runs_are_tabled_together(tmp_path):
         config = {"tag": "plain", "epsilon": 8.0, "steps": 30, "attack": ["Vote-PGD"], "measure": None}
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(config | {"targets_sha256": "a"} | changes))
-        write_table(folder / "predictions.csv", attack_record([image], truth, truth, truth, "Vote-PGD", 1))
+        config |= {"targets_sha256": "a"} | changes
+        (folder / "config.json").write_text(json.dumps(config))
+        records = [attack_record([image], truth, truth, truth, method, 1) for method in config["attack"]]
+        write_table(folder / "predictions.csv", pd.concat(records))
         return Result({}, folder)
 
-    first, ati, larger = made("first"), made("ati", attack=["ATI-FGSM"]), made("larger", epsilon=16.0)
+    first, ati, larger = made("first"), made("ati", attack=["ATI-FGSM", "I-FGSM"]), made("larger", epsilon=16.0)
     check([first, ati, larger])
     with pytest.raises(InputError, match=r"both: the same kind of run as .*first"):
         check([first, made("both", attack=["ATI-FGSM", "Vote-PGD"])])
