@@ -197,12 +197,12 @@ def compute_doctors(records, changed, data):
 
 
 def plot(table, doctors, path):
-    """Shares against grey levels; each measure at the epsilon nearest to 4."""
-    figure, (*left, right) = panels(3, width=5.5, height=4.4)
+    """Shares against grey levels, if there are several; each measure at the epsilon nearest to 4."""
+    figure, (*left, right) = panels(3 if table["epsilon"].nunique() > 1 else 1, width=5.5, height=4.4)
     measure = table[::-1].groupby("measure", sort=False)["epsilon"].nunique().idxmax()  # all, or that of most epsilons
     pooled = table[table["measure"] == measure].sort_values("grey_levels")
     disagree = doctors.set_index("measure")["disagree_%"]
-    for panel, share in zip(left, ("intended", "only intended"), strict=True):
+    for panel, share in zip(left, ("intended", "only intended"), strict=False):
         for method, rows in by_method(pooled).items():
             line_with_band(panel, rows, "grey_levels", f"{share}_%", method)
         if share == "intended" and measure in disagree:
