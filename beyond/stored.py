@@ -17,7 +17,7 @@ from PIL import Image
 
 from attack import ATTACKS
 from eval import predict, read_records, record_attack, summarize, to_px0
-from readers.images import read_image, read_images, read_size
+from readers.images import cores, read_image, read_images, read_size
 from support import distributed
 from support.errors import InputError
 from support.files import atomic, write_table
@@ -163,7 +163,7 @@ def load_stored(files, data, size):
     """Stored images (N, H, W, 3) uint8 at the input's size, and their L-infinity norms (N,) in grey levels."""
     images, _ = read_images(files, data.images.shape[-2:], "RGB")
     clean = data.images.numpy() if size == "input" else data.files
-    with ThreadPoolExecutor() as pool:  # originals take long to decode
+    with ThreadPoolExecutor(cores()) as pool:  # originals take long to decode
         return images, np.array([*pool.map(largest_change, clean, files)])
 
 

@@ -198,11 +198,12 @@ def compute_doctors(records, changed, data):
 
 def plot(table, doctors, path):
     """Shares against grey levels, if there are several; each measure at the epsilon nearest to 4."""
-    figure, (*left, right) = panels(3 if table["epsilon"].nunique() > 1 else 1, width=5.5, height=4.4)
+    shares = ("intended", "only intended") if table["epsilon"].nunique() > 1 else ()
+    figure, (*left, right) = panels(len(shares) + 1, width=5.5, height=4.4)
     measure = table[::-1].groupby("measure", sort=False)["epsilon"].nunique().idxmax()  # all, or that of most epsilons
     pooled = table[table["measure"] == measure].sort_values("grey_levels")
     disagree = doctors.set_index("measure")["disagree_%"]
-    for panel, share in zip(left, ("intended", "only intended"), strict=False):
+    for panel, share in zip(left, shares, strict=True):
         for method, rows in by_method(pooled).items():
             line_with_band(panel, rows, "grey_levels", f"{share}_%", method)
         if share == "intended" and measure in disagree:
@@ -216,8 +217,7 @@ def plot(table, doctors, path):
     run = [name for name in MEASURE_NAMES if name in rows.index]
     bars(right, by_method(rows), run, "intended_%")
     if len(disagree):
-        heights = disagree.reindex(run)
-        right.plot(range(len(heights)), heights, "k_", markersize=22, label="two doctors disagree")
+        right.plot(range(len(run)), disagree.reindex(run), "k_", markersize=22, label="two doctors disagree")
     right.set(title=f"{SHARES['intended']}, {chosen / 2} grey levels", ylabel="patients (%)", ylim=(0, 118))
     right.legend(fontsize=8, loc="upper right", ncols=3)
     save(figure, path)
