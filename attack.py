@@ -52,7 +52,7 @@ class Attack(NamedTuple):
 
     @property
     def blind(self):
-        """Whether its perturbation is made without the detector and the image that are attacked."""
+        """Whether it has no adaptive form: a defence in front of the detector does not change its perturbation."""
         return self.universal or self.loss is self.score is None
 
     @property
@@ -100,7 +100,7 @@ def aim_at(detector, image, targets, targeted, untargeted=False, free=None):
     check_tensors(landmarks=(found, "BK2", "float"), targeted=(targeted, "BK", "bool"))
     places = torch.where(targeted[..., None] & (not untargeted), targets, found)
     goal = detector.goal(clean, places, targeted | untargeted)
-    held = torch.ones_like(targeted) if free is None or untargeted else ~free
+    held = torch.ones_like(targeted) if free is None or untargeted else ~free.to(targeted.device)
     return Aim(detector, places, targeted, held, TOLERANCE * radius_of(image.shape[-2:]), goal)
 
 
@@ -134,11 +134,12 @@ def run(attack, detector, image, targets, targeted, epsilon=8, steps=300, seed=0
     check_budget(image, epsilon, steps)
     network, steps = detector.network, attack.steps or steps
     check_network(network, image)
+    targets, targeted = targets.to(image), targeted.to(image.device)
     if attack.targeted:
         check_places(targets, targeted, image.shape[-2:])
     if attack.delta is not None:
         return replay(network, image, (image + attack.delta).clamp(-1, 1), steps)
-    aim = aim_at(detector, image, targets.to(image.dtype), targeted, not attack.targeted, free)
+    aim = aim_at(detector, image, targets, targeted, not attack.targeted, free)
     if attack.votes and not isinstance(aim.goal, VotingGoal):
         raise ValueError(f"{attack.name} is an attack on detectors by voting")
     loss = attack.loss and partial(attack.loss, aim=aim)
@@ -163,8 +164,8 @@ def check_network(network, image):
     if any(module.training for module in network.modules() if isinstance(module, depends)):
         raise ValueError("the network is in training mode, in which its outputs depend on the batch: call .eval()")
     devices = {tensor.device for tensor in itertools.chain(network.parameters(), network.buffers())}
-    if devices - {image.device}:
-        raise ValueError(f"the network is on {min(map(str, devices))}, the image on {image.device}: move one of them")
+    if others := devices - {image.device}:
+        raise ValueError(f"the network is on {min(map(str, others))}, the image on {image.device}: move one of them")
 
 
 # --- loops -----------------------------------------------------------------------------------------------------------
@@ -326,8 +327,8 @@ def common_pgd(network, image, loss, epsilon, steps, **options):
 def random_perturbations(network, image, loss, epsilon, steps, seed):
     """Perturbations uniform in the ball, a control: see ``run``. All images of a batch get the same ones.
 
-    Results thus do not depend on how images are batched. The generator differs from a random defence's of the same seed
-    in the 32 bits that torch uses.
+    Results thus do not depend on how images are batched. Bit 31 of the seed is flipped, so that a random defence of the
+    same seed draws other numbers (torch uses the lower 32 bits only).
     """
     generator = torch.Generator().manual_seed(seed ^ (1 << 31))
     yield 0, image, network(image)

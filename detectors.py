@@ -130,7 +130,7 @@ def load_own(source, device):
 
 @torch.no_grad()
 def fingerprint(detector, device):
-    """What a detector computes of drawn images, as numbers by which other weights are told.
+    """A text of what a detector computes of two drawn images: another one for other weights.
 
     Raises:
         ValueError: outputs depend on the batch or on chance.

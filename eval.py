@@ -98,9 +98,7 @@ def metrics(errors):
         | {f"sdr_{t}mm_%": 100 * (errors <= t).mean(0) for t in SDR_MM},
         index=[str(k + 1) for k in range(errors.shape[1])],
     )
-    overall = table.mean()
-    overall["median_mm"] = np.median(errors)
-    table.loc["all"] = overall
+    table.loc["all"] = {**table.mean(), "median_mm": np.median(errors)}
     return table
 
 

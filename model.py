@@ -343,8 +343,8 @@ class Goal(NamedTuple):
 
 
 def radius_of(size):
-    """R in px for an input of ``size`` = (H, W): int(5 % of the longer side), 40 at 800 x 640."""
-    return int(0.05 * max(size))
+    """R in px for an input of ``size`` = (H, W): int(5 % of the longer side), 40 at 800 x 640; at least 1."""
+    return max(1, int(0.05 * max(size)))
 
 
 def encode(points, size):
@@ -358,17 +358,17 @@ def encode(points, size):
         size: (H, W) px.
 
     Returns:
-        Goal, on the device and of the dtype of ``points``, with P = (2 R + 1)^2.
+        Goal, on the device of ``points``, heatmap and offset of their dtype, with P = (2 R + 1)^2.
     """
     height, width = size
     radius = radius_of(size)
     window = torch.arange(-radius, radius + 1, device=points.device)
-    x, y = (points.round()[..., None] + window).unbind(-2)  # (B, K, 2 R + 1) each
+    x, y = (points.round().long()[..., None] + window).unbind(-2)  # (B, K, 2 R + 1) each
     dx, dy = (points[..., 0, None] - x) / radius, (points[..., 1, None] - y) / radius
     squared = (dy.square()[..., :, None] + dx.square()[..., None, :]).flatten(-2)
     inside = ((y >= 0) & (y < height))[..., :, None] & ((x >= 0) & (x < width))[..., None, :]
     mask = inside.flatten(-2) & (squared < 1)
-    pixels = torch.where(mask, (y[..., :, None] * width + x[..., None, :]).flatten(-2), 0).long()
+    pixels = torch.where(mask, (y[..., :, None] * width + x[..., None, :]).flatten(-2), 0)
     offset = torch.stack([dx[..., None, :].expand_as(inside), dy[..., :, None].expand_as(inside)], dim=1).flatten(-2)
     heatmap = points.new_zeros(*points.shape[:2], height * width)
     heatmap.scatter_add_(-1, pixels, torch.exp(squared / -2) * mask)
@@ -410,7 +410,7 @@ def decode(maps, subpixel=False):
     _, votes = cast_votes(maps)
     x, y = votes.round().unbind(1)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    candidates = torch.where(inside, y * width + x, 0).long()
+    candidates = torch.where(inside, y.long() * width + x.long(), 0)
     heatmap = maps[:, 0].flatten(-2)
     counts = torch.zeros_like(heatmap).scatter_add_(-1, candidates, inside.to(maps.dtype))
     peak = heatmap.argmax(-1, keepdim=True)
@@ -456,7 +456,7 @@ def confidence(maps, points):
         {"heatmap_peak": (B, K), the heatmap's maximum, in [0, 1],
         "vote_share": (B, K), the fraction of the voters whose votes lie within 0.1 R, at least a pixel, of the point}.
     """
-    highest, votes = cast_votes(maps)
+    highest, votes = cast_votes(maps.to(torch.promote_types(maps.dtype, torch.float32)))
     share = near_votes(votes, points, maps.shape[-2:]).float().mean(-1)
     return {"heatmap_peak": highest.amax(-1).sigmoid(), "vote_share": share}
 
@@ -464,13 +464,13 @@ def confidence(maps, points):
 def log_distribution(maps):
     """Logarithm of the distribution over the pixels of maps (B, K, h, w): (B, K, h w)."""
     check_tensors(maps=(maps, "BKHW", "float"))
-    return maps.flatten(-2).log_softmax(-1)
+    return maps.flatten(-2).log_softmax(-1, dtype=torch.promote_types(maps.dtype, torch.float32))
 
 
 def axes(maps, size):
     """The rows and columns of maps (B, K, h, w) as y (h,) and x (w,) in px of an input of ``size`` (H, W)."""
     counts = zip(maps.shape[-2:], size, strict=True)
-    return [(torch.arange(n, device=maps.device, dtype=maps.dtype) + 0.5) * total / n - 0.5 for n, total in counts]
+    return [(torch.arange(n, device=maps.device) + 0.5) * total / n - 0.5 for n, total in counts]
 
 
 def centres(maps, size):

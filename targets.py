@@ -153,8 +153,10 @@ def shift_targets(rng, landmarks, size0, count, displacement, id):
 
 
 def with_neighbours(targets, data, neighbours):
-    """Targets whose landmarks' two nearest, unless they are targeted themselves, go "along", displaced like the first
-    such landmark unless this leads out of the image, or are "free".
+    """Targets with a role for the two landmarks nearest to each targeted one, unless they are targeted themselves.
+
+    "along": they become targets, displaced like the first landmark that they are near to, or stay stationary where that
+    leads out of the image. "free": they may go anywhere.
     """
     points = data.reference_px0
     apart = torch.cdist(points, points)

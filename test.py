@@ -136,8 +136,8 @@ def parse_arguments(parser, argv):
     if (args.tag is None) == (args.detector is None):
         parser.error("--tag or --detector: one of them is needed")
     if args.detector:
-        args.tag = args.detector.rpartition(":")[2]
-        if not args.tag.isidentifier():
+        file, _, args.tag = args.detector.rpartition(":")
+        if not (file.endswith(".py") and args.tag.isidentifier()):
             parser.error(f"--detector {args.detector}: FILE.py:NAME is needed")
         own = "iteration", "subpixel", "batch_statistics", "transfer", "measure", "precision", "compile"
         parser.refuse(args, own, "not with --detector")
@@ -179,10 +179,8 @@ def main(argv=None):
     distributed.start()
     with distributed.guard():
         device = command.find_device(args.device)
-        if args.detector:
-            epoch, checkpoint = None, Path(args.detector.rpartition(":")[0])
-        else:
-            epoch, checkpoint = find_checkpoint(run_folder(args.tag), args.iteration)
+        own = args.detector and (None, Path(args.detector.rpartition(":")[0]))
+        epoch, checkpoint = own or find_checkpoint(run_folder(args.tag), args.iteration)
         out = Path(args.rand) if args.rand else RUNS / args.tag / default_name(args, epoch)
     with distributed.held_by_main(own_folder(out, "test.py", "--rand", "config.json", "rand")):
         begin(args, parser, device, epoch, checkpoint, out)
@@ -240,10 +238,8 @@ def begin(args, parser, device, epoch, checkpoint, out):
 
 def load(checkpoint, args, device):
     """The detector of a checkpoint, and the images at the size of its input."""
-    if args.detector:
-        detector = load_own(args.detector, device)
-    else:
-        detector = load_detector(checkpoint, device, args.precision, args.batch_statistics, args.subpixel)
+    options = device, args.precision, args.batch_statistics, args.subpixel
+    detector = load_own(args.detector, device) if args.detector else load_detector(checkpoint, *options)
     return detector, load_data(args, detector.size, detector.names)
 
 
@@ -304,7 +300,10 @@ def make_targets(args, detector, data, device, file):
 
 
 def are_kept(args):
-    """Whether targets follow from predictions, which may have other last bits after a stop, and are thus stored."""
+    """Whether targets are kept in targets.csv: they follow from predictions, of other last bits after a stop.
+
+    Not those with free landmarks, which that file cannot hold.
+    """
     return args.measure or (args.image and args.targets in ("shift", "common") and args.neighbours != "free")
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from attack import ATTACKS, aim_at, last, run
 from detectors import Detector, coordinates, heatmap, voting
-from model import OUTPUTS, UNet, expected_pixel, highest_pixel
+from model import OUTPUTS, UNet, confidence, expected_pixel, highest_pixel
 
 SIZE, K = (64, 48), 5
 TARGETED = torch.tensor([[True, True, False, False, False]] * 2)
@@ -48,6 +48,27 @@ def test_pixels_of_smaller_maps_by_hand():
     maps[0, 0, 1, 2] = math.log(5)  # half of the distribution
     assert highest_pixel(maps, (4, 9)).tolist() == [[[7, 2.5]]]
     assert expected_pixel(maps, (4, 9))[0, 0].tolist() == pytest.approx([5.2, 1.9])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_names_pixels_exactly(dtype):
+    maps = torch.zeros(1, 1, 800, 640, dtype=dtype)
+    maps[0, 0, 777, 605] = 100  # all of the distribution
+    assert highest_pixel(maps, (800, 640)).tolist() == [[[605, 777]]]
+    assert expected_pixel(maps, (800, 640))[0, 0].tolist() == pytest.approx([605, 777])
+    maps = torch.stack([maps, *torch.zeros(2, *maps.shape, dtype=dtype)], dim=1)
+    peak, share = confidence(maps, torch.tensor([[[605.0, 777.0]]])).values()
+    assert peak.item() == 1 and share.dtype == torch.float32
+
+
+def test_an_input_of_less_than_20_px_is_attacked():
+    """Its R of 5 % is less than a pixel."""
+    torch.manual_seed(0)
+    small, targets = torch.rand(1, 3, 16, 12) * 2 - 1, torch.full((1, K, 2), 8.0)
+    detector = heatmap(layers(nn.Conv2d(8, K, 5, padding=2)), (16, 12))
+    for name in ("I-FGSM", "Vote-PGD"):
+        _, adversarial, _ = last(run(ATTACKS[name], detector, small, targets, TARGETED[:1], steps=3))
+        assert not torch.equal(adversarial, small)
 
 
 @pytest.mark.parametrize("form", ["heatmap", "expectation", "coordinates"])
@@ -119,6 +140,7 @@ REFUSED = {  # the network, and the message
     "detached": (lambda image: plain(image).detach(), "the loss has no gradient in the image"),
     "another tensor": (lambda image: torch.zeros(2, K, 64, 48, requires_grad=True), "the loss has no gradient in the"),
     "another device": (layers(nn.Conv2d(8, K, 1)).to("meta"), "the network is on meta, the image on cpu"),
+    "a layer elsewhere": (layers(nn.Conv2d(8, K, 1, device="meta")), "the network is on meta, the image on cpu"),
     "another form": (lambda image: plain(image)[:, None], "maps must be (B, K, H, W)"),
 }
 
@@ -271,6 +293,7 @@ OWN_REFUSED = {  # --detector, arguments; the message
     "no file": ("nowhere.py:dots", [], "FileNotFoundError"),
     "no function": ("own.py:other", [], "AttributeError"),
     "no name": ("own.py", [], "FILE.py:NAME is needed"),
+    "no .py": ("own:dots", [], "FILE.py:NAME is needed"),
     "another number": ("own.py:six", [], "finds 5 landmarks, but has 6 names"),
     "no detector": ("own.py:nothing", [], "AttributeError"),
     "an error": ("own.py:broken", [], "KeyError: 'x'"),

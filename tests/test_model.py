@@ -278,6 +278,13 @@ def test_encoding_by_hand():
     assert offset[1, 0, 0, 20, 10].item() == pytest.approx(0.25 / 3)  # positions between pixels count
 
 
+def test_pixels_beyond_the_whole_numbers_of_float32():
+    """A map of more than 2^24 pixels."""
+    point = torch.tensor([[[3001.0, 4990.0]]])
+    maps = maps_of(encode(point, (5000, 4001)))
+    assert maps[0, 0, 0].argmax() == 4990 * 4001 + 3001 and torch.equal(decode(maps), point)
+
+
 @pytest.mark.parametrize("size", [(40, 60), (33, 47)])
 def test_encoding_is_the_definition_on_all_pixels(size):
     height, width = size
