@@ -226,14 +226,13 @@ def falling(progress):
     return 0.005 + 0.245 * (1 + math.cos(math.pi * progress)) / 2
 
 
-def apgd(network, image, loss, epsilon, steps, momentum=0.75, share=0.75):
+def apgd(network, image, loss, epsilon, steps):
     """APGD (Croce and Hein, arXiv 2003.01690, algorithm 1): the step of each image starts at 2 epsilon and is halved,
-    from its best iterate on, where too few steps lowered the loss or the best stayed as it was.
+    from its best iterate on, where less than 0.75 of the steps lowered the loss or the best stayed as it was. The new
+    step has a weight of 0.75, the last one is made again with the rest.
 
     Args:
         network, image, loss, epsilon, steps: see ``pgd``.
-        momentum: weight of the new step; the last one is made again with 1 - momentum.
-        share: of the steps between two checks that should have lowered the loss.
 
     Yields:
         see ``run``.
@@ -253,13 +252,13 @@ def apgd(network, image, loss, epsilon, steps, momentum=0.75, share=0.75):
         best = torch.where(better, value, best)
         best_delta, best_gradient = torch.where(better, delta, best_delta), torch.where(better, gradient, best_gradient)
         if iteration in apgd_checks(steps):
-            halved = (fell < share * since) | (~halved & (best == checked))
+            halved = (fell < 0.75 * since) | (~halved & (best == checked))
             size = torch.where(halved, size / 2, size)
             delta, gradient = torch.where(halved, best_delta, delta), torch.where(halved, best_gradient, gradient)
             before = torch.where(halved, best_delta, before)
             checked, fell, since = best, torch.zeros_like(fell), 0
         stepped = (delta - size * bound * gradient.sign()).clamp(-bound, bound)
-        weight = momentum if iteration else 1
+        weight = 0.75 if iteration else 1
         moved = delta + weight * (stepped - delta) + (1 - weight) * (delta - before)
         delta, before = moved.clamp(-bound, bound), delta
     yield steps, *perturbed(network, image, delta)
@@ -274,17 +273,16 @@ def apgd_checks(steps):
 
 
 @torch.no_grad()
-def square_search(network, image, loss, epsilon, steps, seed, first=0.8):
+def square_search(network, image, loss, epsilon, steps, seed):
     """The Square attack (Andriushchenko et al., arXiv 1912.00049), which sees the loss only: no gradient.
 
     The first step tries vertical stripes, each further one another corner of the ball in a random square; what does not
-    raise the loss is kept. All images of a batch get the same squares, so that results do not depend on how images are
-    batched.
+    raise the loss is kept. The first squares cover 0.8 of the image, later ones half as much, nine times. All images of
+    a batch get the same squares, so that results do not depend on how images are batched.
 
     Args:
         network, image, loss, epsilon, steps: see ``pgd``; a step is a query of the network.
         seed: of the squares.
-        first: fraction of the image that the first squares cover; it is halved at set iterations.
 
     Yields:
         see ``run``.
@@ -301,7 +299,7 @@ def square_search(network, image, loss, epsilon, steps, seed, first=0.8):
     yield 0, image, outputs
     for iteration in range(1, steps + 1):
         halvings = sum(iteration * 10_000 > at * steps for at in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
-        side = min(max(1, round((first / 2**halvings * height * width) ** 0.5)), height, width)
+        side = min(max(1, round((0.8 / 2**halvings * height * width) ** 0.5)), height, width)
         y, x = (places.randrange(n - side + 1) for n in (height, width))
         trial = delta.clone()
         trial[..., y : y + side, x : x + side] = corner(channels, 1, 1)

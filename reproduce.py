@@ -28,7 +28,7 @@ import test
 import train
 from benchmark import time_steps
 from experiments import demo, report
-from experiments.costs import COLUMNS, OFFICIAL, attack_cost, training_cost
+from experiments.costs import COLUMNS, attack_cost, training_cost
 from experiments.results import Result
 from experiments.scales import SCALES, Scale, arguments, to_attack
 from readers.layouts import IDS, available_splits, index
@@ -66,7 +66,6 @@ def parse_arguments():
         if args.only:
             parser.error("--only: not with --scale demo, which has one report")
         args.data = str(RUNS / f"{args.name}-phantoms")
-    args.precision = args.precision or ("fp32" if args.scale == "paper" else command.fast_precision(args.device))
     return args
 
 
@@ -74,6 +73,8 @@ def main():
     args = parse_arguments()
     distributed.start()
     with distributed.guard():
+        command.find_device(args.device)
+        args.precision = args.precision or ("fp32" if args.scale == "paper" else command.fast_precision(args.device))
         plan = make_plan(args)
     if args.list or (args.scale == "paper" and not torch.cuda.is_available()):
         distributed.on_main(show_costs, plan, args)
@@ -101,7 +102,7 @@ def main():
 
 
 def keep_config(path, args):
-    """Write what all results of a name share, or refuse others: sections of one report would be of several."""
+    """Write what all sections of a report must share; refuse to go on with another scale, precision or data."""
     config = {name: getattr(args, name) for name in ("scale", "encoder_weights", "precision", "mm_per_px")}
     if args.scale != "demo":
         marks = [read_doctors(entry, (np.inf, np.inf)).tobytes() for entry in index(args.data, "test")]
@@ -136,7 +137,7 @@ def estimate(plan, device):
         for program, *argv in plan.commands(name)
     ]
     sizes = {args.tag: args.size for _, program, args in parsed if program == "train.py"}
-    size, counts = sizes[plan.folder(plan.scale.victim).name], OFFICIAL
+    size, counts = sizes[plan.folder(plan.scale.victim).name], {part: len(ids) for part, ids in IDS.items()}
     command.say(f"timing a step of training and one of an attack at {size[0]} x {size[1]} px ...")
     step, rows = time_steps(size, device, plan.options["precision"], 8 if device.type == "cuda" else 1), []
     for name, program, args in parsed:

@@ -369,8 +369,7 @@ def unfinished(args, data, out, methods):
     """
 
     def is_unfinished(method, i):
-        files = [record_file(out, data.ids[i], method)]
-        files += [record_file(out, data.ids[i], method, name) for name in args.defence if method]
+        files = [record_file(out, data.ids[i], method, name) for name in (None, *(args.defence if method else ()))]
         if i < args.pictures:
             files.append(picture_file(out, data.ids[i], method))
         if args.save_adversarial:
@@ -381,11 +380,8 @@ def unfinished(args, data, out, methods):
         records = record_files(args, data, out, (None, *args.defence))
         if earlier := {file: content for file, content in records.items() if file.exists()}:
             read_records(earlier, data.names)  # refused before the work, not after it
-        jobs = [
-            (method, batch, [i for i in batch if is_unfinished(method, i)])
-            for method in methods
-            for batch in in_batches(list(range(len(data))), args.batch_size)
-        ]
+        batches = in_batches(list(range(len(data))), args.batch_size)
+        jobs = [(method, part, [i for i in part if is_unfinished(method, i)]) for method in methods for part in batches]
         return [job for job in jobs if job[-1]]
 
     return distributed.shard(distributed.on_main(find))

@@ -68,13 +68,15 @@ def check(results):
     """Finished runs as those of one comparison; methods that several of them have are named with their run.
 
     Raises:
-        InputError: one is not the result of an attack, or has other targets for the same images.
+        InputError: one is not the result of an attack, or has other images or targets.
     """
     tables = []
     for result in results:
         tables.append(result.predictions().assign(run=str(result.folder)))
         if "method" not in tables[-1]:
             raise InputError(f"{result.folder}: not the results of an attack; give output folders of test.py --attack")
+        if {*tables[-1]["image"]} != {*tables[0]["image"]}:
+            raise InputError(f"{result.folder}: other images than in {results[0].folder}; give runs on the same")
     records, landmark = pd.concat(tables), ["image", "landmark"]
     targets = records[records["role"] != "untargeted"]
     targets = targets.drop_duplicates([*landmark, "role", "target_x_px0", "target_y_px0"])

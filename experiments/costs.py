@@ -3,11 +3,11 @@
 from typing import NamedTuple
 
 from attack import ATTACKS
-from readers.layouts import IDS, parts_of
+from beyond.defences import DRAWS
+from readers.layouts import parts_of
 
 COLUMNS = ["experiment", "commands", "images trained", "image-iterations", "hours", "memory (GiB)", "disk (GiB)"]
 STATES = 3  # resume.pth holds the weights and two moments of each
-OFFICIAL = {split: len(ids) for split, ids in IDS.items()}  # images
 
 
 class Step(NamedTuple):
@@ -37,9 +37,10 @@ def attack_cost(args, size, step, counts):
     scale = size[0] * size[1] / (step.size[0] * step.size[1])
     images = len(args.images or ()) or sum(counts[part] for part in parts_of(args.split))
     images = min(images, args.limit or images)
-    attacks, defended = [ATTACKS[name] for name in args.attack or ()], len(args.defence or ())
-    iterations = sum((attack.steps or args.steps) * (1 + defended * (not attack.blind)) for attack in attacks)
+    attacks = [ATTACKS[name] for name in args.attack or ()]
+    draws = [DRAWS if attacks and name.startswith("noise") else 1 for name in args.defence or ()]
+    iterations = sum((attack.steps or args.steps) * (1 + sum(draws) * (not attack.blind)) for attack in attacks)
     # a test is a forward pass, a third of a step
-    hours = images * (iterations or 1 / 3) * scale * step.attack / 3600
-    memory = (step.fixed_bytes / 4 + args.batch_size * scale * step.image_bytes) / 2**30
+    hours = images * (iterations or (1 + len(draws)) / 3) * scale * step.attack / 3600
+    memory = (step.fixed_bytes / 4 + args.batch_size * max(draws, default=1) * scale * step.image_bytes) / 2**30
     return {"image-iterations": images * iterations, "hours": hours, "memory (GiB)": memory}

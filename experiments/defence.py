@@ -249,7 +249,7 @@ def render(tables):
 
 
 def check(results):
-    """The runs, unless they do not compare: two of one kind, or attacks on other images or with other targets."""
+    """The runs, unless they do not compare: two of one kind, two detectors of one name, other images or targets."""
     seen, targets = {}, {}
     for result in results:
         (kind, labels), config = describe(result), read_config(result.folder / "config.json")
@@ -258,6 +258,9 @@ def check(results):
             if key in seen:
                 raise InputError(f"{result.folder}: the same kind of run as {seen[key]}; give one of them")
             seen[key] = result.folder
+        detector = [config.get(name) or False for name in ("checkpoint_sha256", "batch_statistics", "subpixel")]
+        if seen.setdefault(config["tag"], detector) != detector:
+            raise InputError(f"{result.folder}: another checkpoint or decoding of {config['tag']} than in the others")
         if kind == "attack":  # a file of targets may be for any image
             truth = result.predictions().groupby("image")["true_x_px0"].first().fillna(0).to_dict()
             targets.setdefault((config["targets_sha256"], *truth.items()), result.folder)

@@ -168,9 +168,16 @@ def compute_delivered(result):
 def doctors_apart(records, data):
     """How two doctors' measures of the attacked patients differ: tables of the absolute difference and of whether the
     classes do, with a row for each patient whom two doctors marked, and a column for each measure.
+
+    Raises:
+        InputError: the marks in ``data`` are others than those of the records.
     """
-    spacing = records.dropna(subset="true_x_px0").groupby("image")["mm_per_px0"].first()  # not of --image
+    known = records.dropna(subset="true_x_px0").drop_duplicates(["image", "landmark"])  # not of --image
+    spacing = known.groupby("image")["mm_per_px0"].first()
     marks = read_marks(data, "test", spacing.index)
+    for id, rows in known.groupby("image"):
+        if id in marks and not np.allclose(marks[id].mean(0), rows[["true_x_px0", "true_y_px0"]], atol=0.01):
+            raise InputError(f"{data}: image {id} has other landmarks than in the results; give --data of their runs")
     points = torch.tensor(np.reshape([*marks.values()], (-1, 2, len(LANDMARKS), 2)))
     mm_per_px0, points = torch.tensor(spacing[[*marks]].to_numpy()), turned_right(points, points.mean(1))
     senior, junior = (measures(marked, mm_per_px0) for marked in points.unbind(1))
@@ -248,8 +255,8 @@ def plot_patient(before, after, measure, title, texts, data, path):
     """Both tracings over the radiograph of ``data``, the lines of the measure thicker."""
     figure, (panel,) = panels(1, width=6.5, height=7)
     panel.invert_yaxis()
-    for entry in index(data, "test"):
-        if entry.id == before["image"].iloc[0] and before["true_x_px0"].notna().all():  # not of --image
+    for entry in index(data, "test") if before["true_x_px0"].notna().all() else ():  # not of --image
+        if entry.id == before["image"].iloc[0]:
             panel.imshow(read_image(entry.image, None)[0], cmap="gray", vmin=0, vmax=255, alpha=0.5)
     styles = ("before", before, "tab:blue", "o-"), ("after", after, "tab:red", "x--")
     for (when, records, color, style), text in zip(styles, texts, strict=True):
@@ -289,7 +296,7 @@ def check(results):
     """Finished runs with the labels that ``publish`` needs.
 
     Raises:
-        InputError: one is not an attack on a diagnosis, or a method is that of several detectors.
+        InputError: one is not an attack on a diagnosis, or two of a method differ in detector, steps or decoding.
     """
     labelled, seen = [], {}
     for _, folder in results:

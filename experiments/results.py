@@ -48,7 +48,8 @@ def error_from_truth(records):
 
 def read_marks(data, split, ids):
     """The doctors' marks of a split's images ``ids``, as far as two doctors have marked them: {id: (2, K, 2) px0}."""
-    entries = [entry for entry in index(data, split) if entry.id in ids and len(entry.annotations) == 2]
+    entries = index(data, split) if len(ids) else ()
+    entries = [entry for entry in entries if entry.id in ids and len(entry.annotations) == 2]
     return {entry.id: read_doctors(entry, (np.inf, np.inf)) for entry in entries}
 
 

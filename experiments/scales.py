@@ -93,16 +93,10 @@ def detection(detector, splits):
     ]
 
 
-def compare(run, name, description, experiment="attack", prefix="", **options):
-    """Attacks on the same images and targets; ``prefix``: of the names of its methods in the comparison."""
-    labels = {"description": description} | ({"prefix": prefix} if prefix else {})
-    return run(experiment, name, labels, **options)
-
-
 def shift_and_random(attack, experiment="attack"):
     """An attack on near and on far targets."""
-    shift = compare(attack, "shift", "Displacements of 8 mm, epsilon 8", experiment, **NEAR, epsilon=8)
-    return shift, compare(attack, "random", "Random targets, epsilon 8", experiment, **FAR, epsilon=8)
+    shift = attack(experiment, "shift", {"description": "Displacements of 8 mm, epsilon 8"}, **NEAR, epsilon=8)
+    return shift, attack(experiment, "random", {"description": "Random targets, epsilon 8"}, **FAR, epsilon=8)
 
 
 def sweep_epsilon(attack, epsilons):
@@ -210,7 +204,7 @@ def causes(options, shift, table):
 
 
 def paper(splits, ids):
-    """As published, for GPUs: an hour at half of an H200's peak in bf16."""
+    """As published, for GPUs; in bf16 an hour at half of an H200's peak."""
     victim, few = "800x640", {"steps": 100, "images": ids[:50]}
     attack = partial(test, victim)
     diagnose = partial(attack, attack="Vote-PGD", images=ids[:20], subpixel=True)
@@ -241,7 +235,7 @@ def paper(splits, ids):
             *drive_diagnosis(partial(diagnose, steps=25), [(4, 8)]),
             *deliver_diagnosis(partial(diagnose, steps=50), 4, ("ANB",)),
         ],
-        "defence": sweep_defence(victim, {"steps": 100, "images": ids[:40]}, robust, splits[0], (2, 4, 8, 16, 32), 300),
+        "defence": sweep_defence(victim, {"steps": 100, "images": ids[:30]}, robust, splits[0], (2, 4, 8, 16, 32), 300),
     }
     return Scale(victim, experiments)
 
@@ -287,12 +281,12 @@ def cpu(splits, ids):
     experiments = {
         "detection": [learn(victim), *detection(victim, splits)],
         "attack": [
-            compare(attack, f"{name}_{iterate}", description, **target, prefix=f"{iterate} ", iterate=iterate, **equal)
-            for name, description, target in (
+            attack("attack", f"{name}_{by}", {"description": text, "prefix": f"{by} "}, **target, iterate=by, **equal)
+            for name, text, target in (
                 ("shift", "Loss, schedule and iterate, displacements of 8 mm", NEAR),
                 ("random", "Loss, schedule and iterate, random targets", FAR),
             )
-            for iterate in ("last", "best")
+            for by in ("last", "best")
         ],
         "robustness": [shift, random],
         "epsilon": sweep_epsilon(partial(attack, attack=ADAPTIVE, **few), {"random": EPSILONS, "8 mm": EPSILONS}),
@@ -374,7 +368,7 @@ def demo(encoder_weights="none"):
             learn(victim, size=(400, 320), init=Checkpoint("200x160", 7), epochs=3, lr=3e-4, batch_size=2),
             detection(victim, ["test1"])[0],
         ],
-        "attack": [compare(partial(test, victim), "shift", "Displacements of 8 mm, epsilon 8", **near)],
+        "attack": [test(victim, "attack", "shift", {"description": "Displacements of 8 mm, epsilon 8"}, **near)],
         "fancy": spell(spell_one, DEMO_IMAGES, "MISS"),
     }
     return Scale(victim, experiments)

@@ -37,8 +37,8 @@ def main(argv=None):
     results = experiment.check(results)
     with own_folder(out, "scripts/tables.py", "--out", "config.json", "folders"):
         check_same_config(out / "config.json", vars(args), {}, ("data", "out"), "--out")
-        write_json(out / "config.json", vars(args))
         write_text(out / f"{args.experiment}.md", experiment.publish(results, args.data, out))
+        write_json(out / "config.json", vars(args))
     print(f"written to {out}/")
 
 

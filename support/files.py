@@ -96,7 +96,7 @@ def own_folder(folder, program, remedy, mark, sign=None):
         folder: Path; created, parents included.
         program: name of the command.
         remedy: the argument that chooses another folder, for the message.
-        mark: the file that the command writes first.
+        mark: a file that the command writes into each of its folders.
         sign: an argument that no other command has, if the mark is a configuration, which names it.
 
     Raises:

@@ -222,6 +222,10 @@ def test_an_attack_on_a_diagnosis(here, official, run):
     config.write_text(config.read_text().replace('"steps": 3', '"steps": 4'))
     assert_refused(run(*tables, here / "twice", "--out", "none"), "ATI-FGSM has another detector, --steps or --sub")
     assert_refused(run(*tables[:2], here / "twice", "--out", "tables"), "folders was")
+    moved = Path(shutil.copytree(official, here / "moved"))
+    for file in moved.rglob("[0-9]*.txt"):
+        file.write_text(re.sub(r"^\d+(?=,)", lambda x: str(int(x[0]) + 10), file.read_text(), flags=re.M))
+    assert_refused(run(*tables, "--data", moved, "--out", "none"), "has other landmarks than in the results")
     for file in [*Path(shutil.copytree(official, here / "others")).rglob("[0-9]*.*")]:
         file.rename(file.with_stem(f"{int(file.stem) + 20}"))  # no patient has this number
     assert run(*tables, "--data", here / "others", "--out", "patientless")[0] == 0

@@ -50,6 +50,16 @@ def test_other_targets_are_refused(tmp_path, run):
     assert_refused(result, f"two: other targets than in {tmp_path}/one", tmp_path / "tables")
 
 
+def test_other_images_are_refused(tmp_path, run):
+    truth = np.full((1, K, 2), 1000.0)
+    for name, image in (("one", "151"), ("two", "152")):
+        (tmp_path / name).mkdir()
+        table = attack_record([image], truth, truth, truth, "I-FGSM", 9)
+        pd.concat([table.assign(iteration=0), table]).to_csv(tmp_path / name / "predictions.csv", index=False)
+    result = run("scripts/tables.py", "attack", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "tables")
+    assert_refused(result, f"two: other images than in {tmp_path}/one", tmp_path / "tables")
+
+
 def test_an_untargeted_run_alone_and_beside_a_targeted_one(tmp_path, run):
     truth = np.full((2, K, 2), 1000.0)
     targets = np.where(np.arange(K)[:, None] == 0, truth + (100, 0), np.nan)

@@ -382,3 +382,5 @@ def test_only_comparable_runs_are_tabled_together(tmp_path):
         check([first, made("far", epsilon=4.0, targets_sha256="b")])
     with pytest.raises(InputError, match=r"other: other images or targets than in .*first"):
         check([first, made("other", image="2", epsilon=4.0)])
+    with pytest.raises(InputError, match="retrained: another checkpoint or decoding of plain than in the others"):
+        check([first, made("retrained", epsilon=4.0, checkpoint_sha256="b")])

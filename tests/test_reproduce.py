@@ -33,8 +33,8 @@ def tiny(splits, ids):
     victim, few = "48x40", {"steps": 2, "limit": 3}
     attack = partial(scales.test, victim, subpixel=True)
     ati = partial(attack, attack="ATI-FGSM")
-    shift = scales.compare(attack, "shift", "Displacements", attack=PAPER, **NEAR, **few)
-    random = scales.compare(attack, "random", "Random targets", attack=PAPER, **few)
+    shift = attack("attack", "shift", {"description": "Displacements"}, attack=PAPER, **NEAR, **few)
+    random = attack("attack", "random", {"description": "Random targets"}, attack=PAPER, **few)
     longer = {"attack": "Vote-PGD", "steps": 3}
     table = {
         "batch norm": {"no": ("40x32", {}), "yes": ("normed", {})},
@@ -77,7 +77,7 @@ def tiny_demo(encoder_weights):
             scales.train("40x32", **SMALL),
             scales.detection("40x32", ["test1"])[0],
         ],
-        "attack": [scales.compare(attack, "shift", "Displacements", pictures=1)],
+        "attack": [attack("attack", "shift", {"description": "Displacements"}, pictures=1)],
         "fancy": scales.spell(spell, ["151", "152"], "AI"),
     }
     return Scale("40x32", experiments)
@@ -125,6 +125,7 @@ CPU = ["--scale", "cpu", "--data", "runs/demo-phantoms", "--encoder-weights", "n
         (["cpu", "--only", "everything"], "invalid choice: 'everything'"),
         (["cpu", "--data", "nowhere"], "nowhere: no such folder"),
         (["cpu", "--only", "attack"], "--only attack: depends on detection"),
+        (["cpu", "--device", "gpu"], "--device gpu: "),
         (["demo", "--only", "attack"], "--only: not with --scale demo"),
         (["demo", "--data", "images"], "--scale demo: draws its own data"),
     ],
@@ -154,6 +155,8 @@ def test_costs_are_counted_without_data_and_nothing_is_written(reproduced, monke
     assert table["attack"][:3] == (3, 0, 250 * (300 + 300 + 100) + 250 * 100 * 3)
     assert table["attack"][3] == 250_000 * 1.8 / 3600
     assert table["all"][2] <= 900_000  # image-iterations: an hour of a GPU
+    defended = 1 + 5 + 4  # without a defence, and behind each; a pass of noise's attack is one of four draws
+    assert table["defence"][2] == 30 * 100 * (2 * defended + 1 + 2 * 5 + 2 + 2 * 3 + 1)
     detection = table["detection"]
     assert detection[1] == 230 * 150  # hours: the training, and two tests of 150 and of 100 images by forward passes
     assert detection[3] == pytest.approx((230 * 150 * 3.6 + 500 * 0.6) / 3600, abs=0.05)
