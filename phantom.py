@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from readers.images import cores
 from readers.layouts import DOCTORS, FOLDERS, IDS
-from support import command
+from support import command, distributed
 from support.command import bounded, natural_int, progress
 from support.files import atomic, check_same_config, own_folder, write_json, write_text
 
@@ -31,8 +31,7 @@ STEP = 3  # px0 per pixel of the drawing, before it is enlarged
 NASION = 1  # index of the landmark
 INCISORS = [10, 11]  # landmarks: the tips of the lower and of the upper incisor
 PAIRED = [2, 3, 9, 18]  # landmarks that exist left and right: orbitale, porion, gonion, articulare
-ASSETS = Path(__file__).parent / "assets"
-SHAPE, ATLAS = ASSETS / "shape_model.json", ASSETS / "atlas.json"
+SHAPE, ATLAS = (Path(__file__).parent / "assets" / name for name in ("shape_model.json", "atlas.json"))
 
 
 # --- landmarks -------------------------------------------------------------------------------------------------------
@@ -429,9 +428,10 @@ def main(argv=None):
     config = {name: value for name, value in vars(args).items() if name != "out"}
     sources = Path(__file__), SHAPE, ATLAS  # decide how a phantom looks
     config["program_sha256"] = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
-    with own_folder(root, "phantom.py", "--out", "phantom.json"):
-        draw(root, config, args.seed, parser.defaults())
-    print(f"written to {root}/")
+    distributed.start()
+    with distributed.held_by_main(own_folder(root, "phantom.py", "--out", "phantom.json")):
+        distributed.on_main(draw, root, config, args.seed, parser.defaults())
+    distributed.on_main(print, f"written to {root}/")
 
 
 def draw(root, config, seed, defaults):

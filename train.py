@@ -350,8 +350,8 @@ def check_config(folder, kept, config, parser):
 
 def save(state, folder, args):
     """Write the checkpoint, resume.pth and the log, unless the training has diverged."""
-    if not all(weight.isfinite().all() for weight in state.model.parameters()):
-        diverged = "weights are nan or inf, the training has diverged; what was saved before is kept"
+    if not all(value.isfinite().all() for value in state.model.state_dict().values()):
+        diverged = "weights or statistics are nan or inf, the training has diverged; what was saved before is kept"
         raise InputError(f"{folder}: {diverged}; use another --tag and a smaller --lr")
     if not is_main():
         return
@@ -368,8 +368,9 @@ def save_results(state, folder, args):
         with atomic(folder / "train_log.csv") as temporary:
             log.to_csv(temporary, index=False)
         if state.step == 0 and is_checkpoint(state.epoch - 1, args):
-            write_tensors(checkpoint_path(folder, state.epoch - 1), state.model.state_dict())
             figures.plot_training(log, folder / "train_log.png")
+            # last, so that ``prepare_folder`` need not look for the chart
+            write_tensors(checkpoint_path(folder, state.epoch - 1), state.model.state_dict())
 
 
 def load_state(state, path):

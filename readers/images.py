@@ -28,7 +28,8 @@ PHOTOMETRIC, BITS = 262, 258  # numbers of TIFF tags
 
 def cores():
     """CPU cores for each process on this machine."""
-    return max(1, os.cpu_count() // launched("LOCAL_WORLD_SIZE", 1))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, usable // launched("LOCAL_WORLD_SIZE", 1))
 
 
 def read_images(files, size, mode="L", progress=None, description="loading"):
@@ -107,7 +108,7 @@ def opened(path):
             if image.width * image.height > MEGAPIXELS * 10**6:
                 raise InputError(f"{path}: {image.width} x {image.height} px; reduce it to {MEGAPIXELS} million")
             yield image
-    except (OSError, SyntaxError, ValueError, struct.error) as error:  # all that Pillow raises for damaged files
+    except (OSError, SyntaxError, ValueError, TypeError, AttributeError, struct.error) as error:  # Pillow's, of damage
         raise InputError(f"{path}: not a readable image ({', '.join(FORMATS)}), or truncated ({error})") from None
 
 

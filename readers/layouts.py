@@ -129,8 +129,7 @@ def contents(root):
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; --data names the folder with the ISBI 2015 data")
     parents = *nested(root, "AnnotationsByMD"), root  # of the doctors' folders, in the official and in the 2020 layout
-    doctors = [find_folder(*(find(parent, doctor) for parent in parents)) for doctor in DOCTORS]
-    doctors = [doctor for doctor in doctors if doctor]
+    doctors = [d for doctor in DOCTORS if (d := find_folder(*(find(parent, doctor) for parent in parents)))]
     raw = find_folder(*nested(root, "RawImage"))
     cepha = find_folder(*(folder for folder in nested(root, "cepha400") if list_images(folder)))
     tables = {part: file for part in FOLDERS if (file := find(root, f"{part}_senior.csv")).is_file()}

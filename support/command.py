@@ -164,7 +164,7 @@ def explain(error):
     out_of_memory = "out of memory", "can't allocate memory", "ALLOC_FAILED"  # CUDA, PyTorch, cuBLAS and cuDNN
     if isinstance(error, MemoryError) or any(phrase in str(error) for phrase in out_of_memory):
         return 2, f"error: out of memory; use a smaller --batch-size ({lines[0]})"
-    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in lines[0]):
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and re.search("gloo|abruptly", lines[0])):
         # NCCL says the cause in its last line
         return TRY_AGAIN, f"process {rank()}: lost another process of this run, run it again ({' '.join(lines)})"
     raise error

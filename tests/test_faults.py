@@ -207,12 +207,14 @@ def test_a_kill_between_the_state_and_its_checkpoint(trained, tmp_path, official
     monkeypatch.chdir(tmp_path)
     unbroken, folder = trained / "runs" / "small", tmp_path / "runs" / "renamed"  # of another name, too
     shutil.copytree(unbroken, folder)
-    (folder / "model_epoch_2.pth").unlink()
+    for name in ("model_epoch_2.pth", "train_log.png"):
+        (folder / name).unlink()
     for name in (".config.part.json", ".0123456789ab.part.pth"):  # of older versions, and of this one
         (folder / name).touch()
     arguments = [*TRAIN[:2], "renamed", *TRAIN[3:], "--data", official, *EPOCHS, "--resume"]
     assert run(*arguments)[0] == 0
     assert_same_training(folder, unbroken)
+    assert (folder / "train_log.png").exists()
     assert run("test.py", "--tag", "renamed", "--data", official, "--rand", "tested", "--limit", 1)[0] == 0
     folder.rename(folder.with_name("again"))
     assert run("test.py", "--tag", "again", "--data", official, "--rand", "tested", "--limit", 1)[0] == 0
@@ -391,6 +393,22 @@ def test_a_loss_that_is_no_number_spoils_nothing(official, tmp_path, monkeypatch
     folder = tmp_path / "runs" / "small"
     assert status == 2 and "the training has diverged" in err.splitlines()[-1] and "Traceback" not in err
     assert sorted(file.name for file in folder.iterdir()) == ["config.json"]
+
+
+def test_statistics_that_overflow(official, tmp_path, monkeypatch, run):
+    """Batch norm divides by them, so that weights and loss stay finite."""
+
+    def forward(self, image):
+        if self.training:
+            self.up1.conv[1].running_var.fill_(torch.inf)
+        return original(self, image)
+
+    original = UNet.forward
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(UNet, "forward", forward)
+    status, _, err = run(*TRAIN, "--data", official, "--epochs", 1)
+    assert status == 2 and "the training has diverged" in err.splitlines()[-1]
+    assert not (tmp_path / "runs" / "small" / "resume.pth").exists()
 
 
 def test_weights_that_are_no_numbers(official, tmp_path, monkeypatch, run):

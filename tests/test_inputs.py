@@ -389,6 +389,15 @@ def test_a_turned_image_has_the_size_that_is_seen(official_heads):
     assert values[:, -1].min() > 240 and values[:, 0].max() < 10
 
 
+def test_damaged_exif_is_refused(official_heads):
+    entries = (0x0112, 3, 1, b"\6\0\0\0"), (0x011A, 2, 3, b"72\0\0")  # to be turned; a resolution that is a text
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    file = image_of(official_heads).with_suffix(".jpg")
+    Image.fromarray(np.zeros((200, 300), np.uint8)).save(file, exif=exif + bytes(4))
+    with pytest.raises(InputError, match=r"\.jpg: "):
+        read_image(file, None)
+
+
 def test_read_image_takes_texts(official_heads):
     assert read_image(str(image_of(official_heads)), SIZE)[0].shape == SIZE
 

@@ -1,9 +1,11 @@
 import json
+import os
 
 import numpy as np
 import pytest
 from conftest import K
 
+import phantom
 from dataset import Cephalograms
 from phantom import (
     ATLAS,
@@ -20,6 +22,7 @@ from phantom import (
     spline,
     warps,
 )
+from support import command
 
 COUNTS = ["--train", 2, "--test1", 1, "--test2", 1]
 FEWER = ["--train", 1, "--test1", 0, "--test2", 0]
@@ -33,6 +36,18 @@ def shape():
 @pytest.fixture(scope="module")
 def atlas():
     return json.loads(ATLAS.read_text())
+
+
+def die(seed, file):
+    os._exit(9)
+
+
+def test_a_drawing_process_that_is_killed(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(phantom, "draw_patient", die)
+    arguments = ["--out", tmp_path / "drawn", *COUNTS]
+    with pytest.raises(SystemExit) as exit:
+        command.run(lambda: phantom.main([*map(str, arguments)]))
+    assert exit.value.code == 75 and "run it again" in capfd.readouterr().err
 
 
 def test_population_follows_the_shape_model(shape):
