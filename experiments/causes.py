@@ -2,7 +2,8 @@
 
 Attacks on detectors, or with perturbations, that differ in one property, by displacements of 8 mm unless a question
 says otherwise; the answers to a question are compared on the images, at the last iteration and on the landmarks whose
-role is the same in all. *Neighbours* are the two nearest landmarks of a displaced one: they are held in place like
+role is the same in all. Where an answer has several trainings, intervals are of a bootstrap over images and
+trainings. *Neighbours* are the two nearest landmarks of a displaced one: they are held in place like
 all others, go along with it, or are free to go anywhere; were they what holds it, it would be easier to move when
 they are free. A detector that starts from the weights of one of another size differs in its training too. The
 detector's MRE is that on the clean images of the attack.
@@ -37,7 +38,8 @@ def collect(results):
 
     Landmarks that have another role in another answer have the role "other".
     """
-    records = pd.concat([result.attacked().assign(**result.labels) for result in results], ignore_index=True)
+    tables = [result.attacked().assign(**({"seed": 0} | result.labels)) for result in results]
+    records = pd.concat(tables, ignore_index=True)
     for column in ("image", "method", "iteration"):
         records = records[in_all_answers(records, column)]
     same = in_all_answers(records, "image", "landmark", "role")

@@ -8,7 +8,7 @@ import pandas as pd
 
 from eval import SUCCESS_MM, WORST, exact, interval, is_last, named, read_records, with_worst
 from experiments.markdown import fold_intervals, markdown
-from experiments.statistics import by_image, verdict
+from experiments.statistics import by_training, verdict
 from readers.layouts import index
 from readers.points import read_doctors
 
@@ -68,10 +68,11 @@ def of_role(records, role):
 
 
 def rate(rows, success, columns="landmark"):
-    """(value, low, high): percentage of rows for which ``success`` (a bool each) holds, see ``by_image``."""
+    """(value, low, high): percentage of rows for which ``success`` (a bool each) holds, see ``by_training``."""
     if not len(rows):
         return (np.nan,) * 3
-    return exact(*interval(by_image(rows, 100.0 * success, columns), np.nanmean), rows["image"].nunique())
+    percentages = by_training(rows, 100.0 * success, columns)
+    return exact(*interval(percentages, np.nanmean, axes=2), len(percentages))
 
 
 def outcome(records, labels):
@@ -84,7 +85,7 @@ def outcome(records, labels):
     rows = []
     clean = records[records["iteration"] == 0]
     clean_mre = error_from_truth(clean).groupby(clean["method"]).mean()
-    for method, found in last(records).groupby("method", sort=False):
+    for method, found in last(records.assign(seed=records.get("seed", 0))).groupby("method", sort=False):
         targeted, stationary = of_role(found, "targeted"), of_role(found, "stationary")
         error = targeted["radial_error_mm"]
         row = {**labels, "method": method, "images": found["image"].nunique(), "clean_mre_mm": clean_mre[method]}
@@ -93,7 +94,7 @@ def outcome(records, labels):
         row |= named("within_4mm_%", *rate(targeted, error <= SUCCESS_MM))
         row |= named("half_way_%", *rate(targeted, error < targeted["start_mm"] / 2))
         row |= named("stationary_within_4mm_%", *rate(stationary, stationary["radial_error_mm"] <= SUCCESS_MM))
-        worst = of_role(with_worst(found), WORST)
+        worst = of_role(with_worst(found, ("iteration", "seed")), WORST)
         row |= named("complete_%", *rate(worst, worst["radial_error_mm"] <= SUCCESS_MM))
         rows.append(row)
     return pd.DataFrame(rows)

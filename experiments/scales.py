@@ -185,7 +185,8 @@ def causes(options, shift, table):
     Args:
         options: of the attacks.
         shift: an attack that is an answer itself.
-        table: {question: {answer: (detector, {option: changed value}), or None for ``shift``}}.
+        table: {question: {answer: (detector, {option: changed value}), or None for ``shift``}}; a list of detectors
+            that differ in the seed of their training is one answer.
     """
     runs = []
     for question, answers in table.items():
@@ -194,9 +195,10 @@ def causes(options, shift, table):
             if other is None:
                 runs.append(shift._replace(labels=labels))
             else:
-                detector, changes = other
+                detectors, changes = other
                 name = "_".join(word.strip("-") for word in arguments(changes)) or "plain"
-                runs.append(test(detector, "causes", name, labels, **{**options, **changes}))
+                for seed, detector in enumerate([detectors] if isinstance(detectors, str) else detectors):
+                    runs.append(test(detector, "causes", name, labels | {"seed": seed}, **{**options, **changes}))
     return runs
 
 
@@ -225,7 +227,6 @@ def paper(splits, ids):
             train("400x320", size=(400, 320)),
             train("200x160", size=(200, 160)),
             train("random-encoder", size=(800, 640), encoder_weights="none"),
-            train("batch-norm", size=(800, 640), encoder_weights="none", encoder_batch_norm=True),
             *causes({"attack": BEST, **NEAR, "epsilon": 8, **few}, shift, questions(victim) | PAPER_CAUSES),
         ],
         "diagnosis": [
@@ -256,13 +257,9 @@ def questions(victim):
     }
 
 
-BATCH_NORM = {
-    "batch norm in the encoder, from random weights": {"no": ("random-encoder", {}), "yes": ("batch-norm", {})},
-}
 PAPER_CAUSES = {
     "epochs of training": {"10": ("800x640", {"iteration": 9}), "60": ("800x640", {"iteration": 59}), "230": None},
     "input size (px)": {"200 x 160": ("200x160", {}), "400 x 320": ("400x320", {}), "800 x 640": None},
-    **BATCH_NORM,
 }
 
 
@@ -274,29 +271,26 @@ def cpu(splits, ids):
     diagnose = partial(attack, attack="Vote-PGD", steps=10)
     # as many steps as ``shift``: an attack with falling steps has not ended before
     longer = {**few, "steps": 100, "subpixel": True}
-    equal = {"steps": 100, "images": ids[:50], "epsilon": 8}
+    equal = {"steps": 100, "images": ids[:50]}
     shift, random = shift_and_random(partial(attack, attack=EQUAL, **equal), "robustness")
-    equal["attack"] = LOSSES_AND_SCHEDULES
+    asked = questions(victim) | {"encoder's initial weights": ARMS}
     robust = {"size": (200, 160), "init": Checkpoint(victim, 49), **SMALL, "lr": 3e-4, "epochs": 10}
     experiments = {
         "detection": [learn(victim), *detection(victim, splits)],
         "attack": [
-            attack("attack", f"{name}_{by}", {"description": text, "prefix": f"{by} "}, **target, iterate=by, **equal)
-            for name, text, target in (
-                ("shift", "Loss, schedule and iterate, displacements of 8 mm", NEAR),
-                ("random", "Loss, schedule and iterate, random targets", FAR),
-            )
+            run._replace(name=f"{run.name}_{by}", labels=run.labels | {"prefix": f"{by} "})
             for by in ("last", "best")
+            for run in shift_and_random(partial(attack, attack=LOSSES_AND_SCHEDULES, iterate=by, **equal))
         ],
         "robustness": [shift, random],
         "epsilon": sweep_epsilon(partial(attack, attack=ADAPTIVE, **few), {"random": EPSILONS, "8 mm": EPSILONS}),
         "count": sweep_count(partial(attack, epsilon=8, attack="ATI-FGSM", **few), (1, 2, 5, 10, 19)),
         "fancy": spell(partial(attack, epsilon=8, attack=ADAPTIVE, steps=100), ids),
         "causes": [
-            learn("random-encoder", encoder_weights="none"),
+            *(learn(name, epochs=20, batch_size=4, lr=5e-4, **start) for name, start in STARTS.items()),
             learn("heatmap", output="heatmap"),
             learn("coordinates", output="coordinates"),
-            *causes({"attack": BEST, **NEAR, "epsilon": 8, **longer}, shift, questions(victim)),
+            *causes({"attack": BEST, **NEAR, "epsilon": 8, **longer}, shift, asked),
             *causes({"attack": "Vote-PGD", **longer}, None, OUTPUTS),
         ],
         "diagnosis": [
@@ -311,6 +305,10 @@ def cpu(splits, ids):
     return Scale(victim, experiments)
 
 
+STARTS = {f"given-{seed}": {"seed": seed} for seed in range(3)}
+STARTS |= {f"random-{seed}": {"seed": seed, "encoder_weights": "none"} for seed in range(3)}
+STARTS |= {f"batch-norm-{seed}": STARTS[f"random-{seed}"] | {"encoder_batch_norm": True} for seed in range(3)}
+ARMS = {start: ([f"{start}-{seed}" for seed in range(3)], {}) for start in ("given", "random", "batch-norm")}
 OUTPUTS = {
     f"output of the network, {name}, epsilon {epsilon}": {
         output: (detector, {**TARGETS[name], "epsilon": epsilon})
@@ -336,11 +334,7 @@ def quick(splits, ids):
         "epsilon": sweep_epsilon(partial(attack, attack="ATI-FGSM", steps=20), dict.fromkeys(TARGETS, (2, 8, 32))),
         "count": sweep_count(partial(attack, attack="ATI-FGSM", steps=20, epsilon=8), (1, 19)),
         "fancy": spell(partial(attack, attack="Vote-PGD", epsilon=8, steps=200), ids),
-        "causes": [
-            learn("random-encoder", encoder_weights="none"),
-            learn("batch-norm", encoder_weights="none", encoder_batch_norm=True),
-            *causes(vary, shift, questions(victim) | BATCH_NORM),
-        ],
+        "causes": [learn("random-encoder", encoder_weights="none"), *causes(vary, shift, questions(victim))],
         "diagnosis": [
             *sweep_diagnosis(partial(attack, attack=(*BEST, "noise"), steps=10), (4, 16), ("ANB", "MW")),
             *drive_diagnosis(partial(attack, attack="Vote-PGD", steps=10), [(8, 8)], ("MW",)),

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+from experiments.scales import EVALUATION
 from model import UNet
 from support import command
 
@@ -109,6 +110,11 @@ def test_commands_parse(page, monkeypatch):
             monkeypatch.setattr(sys, "argv", [program, *arguments])
             with pytest.raises(Parsed):
                 importlib.import_module(program.removesuffix(".py")).main()
+
+
+def test_the_images_of_the_docs_are_the_evaluation_images():
+    first, others = re.findall(r'^    IDS(?:50)?="(?:\$IDS )?([\d ]+)"$', (ROOT / "docs/attacks.md").read_text(), re.M)
+    assert f"{first} {others}" == EVALUATION and len(first.split()) == 20
 
 
 def test_commands_are_found():

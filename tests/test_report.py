@@ -128,6 +128,24 @@ def test_causes_are_compared_on_what_all_answers_have(folder, tmp_path):
     assert "| size | large | small | I-FGSM | 2 | +0.0 [+0.0, +0.0] (pilot, n = 2) |" in text
 
 
+def test_answers_of_causes_with_several_trainings(folder, tmp_path):
+    """Two trainings an answer, of which one of the second's succeeds everywhere."""
+    records = pd.read_csv(folder / "predictions.csv", dtype={"image": str})
+    (tmp_path / "reached").mkdir()
+    reached = records.assign(radial_error_mm=records["radial_error_mm"].where(records["iteration"] == 0, 0))
+    reached.to_csv(tmp_path / "reached" / "predictions.csv", index=False)
+    places = {("no", 0): folder, ("no", 1): folder, ("yes", 0): folder, ("yes", 1): tmp_path / "reached"}
+    results = [
+        Result({"question": "start", "answer": answer, "seed": seed}, place) for (answer, seed), place in places.items()
+    ]
+    causes.publish(results, None, tmp_path)
+    table = pd.read_csv(tmp_path / "causes.csv").set_index(["answer", "method"])["within_4mm_%"]
+    differences = pd.read_csv(tmp_path / "causes_differences.csv").set_index("method")["within_4mm_points"]
+    for method, points in differences.items():
+        assert table["yes", method] == pytest.approx((table["no", method] + 100) / 2, abs=1e-3)
+        assert points == pytest.approx(table["yes", method] - table["no", method], abs=1e-3) and points > 0
+
+
 def test_of_causes_the_same_targeted_landmarks_count(tmp_path):
     """With a free neighbour that is off, and one that goes along and fails: what is displaced in both succeeds."""
     truth = np.full((2, K, 2), 500.0)

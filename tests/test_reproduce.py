@@ -39,6 +39,7 @@ def tiny(splits, ids):
     table = {
         "batch norm": {"no": ("40x32", {}), "yes": ("normed", {})},
         "input size (px)": {"40 x 32": ("40x32", {"iteration": 0}), "48 x 40": None},
+        "trainings": {"plain": (["40x32", "normed"], {}), "reversed": (["normed", "40x32"], {})},
     }
     diagnose = partial(attack, attack=("ATI-FGSM", "noise"), steps=1, limit=3)
     defend = partial(scales.sweep_defence, victim, {"steps": 1, "limit": 3}, LARGE, splits[0], (8,), 2)
@@ -303,7 +304,10 @@ def check_tables(results):
     assert together.to_dict() == {"I-FGSM": 2, "ATI-FGSM": 2, "Vote-PGD": 3}  # of two runs
     assert pd.read_csv(results / "count.csv")["targeted"].tolist() == [3, 3 * K]
     causes = pd.read_csv(results / "causes.csv")
-    assert causes["answer"].nunique() == 7
+    assert causes["answer"].nunique() == 9
+    trainings = causes[causes["question"] == "trainings"]
+    assert (trainings["targeted"] == 2 * 3 * 5).all()  # two trainings, three images
+    assert (trainings.groupby("method")[["within_4mm_%", "clean_mre_mm"]].nunique() == 1).all(axis=None)
     neighbours = causes[causes["question"] == "neighbours"]
     assert (neighbours["targeted"] == 3).all() and neighbours["clean_mre_mm"].nunique() == 1
     runs = results.parents[1] / "runs" / "cpu-letters"

@@ -5,11 +5,8 @@ from conftest import K, attack_record
 
 from eval import exact, interval, resample, summarize
 from experiments.markdown import fold_intervals, markdown
-from experiments.statistics import (
-    ENOUGH,
-    paired_difference,
-    verdict,
-)
+from experiments.results import rate
+from experiments.statistics import ENOUGH, by_training, paired_difference, verdict
 
 
 def attacked(errors, method="ATI-FGSM", iteration=5, targeted=()):
@@ -40,6 +37,16 @@ def test_intervals_are_percentiles_over_resampled_images():
     assert interval(values, np.mean) == (5.5, *np.percentile(found, [2.5, 97.5]))
     value, low, high = interval(values, lambda values: values.mean(0))  # of several numbers at once
     assert value.shape == low.shape == high.shape == (3,) and (low < value).all() and (value < high).all()
+
+
+def test_intervals_cover_trainings_too():
+    """Images that do not differ: all of the interval is of the two trainings."""
+    records = pd.concat([attacked(np.full((6, 2), error)).assign(seed=seed) for seed, error in enumerate((0.0, 8.0))])
+    assert rate(records, records["radial_error_mm"] <= 4) == (50, 0, 100)
+    assert by_training(records, records["radial_error_mm"]).shape == (6, 2, 2)
+    row = paired_difference(records.assign(radial_error_mm=0.0), records)
+    assert [row[f"within_4mm_points{end}"] for end in ("", "_low", "_high")] == [50, 0, 100]
+    assert [row[f"mre_mm{end}"] for end in ("", "_low", "_high")] == [-4, -8, 0] and row["images"] == 6
 
 
 def test_draws_in_which_nothing_is_defined_do_not_count():
