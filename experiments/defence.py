@@ -213,8 +213,8 @@ def plot(table, path):
         rows = rows.set_index("defence")
         attackers = {attacker: rows[rows["attacker"] == attacker] for attacker in ("oblivious", "adaptive")}
         bars(panel, attackers, defences, "within_4mm_%")
-        panel.set(title=method, ylabel=f"targeted, within {SUCCESS_MM} mm of target (%)")
-    axes[0].legend()
+        panel.set(title=method, ylabel=f"targeted, within {SUCCESS_MM} mm of target (%)", ylim=(0, 118))
+    axes[0].legend(fontsize=8, loc="upper right", ncols=2)
     save(figure, path)
 
 

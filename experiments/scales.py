@@ -287,7 +287,7 @@ def cpu(splits, ids):
         "count": sweep_count(partial(attack, epsilon=8, attack="ATI-FGSM", **few), (1, 2, 5, 10, 19)),
         "fancy": spell(partial(attack, epsilon=8, attack=ADAPTIVE, steps=100), ids),
         "causes": [
-            *(learn(name, epochs=20, batch_size=4, lr=5e-4, **start) for name, start in STARTS.items()),
+            *(learn(name, **{"epochs": 20, "batch_size": 4, "lr": 5e-4, **start}) for name, start in STARTS.items()),
             learn("heatmap", output="heatmap"),
             learn("coordinates", output="coordinates"),
             *causes({"attack": BEST, **NEAR, "epsilon": 8, **longer}, shift, asked),
@@ -306,9 +306,10 @@ def cpu(splits, ids):
 
 
 STARTS = {f"given-{seed}": {"seed": seed} for seed in range(3)}
+STARTS |= {f"brief-{seed}": {"seed": seed, "epochs": 8} for seed in range(3)}
 STARTS |= {f"random-{seed}": {"seed": seed, "encoder_weights": "none"} for seed in range(3)}
 STARTS |= {f"batch-norm-{seed}": STARTS[f"random-{seed}"] | {"encoder_batch_norm": True} for seed in range(3)}
-ARMS = {start: ([f"{start}-{seed}" for seed in range(3)], {}) for start in ("given", "random", "batch-norm")}
+ARMS = {start: ([f"{start}-{seed}" for seed in range(3)], {}) for start in ("given", "brief", "random", "batch-norm")}
 OUTPUTS = {
     f"output of the network, {name}, epsilon {epsilon}": {
         output: (detector, {**TARGETS[name], "epsilon": epsilon})
