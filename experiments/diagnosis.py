@@ -234,21 +234,25 @@ def plot(table, doctors, path):
 
 
 def find_patient(runs):
-    """A patient whose intended diagnosis alone has changed, else the first: (before, after, measure, title, texts).
+    """Of the patients whose intended diagnosis alone has changed, the one whose measure has changed most.
 
-    Of the first measure, at the epsilon nearest to 4, by the method that changes most diagnoses.
+    Of the first measure, at the epsilon nearest to 4, by the method that changes most diagnoses. Without such a patient
+    the first.
+
+    Returns:
+        (records before, records after, measure, title, texts).
     """
     measure = runs[0][1]["measure"].iloc[0]
-    candidates = [run for run in runs if run[1]["measure"].iloc[0] == measure]
-    records, changed = min(candidates, key=lambda run: abs(run[1]["epsilon"].iloc[0] - 4))
-    method = changed.groupby("method", sort=False)["only intended"].mean().idxmax()
-    image = changed.loc[changed.query("method == @method")["only intended"].idxmax(), "image"]
-    chosen = records.query("method == @method and image == @image").sort_values("landmark")
-    before, after = (rows for _, rows in chosen.groupby("iteration"))
-    values = diagnose(chosen).query("measure == @measure")[["value", "unit", "meaning"]]
-    texts = [f"{measure} {f'{value:.3g} {unit}'.strip()}, {meaning}" for value, unit, meaning in values.to_numpy()]
-    title = f"image {image}, {method}, at most {chosen['epsilon'].iloc[0] / 2} grey levels"
-    return before, after, measure, title, texts
+    first = [run for run in runs if run[1]["measure"].iloc[0] == measure]
+    records, changed = min(first, key=lambda run: abs(run[1]["epsilon"].iloc[0] - 4))
+    alone = changed.set_index(["method", "image"])["only intended"]
+    method = alone.groupby("method", sort=False).mean().idxmax()
+    chosen = records[records["method"] == method].sort_values("landmark")
+    values = diagnose(chosen).query("measure == @measure").set_index("image")
+    image = (alone[method] * values.groupby("image")["value"].agg(np.ptp)).fillna(0).idxmax()
+    texts = [f"{measure} {f'{r.value:.3g} {r.unit}'.strip()}, {r.meaning}" for r in values.loc[image].itertuples()]
+    title = f"image {image}, {method}, at most {records['epsilon'].iloc[0] / 2} grey levels"
+    return *(rows for _, rows in chosen[chosen["image"] == image].groupby("iteration")), measure, title, texts
 
 
 def plot_patient(before, after, measure, title, texts, data, path):

@@ -26,6 +26,7 @@ from beyond.diagnosis import (
 )
 from dataset import Cephalograms
 from eval import record
+from experiments.diagnosis import find_patient
 from phantom import SHAPE
 from readers.layouts import index
 from readers.points import read_doctors
@@ -301,6 +302,11 @@ def test_changed_diagnoses_by_hand():
     assert four["intended"].tolist() == [True, False, True, False]
     share = summarize_changes(changed_diagnoses(table, "MW")).set_index(["iteration", "measure"])["changed_%"]
     assert share[20, "only intended"] == 50 and share[20, "MW"] == 75 and share[0, "any"] == 0
+
+    # of the two whose intended diagnosis alone has changed, the picture shows the one whose measure changed more
+    final = changed_diagnoses(table, "MW").query("iteration > 0").reset_index().assign(epsilon=4.0, measure="MW")
+    _, after, *_, texts = find_patient([(records.assign(epsilon=4.0), final)])
+    assert set(after["image"]) == {"4"} and texts == ["MW 6 mm, overjet", "MW 1 mm, anterior cross bite"]
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="no real data")
