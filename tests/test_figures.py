@@ -5,7 +5,7 @@ with %, points, mm or an interval. A paragraph, a list item or a table names whe
 table in the line above it, or in a row, for this row and those below:
 
     <!-- figures: results/cosine-200x160/attack_shift.csv by method, iteration -->
-    <!-- figures: results/pretrained/epsilon.csv: 8 mm, epsilon=4; epsilon=8; results/pretrained/count.csv -->
+    <!-- figures: results/pretrained/epsilon.csv: 8 mm, epsilon=4; epsilon=8; results/pretrained/fancy.csv -->
     <!-- no result: why these figures are none -->
 
 ``FILE: value, column=value`` selects the rows of a CSV that have these cells, and what follows a semicolon other rows,
