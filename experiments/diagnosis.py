@@ -243,8 +243,8 @@ def find_patient(runs):
         (records before, records after, measure, title, texts).
     """
     measure = runs[0][1]["measure"].iloc[0]
-    first = [run for run in runs if run[1]["measure"].iloc[0] == measure]
-    records, changed = min(first, key=lambda run: abs(run[1]["epsilon"].iloc[0] - 4))
+    candidates = [run for run in runs if run[1]["measure"].iloc[0] == measure]
+    records, changed = min(candidates, key=lambda run: abs(run[1]["epsilon"].iloc[0] - 4))
     alone = changed.set_index(["method", "image"])["only intended"]
     method = alone.groupby("method", sort=False).mean().idxmax()
     chosen = records[records["method"] == method].sort_values("landmark")
